@@ -1,0 +1,889 @@
+"""Align LLaVA-1.6 with ORPO and LoRA on image preference pairs, so that it makes up less.
+
+Reads   a LLaVA-NeXT checkpoint (--model_path) and preference pairs in RLAIF-V's columns (--dataset).
+Writes  to --output_dir: the LoRA adapter and its card, metrics.jsonl, samples.html, training_curves.png,
+        dropped_rows.jsonl, training_summary.json, and checkpoints to resume from.
+Needs   pip install -r requirements/train.txt
+
+    python llava_orpo_training.py --output_dir ./checkpoints/llava-orpo-prod --epochs 3 --batch_size 4
+    python llava_orpo_training.py --output_dir ./checkpoints/llava-orpo-prod --epochs 3 --batch_size 4 --resume
+    python llava_orpo_training.py --test_mode --output_dir outputs/miniature --learning_rate 1e-3 --epochs 2
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+MINIATURE = Path(__file__).resolve().parent / "miniature"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(group, flag, help, **options):
+        shown = options.get("default")
+        group.add_argument(flag, help=help + (f" (default: {shown})" if shown is not None else ""), **options)
+
+    data = parser.add_argument_group("model and data")
+    add(data, "--model_path", "base model: hub id or folder", default="llava-hf/llava-v1.6-mistral-7b-hf")
+    add(data, "--dataset", "pairs: hub id, folder, .parquet or .jsonl", default="openbmb/RLAIF-V-Dataset")
+    add(data, "--output_dir", "where everything is written", type=Path, default=Path("checkpoints/llava-orpo"))
+    add(data, "--max_samples", "use the first N good pairs only", type=int)
+    add(data, "--eval_fraction", "share of pairs held out, if the set has no test split", type=float, default=0.1)
+    add(data, "--max_length", "tokens a prompt and one response may have; longer responses are cut, longer prompts "
+        "dropped", type=int, default=4096)  # fmt: skip
+    add(data, "--num_workers", "processes that decode and resize pictures", type=int)
+    add(data, "--test_mode", "use the embedded miniature as model and data", action="store_true")
+
+    lora = parser.add_argument_group("adapter")
+    add(lora, "--lora_rank", "rank of the update", type=int, default=16)
+    add(lora, "--lora_alpha", "its scale is alpha / rank", type=int, default=32)
+    add(lora, "--lora_dropout", "dropout on the adapter's input", type=float, default=0.05)
+    add(lora, "--lora_target_modules", "linear layers of the language model that get one", nargs="+",
+        default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])  # fmt: skip
+    add(lora, "--train_projector", "adapt the vision-language projector too", action="store_true")
+    bits = lora.add_mutually_exclusive_group()
+    add(bits, "--load_4bit", "QLoRA: base weights in NF4 with double quantization", action="store_true")
+    add(bits, "--load_8bit", "base weights in 8 bits (LLM.int8)", action="store_true")
+
+    run = parser.add_argument_group("training")
+    add(run, "--epochs", "passes over the pairs", type=float, default=1)
+    add(run, "--batch_size", "pairs a device and forward pass", type=int, default=4)
+    add(run, "--gradient_accumulation_steps", "forward passes an optimizer step", type=int, default=4)
+    add(run, "--learning_rate", "peak of the cosine schedule", type=float, default=5e-5)
+    add(run, "--warmup_ratio", "share of the steps that warm up", type=float, default=0.1)
+    add(run, "--beta", "weight of the odds-ratio term (the paper's lambda)", type=float, default=0.1)
+    add(run, "--seed", "of split, order, adapter and dropout", type=int, default=42)
+    add(run, "--gradient_checkpointing", "trade compute for memory", action=argparse.BooleanOptionalAction,
+        default=True)  # fmt: skip
+    add(run, "--no_prefix_sharing", "plain form: two rows a pair, for comparison", action="store_true")
+    add(run, "--save_steps", "steps between checkpoints; the newest two are kept", type=int, default=200)
+    add(run, "--eval_steps", "steps between evaluations (default: once an epoch)", type=int)
+    add(run, "--resume", "go on from the newest checkpoint in --output_dir", action="store_true")
+    add(run, "--report_to", "experiment tracker; wandb without a login writes offline", choices=["wandb", "none"],
+        default="wandb")  # fmt: skip
+    add(run, "--wandb_project", "W&B project", default="llava-orpo")
+    add(run, "--wandb_entity", "W&B user or team")
+    args = parser.parse_args(argv)
+    if args.test_mode:
+        args.model_path, args.dataset = str(MINIATURE / "model"), str(MINIATURE / "preferences")
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()  # answers --help and refuses wrong flags before the heavy imports
+
+import base64
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import resource
+import shutil
+import time
+from collections import Counter
+from functools import partial
+from typing import NoReturn
+
+for name, value in {
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}.items():
+    os.environ.setdefault(name, value)
+
+import datasets
+import jinja2
+import matplotlib
+import numpy as np
+import pyarrow as pa
+import torch
+from huggingface_hub import ModelCardData
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image, ImageOps
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import (
+    AutoProcessor,
+    BitsAndBytesConfig,
+    LlavaNextForConditionalGeneration,
+    PrinterCallback,
+    ProgressCallback,
+    set_seed,
+)
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+console = Console(stderr=True)
+
+
+# ---------------------------------------------------------------------------- blocks that later scripts copy
+
+
+def stop(message: str, code: int = 2) -> NoReturn:
+    """End the program with one sentence on stderr."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def load_image(source: str | Path | bytes) -> Image.Image:
+    """Open a picture from a path or from a file's bytes: upright (EXIF), RGB. Raises OSError if it is none."""
+    try:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's other ways to say "broken"
+        raise OSError(str(error)) from error
+
+
+def build_prompt(processor, question: str, image_size: tuple[int, int]) -> list[int]:
+    """Token ids of LLaVA-1.6-Mistral's prompt, `[INST] <image>\\n{question} [/INST]`, BOS first.
+
+    `image_size` is the picture's (width, height) in pixels: it decides how many image tokens stand for it. The text on
+    either side of them is tokenized by itself, as the original code does, and the question as plain text: `<image>` or
+    `</s>` inside it are no special tokens.
+    """
+    tokenizer = processor.tokenizer
+    height_width = (image_size[1], image_size[0])
+    num_image_tokens = processor._get_num_multimodal_tokens(image_sizes=[height_width])["num_image_tokens"][0]
+    head = tokenizer("[INST] ", add_special_tokens=False).input_ids
+    tail = tokenizer(f"\n{question} [/INST]", add_special_tokens=False, split_special_tokens=True).input_ids
+    return [tokenizer.bos_token_id, *head, *[processor.image_token_id] * num_image_tokens, *tail]
+
+
+def load_llava(
+    model_path: str, lora_path: str | None = None, device: str | None = None, load_4bit=False, load_8bit=False
+):
+    """Load a LLaVA-NeXT checkpoint in the hub's layout, with an adapter if one is given; returns (model, processor).
+
+    Weights are bfloat16 on a GPU that has it (else float16) and float32 on the CPU. `load_4bit` keeps the language
+    model in NF4 with double quantization, `load_8bit` in LLM.int8; vision tower, projector and head stay whole.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    dtype = torch.float32
+    if device != "cpu":
+        dtype = torch.bfloat16 if device == "mps" or torch.cuda.is_bf16_supported() else torch.float16
+    quantization = None
+    if load_4bit or load_8bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=load_4bit,
+            load_in_8bit=load_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["lm_head", ".*vision_tower.*", ".*multi_modal_projector.*"],
+        )
+    try:
+        model = LlavaNextForConditionalGeneration.from_pretrained(
+            model_path, dtype=dtype, quantization_config=quantization, device_map={"": device}, use_safetensors=True
+        )
+        processor = AutoProcessor.from_pretrained(model_path, backend="pil")
+    except (OSError, ValueError) as error:
+        stop(f"--model_path {model_path} cannot be loaded: {str(error).splitlines()[0]} "
+             "Give a hub id or a folder with a LLaVA-NeXT checkpoint in safetensors.")  # fmt: skip
+    if load_4bit and device == "cpu":
+        # bitsandbytes repacks weights on their first eval-mode forward; afterwards backward silently gives no gradient
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    if lora_path:
+        model = PeftModel.from_pretrained(model, lora_path)
+    return model.eval(), processor
+
+
+@torch.no_grad()
+def generate_answers(model, processor, images: list, questions: list[str], max_new_tokens=256, **options) -> list[str]:
+    """Answer one question about each picture, as one left-padded batch; greedy unless `options` say otherwise."""
+    prompts = [build_prompt(processor, question, image.size) for image, question in zip(images, questions, strict=True)]
+    longest = max(map(len, prompts))
+    pad = processor.tokenizer.pad_token_id
+    input_ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
+    attention_mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    pixels = processor.image_processor(images, return_tensors="pt")
+    output = model.generate(
+        input_ids=input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        pixel_values=pixels["pixel_values"].to(model.device, model.dtype),
+        image_sizes=pixels["image_sizes"].to(model.device),
+        max_new_tokens=max_new_tokens,
+        **{"do_sample": False, "pad_token_id": pad, **options},
+    )
+    return [text.strip() for text in processor.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)]
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(partial, path)
+
+
+# ---------------------------------------------------------------------------- data
+
+
+def load_rows(source: str) -> datasets.DatasetDict:
+    """Open preference pairs without decoding a picture: a hub id, a folder, a .parquet or a .jsonl file."""
+    path = Path(source)
+    builders = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+    try:
+        if path.is_file():
+            if path.suffix not in builders:
+                stop(f"--dataset {source} ends in {path.suffix or 'nothing'}; a file must be .parquet or .jsonl.")
+            rows = datasets.load_dataset(builders[path.suffix], data_files=str(path))
+        else:
+            rows = datasets.load_dataset(source)
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        stop(f"--dataset {source} cannot be read: {str(error).splitlines()[0]} "
+             "Give a hub id, or a folder or file of parquet or jsonl.")  # fmt: skip
+    missing = {"image", "question", "chosen", "rejected"} - set(rows["train"].column_names)
+    if missing:
+        stop(f"--dataset {source} lacks {', '.join(sorted(missing))} (found: {', '.join(rows['train'].column_names)}); "
+             "it must have RLAIF-V's columns image, question, chosen and rejected.")  # fmt: skip
+    return rows.cast_column("image", datasets.Image(decode=False))
+
+
+def find_fault(question: str, chosen: str, rejected: str, image_file, processor, max_length: int) -> str | None:
+    """The reason why a row cannot be trained on, or None. Reads the picture's header, not its pixels."""
+    for name, text in (("question", question), ("chosen", chosen), ("rejected", rejected)):
+        if not (text or "").strip():
+            return f"{name} is empty"
+    if chosen.strip() == rejected.strip():
+        return "chosen equals rejected"
+    try:
+        with Image.open(image_file) as image:
+            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 swap width and height
+            size = image.size[::-1] if turned else image.size
+    except Exception as error:  # Pillow's parsers raise whatever a broken header makes them raise
+        return f"image does not open ({type(error).__name__})"
+    if len(build_prompt(processor, question, size)) >= max_length:
+        return "prompt does not fit --max_length"
+    return None
+
+
+def check_rows(rows: datasets.Dataset, root: Path, processor, max_length: int, limit: int | None) -> tuple[list, list]:
+    """Find the rows fit for training: (their indices, at most `limit`; the others as {row, reason})."""
+    good, dropped = [], []
+    columns = rows.select_columns(["question", "chosen", "rejected", "image"]).with_format("arrow")
+    for start in tqdm(range(0, len(rows), 1000), desc="checking rows", disable=len(rows) < 5000):
+        table = columns[start : start + 1000]
+        images = table["image"].combine_chunks()
+        texts = (table[name].to_pylist() for name in ("question", "chosen", "rejected"))
+        for i, row in enumerate(zip(*texts, images.field("bytes"), images.field("path"), strict=True), start):
+            *text, content, path = row
+            # a view of the column's memory: of a 13 GB set only the pages with headers are read
+            file = pa.BufferReader(content.as_buffer()) if content.is_valid else root / (path.as_py() or "")
+            fault = find_fault(*text, file, processor, max_length)
+            if fault:
+                dropped.append({"row": i, "reason": fault})
+            else:
+                good.append(i)
+            if len(good) == limit:
+                return good, dropped
+    return good, dropped
+
+
+def split_rows(rows: datasets.Dataset, good: list[int], eval_fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Split row indices into (train, held out); rows that share an `image_path` stay on one side."""
+    names = rows["image_path"] if "image_path" in rows.column_names else None
+    picture = np.unique([str(names[i]) if names else str(i) for i in good], return_inverse=True)[1]
+    order = np.random.default_rng(seed).permutation(picture.max() + 1) if good else picture
+    held_out = np.isin(picture, order[: round(eval_fraction * len(order))])
+    good = np.asarray(good, dtype=int)
+    return good[~held_out].tolist(), good[held_out].tolist()
+
+
+class PreferencePairs(torch.utils.data.Dataset):
+    """Pairs as token ids and pixels, made when asked for: `__getitem__` runs in the data loader's workers.
+
+    A picture that turns out broken when its pixels are decoded is noted in `dropped_file`, and the next row stands in.
+    """
+
+    def __init__(
+        self, rows: datasets.Dataset, indices: list[int], root: Path, processor, max_length: int, dropped_file: Path
+    ):
+        self.rows, self.indices, self.root = rows, indices, root
+        self.processor, self.max_length, self.dropped_file = processor, max_length, dropped_file
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def map(self, *_, **__) -> "PreferencePairs":
+        """ORPOTrainer tokenizes text by three calls of `map`; there is nothing left for them to do."""
+        return self
+
+    def row(self, index: int) -> dict:
+        """Question, chosen and rejected of a pair, and its picture, decoded. Raises OSError if that breaks off."""
+        row = self.rows[self.indices[index]]
+        content, path = row["image"]["bytes"], row["image"]["path"]
+        return {**row, "image": load_image(content if content is not None else self.root / path)}
+
+    def __getitem__(self, index: int) -> dict:
+        for candidate in (*range(index, len(self)), *range(index)):
+            try:
+                row = self.row(candidate)
+                return self.encode(row["image"], row["question"], row["chosen"], row["rejected"])
+            except OSError:
+                note = {"row": self.indices[candidate], "reason": "image breaks off when decoded"}
+                with self.dropped_file.open("a") as file:
+                    file.write(json.dumps(note) + "\n")
+        raise OSError("no row has a picture that can be decoded")
+
+    def encode(self, image: Image.Image, question: str, chosen: str, rejected: str) -> dict:
+        """One pair: prompt ids, response ids closed by EOS (cut to `max_length`, the prompt never), pixels, size."""
+        tokenizer = self.processor.tokenizer
+        prompt = build_prompt(self.processor, question, image.size)
+        responses = [
+            tokenizer(text.strip(), add_special_tokens=False, split_special_tokens=True).input_ids
+            + [tokenizer.eos_token_id]
+            for text in (chosen, rejected)
+        ]
+        chosen_ids, rejected_ids = (ids[: self.max_length - len(prompt)] for ids in responses)
+        pixels = self.processor.image_processor(image, return_tensors="pt")
+        return {
+            "prompt": prompt,
+            "chosen": chosen_ids,
+            "rejected": rejected_ids,
+            "pixel_values": pixels["pixel_values"][0],
+            "image_sizes": pixels["image_sizes"][0],
+        }
+
+
+def collate_pairs(features: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Batch pairs of B rows: prompts padded on the left, so that all responses start in one column.
+
+    Returns prompt_input_ids and prompt_attention_mask (B, P), chosen_labels (B, C) and rejected_labels (B, R) padded
+    with -100, pixel_values (B, most tiles, 3, H, W) and image_sizes (B, 2) as (height, width).
+    """
+
+    def pad(name: str, value: int, left: bool = False) -> torch.Tensor:
+        rows = [torch.tensor(feature[name]) for feature in features]
+        return torch.nn.utils.rnn.pad_sequence(
+            rows, batch_first=True, padding_value=value, padding_side="left" if left else "right"
+        )
+
+    prompt = pad("prompt", -1, left=True)
+    return {
+        "prompt_input_ids": prompt.masked_fill(prompt == -1, pad_token_id),
+        "prompt_attention_mask": (prompt != -1).long(),
+        "chosen_labels": pad("chosen", -100),
+        "rejected_labels": pad("rejected", -100),
+        "pixel_values": torch.nn.utils.rnn.pad_sequence([f["pixel_values"] for f in features], batch_first=True),
+        "image_sizes": torch.stack([feature["image_sizes"] for feature in features]),
+    }
+
+
+# ---------------------------------------------------------------------------- the loss
+
+
+def share_prefix(batch: dict, pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Lay a pair out as one sequence, `prompt | chosen | rejected`, whose two responses cannot see each other.
+
+    Both responses' positions follow the prompt's last. `logits_to_keep` (C + R) indexes the columns that predict the
+    C chosen and R rejected tokens; a response's first token is predicted by the prompt's last.
+    """
+    prompt, real_prompt = batch["prompt_input_ids"], batch["prompt_attention_mask"]
+    responses = torch.cat([batch["chosen_labels"], batch["rejected_labels"]], dim=1)
+    length, n_chosen, n_rejected = prompt.shape[1], batch["chosen_labels"].shape[1], batch["rejected_labels"].shape[1]
+    device = prompt.device
+    real = torch.cat([real_prompt.bool(), responses != -100], dim=1)
+    part = torch.repeat_interleave(
+        torch.arange(3, device=device), torch.tensor([length, n_chosen, n_rejected], device=device)
+    )
+    causal = torch.ones(len(part), len(part), dtype=torch.bool, device=device).tril()
+    visible = causal & ((part == 0) | (part[:, None] == part))
+    itself = torch.eye(len(part), dtype=torch.bool, device=device)  # a padded row that sees nothing would be NaN
+    steps = torch.cat([torch.arange(n, device=device) for n in (n_chosen, n_rejected)])
+    return {
+        "input_ids": torch.cat([prompt, responses.masked_fill(responses == -100, pad_token_id)], dim=1),
+        "attention_mask": ((visible & real[:, None, :]) | itself)[:, None],
+        "position_ids": torch.cat(
+            [(real_prompt.cumsum(1) - 1).clamp(min=0), real_prompt.sum(1, keepdim=True) + steps], dim=1
+        ),
+        "logits_to_keep": torch.cat([length - 1 + steps[:n_chosen], torch.tensor([length - 1], device=device),
+                                     length + n_chosen + steps[n_chosen:-1]]),
+    }  # fmt: skip
+
+
+def two_rows(batch: dict, pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Lay a batch of pairs out plainly: all chosen rows, then all rejected rows, prompt and picture in both."""
+    prompt, real_prompt = batch["prompt_input_ids"], batch["prompt_attention_mask"]
+    labels = [batch["chosen_labels"], batch["rejected_labels"]]
+    longest = max(part.shape[1] for part in labels)
+    responses = torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=-100) for part in labels])
+    real = torch.cat([real_prompt.repeat(2, 1), (responses != -100).long()], dim=1)
+    return {
+        "input_ids": torch.cat([prompt.repeat(2, 1), responses.masked_fill(responses == -100, pad_token_id)], dim=1),
+        "attention_mask": real,
+        "position_ids": (real.cumsum(1) - 1).clamp(min=0),
+    }
+
+
+class LlavaORPOTrainer(ORPOTrainer):
+    """TRL's ORPOTrainer for pairs with a picture. Its odds-ratio loss and metrics are TRL's; the forward is ours.
+
+    The NLL is the mean over pairs of each chosen response's mean token NLL (Hong et al. 2024, arXiv:2403.07691, Eq. 3
+    and 6), over the response alone. TRL's own covers prompt and picture too, and weighs a pair by its length, which
+    would make the loss depend on how pairs fall into batches, accumulation steps and processes.
+    """
+
+    prefix_sharing = True
+
+    def concatenated_forward(self, model, batch: dict) -> tuple[torch.Tensor, ...]:
+        """Returns chosen and rejected log-probabilities (B), their logits (B, C, V) and (B, R, V), and the NLL."""
+        n_chosen, n_rejected = batch["chosen_labels"].shape[1], batch["rejected_labels"].shape[1]
+        pictures = {name: batch[name] for name in ("pixel_values", "image_sizes")}
+        if self.prefix_sharing:
+            logits = model(**share_prefix(batch, self.padding_value), **pictures, use_cache=False).logits.float()
+            chosen_logits, rejected_logits = logits.split([n_chosen, n_rejected], dim=1)
+        else:
+            pictures = {name: torch.cat([tensor, tensor]) for name, tensor in pictures.items()}
+            logits = model(**two_rows(batch, self.padding_value), **pictures, use_cache=False).logits.float()
+            chosen_logits, rejected_logits = logits[:, batch["prompt_input_ids"].shape[1] - 1 :].chunk(2)
+            chosen_logits, rejected_logits = chosen_logits[:, :n_chosen], rejected_logits[:, :n_rejected]
+        # "encoder-decoder" is TRL's word for logits that already stand at their labels
+        chosen_logps, rejected_logps = (
+            self.get_batch_logps(part, batch[labels], average_log_prob=True, is_encoder_decoder=True)
+            for part, labels in ((chosen_logits, "chosen_labels"), (rejected_logits, "rejected_labels"))
+        )
+        return chosen_logps, rejected_logps, chosen_logits, rejected_logits, -chosen_logps.mean()
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, metrics = self.get_batch_loss_metrics(model, inputs, train_eval="eval")
+        for _ in inputs["image_sizes"]:  # once a pair, so that a short last batch weighs what it holds
+            self.store_metrics(metrics, train_eval="eval")
+        return loss.detach(), None, None
+
+    def create_model_card(self, *_, **__) -> None:
+        """TRL's card shows a text-only pipeline; main() writes one that fits."""
+
+
+# ---------------------------------------------------------------------------- before, during and after the run
+
+
+def add_adapter(model, args: argparse.Namespace) -> PeftModel:
+    """Put LoRA on the language model's linear layers (and the projector's); the vocabulary is left as it is."""
+    targets = rf".*language_model\..*\.({'|'.join(args.lora_target_modules)})"
+    if args.train_projector:
+        targets = rf"({targets}|.*multi_modal_projector\.linear_[12])"
+    config = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        stop(f"--lora_target_modules {' '.join(args.lora_target_modules)}: {str(error).splitlines()[0]}")
+
+
+def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs) -> None:
+    """Check on a real pair what goes wrong silently; print a table, and stop with one sentence if any line fails."""
+    model, processor = trainer.model, pairs.processor
+    pair = pairs[0]
+    batch = trainer._prepare_inputs(collate_pairs([pair], processor.tokenizer.pad_token_id))
+    model.eval()
+    with torch.no_grad(), trainer.accelerator.autocast():
+        features = model.get_base_model().get_image_features(batch["pixel_values"], batch["image_sizes"]).pooler_output
+        seen = trainer.concatenated_forward(model, batch)[0].item()
+        unseen = trainer.concatenated_forward(model, {**batch, "pixel_values": -batch["pixel_values"]})[0].item()
+    model.train()
+    trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    fresh = [weight for name, weight in trainable.items() if "lora_B" in name]
+    for weight in fresh:  # these start at zero, which leaves lora_A without a gradient: not so for the probe
+        torch.nn.init.normal_(weight, std=1e-2)
+    with trainer.accelerator.autocast():
+        trainer.get_batch_loss_metrics(model, batch)[0].backward()
+    dead = [name for name, weight in trainable.items() if weight.grad is None or not weight.grad.any()]
+    for weight in fresh:
+        torch.nn.init.zeros_(weight)
+    model.zero_grad()
+
+    image_tokens = pair["prompt"].count(processor.image_token_id)
+    labels = [batch[name][0][batch[name][0] != -100].tolist() for name in ("chosen_labels", "rejected_labels")]
+    rows = model.get_input_embeddings().weight.shape[0]
+    stray = [name for name in trainable if "embed_tokens" in name or "lm_head" in name]
+    modules = Counter(name.split(".lora_")[0].split(".")[-1] for name in trainable)
+    size = sum(weight.numel() for weight in trainable.values())
+    checks = [
+        ("image tokens equal image features", f"{image_tokens} and {len(features[0])}", image_tokens == len(features[0])),
+        ("another picture moves the chosen log-probability", f"{seen:.4f} -> {unseen:.4f} for its negative", seen != unseen),
+        ("labels cover the responses only", f"{len(labels[0])} chosen, {len(labels[1])} rejected tokens",
+         labels == [pair["chosen"], pair["rejected"]] and processor.image_token_id not in labels[0] + labels[1]),
+        ("chosen and rejected differ", f"{sum(a != b for a, b in zip(*labels, strict=False))} tokens", labels[0] != labels[1]),
+        ("vocabulary is unchanged", f"{rows} rows", rows == model.config.text_config.vocab_size),
+        ("every trainable weight gets a gradient", dead[0] if dead else f"{size:,} in "
+         + ", ".join(f"{n} {name}" for name, n in modules.items()), bool(trainable) and not dead),
+        ("embeddings and head stay frozen", stray[0] if stray else "none trainable", not stray),
+    ]  # fmt: skip
+    table = Table("preflight", "found", "")
+    for name, found, passed in checks:
+        table.add_row(name, found, "[green]ok[/]" if passed else "[red]failed[/]")
+    if trainer.is_world_process_zero():
+        console.print(table)
+    for name, found, passed in checks:
+        if not passed:
+            stop(f"preflight failed: {name}, but found {found}; nothing was trained.")
+
+
+SAMPLES_PAGE = jinja2.Template(
+    """<!doctype html><meta charset="utf-8"><title>Samples</title>
+<style>body{font:15px/1.45 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
+section{display:grid;grid-template-columns:18rem 1fr;gap:1.5rem;border-top:1px solid #ddd;padding:1.5rem 0}
+img{width:100%;border-radius:6px}th{text-align:left;white-space:nowrap;padding-right:1rem;color:#555;font-weight:600}
+th,td{vertical-align:top;padding-bottom:.4rem}.chosen th{color:#19742c}.rejected th{color:#a32020}
+@media(max-width:45rem){section{grid-template-columns:1fr}}</style>
+<h1>Held-out pairs, and what the model answers at each evaluation</h1>
+{% for sample in samples %}{% set number = loop.index0 %}<section>
+<img src="data:image/png;base64,{{ sample.picture }}" alt="the picture asked about"><table>
+<tr><th>Question<td>{{ sample.question }}</tr>
+<tr class="chosen"><th>Chosen<td>{{ sample.chosen }}</tr><tr class="rejected"><th>Rejected<td>{{ sample.rejected }}</tr>
+{% for evaluation in evaluations %}<tr><th>{{ "Base" if evaluation.step == 0 else "Step %d" % evaluation.step }}
+<td>{{ evaluation.answers[number] }}</tr>{% endfor %}</table></section>{% endfor %}""",
+    autoescape=True,
+)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class RunRecorder(ProgressCallback):
+    """Progress bar, metrics.jsonl, and at each evaluation a few answers beside chosen and rejected (samples.html)."""
+
+    NUM_SAMPLES = 4
+
+    def __init__(self, output_dir: Path, eval_pairs: PreferencePairs | None):
+        super().__init__()
+        self.output_dir, self.pairs = output_dir, eval_pairs
+        self.last_log = (0, 0.0)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.last_log = (state.global_step, time.perf_counter())
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
+            return
+        if "loss" in logs:
+            step, then = self.last_log
+            self.last_log = (state.global_step, time.perf_counter())
+            pairs = (
+                (state.global_step - step) * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            )
+            logs["pairs_per_second"] = pairs / (self.last_log[1] - then)
+            self.training_bar.set_postfix(
+                loss=f"{logs['loss']:.3f}",
+                accuracy=f"{logs['rewards/accuracies']:.2f}",
+                margin=f"{logs['rewards/margins']:.4f}",
+                pairs_per_s=f"{logs['pairs_per_second']:.1f}",
+            )
+        with (self.output_dir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        super().on_evaluate(args, state, control, **kwargs)
+        if not state.is_world_process_zero:
+            return
+        rows = [self.pairs.row(i) for i in range(min(self.NUM_SAMPLES, len(self.pairs)))]
+        model = model.module if hasattr(model, "module") else model
+        model.eval()
+        images, questions = [row["image"] for row in rows], [row["question"] for row in rows]
+        answers = [generate_answers(model, self.pairs.processor, [image], [question])[0]
+                   for image, question in zip(images, questions, strict=True)]  # fmt: skip
+        with (self.output_dir / "samples.jsonl").open("a") as file:
+            file.write(json.dumps({"step": state.global_step, "answers": answers}) + "\n")
+        samples = []
+        for row in rows:
+            buffer = io.BytesIO()
+            ImageOps.contain(row["image"], (448, 448)).save(buffer, "PNG")
+            samples.append({**row, "picture": base64.b64encode(buffer.getvalue()).decode()})
+        evaluations = read_jsonl(self.output_dir / "samples.jsonl")
+        write_whole(self.output_dir / "samples.html", SAMPLES_PAGE.render(samples=samples, evaluations=evaluations))
+        if "wandb" in args.report_to:
+            import wandb
+
+            table = wandb.Table(["step", "picture", "question", "chosen", "rejected", "answer"])
+            for row, answer in zip(rows, answers, strict=True):
+                table.add_data(
+                    state.global_step,
+                    wandb.Image(row["image"]),
+                    row["question"],
+                    row["chosen"],
+                    row["rejected"],
+                    answer,
+                )
+            wandb.log({"samples": table})
+
+
+def draw_curves(metrics: list[dict], path: Path) -> None:
+    """Draw the run's figures against the optimizer step: training as a line, held-out evaluations as dots."""
+    panels = {
+        "Log-probability a token": ["logps/chosen", "logps/rejected"],
+        "Log-odds, chosen over rejected": ["log_odds_chosen"],
+        "Preference accuracy": ["rewards/accuracies"],
+        "ORPO loss": ["loss"],
+        "NLL of the chosen response": ["nll_loss"],
+        "Reward margin": ["rewards/margins"],
+    }
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained", sharex=True)
+    for axis, (title, keys) in zip(axes.flat, panels.items(), strict=True):
+        for key, colour in zip(keys, ("#1b7837", "#b2182b"), strict=False):
+            label = key.split("/")[-1] if len(keys) > 1 else "training"
+            train = [(row["step"], row[key]) for row in metrics if key in row]
+            held_out = [(row["step"], row[f"eval_{key}"]) for row in metrics if f"eval_{key}" in row]
+            axis.plot(*zip(*train, strict=True), color=colour, alpha=0.55, lw=1, label=label)
+            if held_out:
+                axis.plot(
+                    *zip(*held_out, strict=True),
+                    "o",
+                    color=colour,
+                    ms=5,
+                    label=f"held out{', ' + label if len(keys) > 1 else ''}",
+                )
+        axis.set_title(title, fontsize=11)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8, frameon=False)
+    for axis in axes[1]:
+        axis.set_xlabel("optimizer step")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, format="png")
+    plt.close(figure)
+    write_whole(path, buffer.getvalue())
+
+
+MODEL_CARD = jinja2.Template(
+    """---
+{{ card }}
+---
+
+# {{ name }}
+
+A LoRA adapter for `{{ args.model_path }}`, trained with ORPO ([Hong et al. 2024](https://arxiv.org/abs/2403.07691)) on
+{{ pairs }} preference pairs of `{{ args.dataset }}`, so that the model names less that is not in the picture.
+
+{% if rows %}| held-out pairs | base | with adapter |
+|---|---|---|
+{% for name, before, after in rows %}| {{ name }} | {{ "%.4f" % before }} | {{ "%.4f" % after }} |
+{% endfor %}{% endif %}
+```python
+from peft import PeftModel
+from transformers import LlavaNextForConditionalGeneration
+
+model = LlavaNextForConditionalGeneration.from_pretrained("{{ args.model_path }}")
+model = PeftModel.from_pretrained(model, "path/to/{{ name }}")
+```
+"""
+)
+
+
+def set_up_tracking(args: argparse.Namespace) -> None:
+    """W&B online for whoever is logged in, else offline into the output folder; nothing is ever asked."""
+    if args.report_to == "wandb":
+        import wandb
+
+        os.environ.update(WANDB_PROJECT=args.wandb_project, WANDB_DIR=str(args.output_dir))
+        if args.wandb_entity:
+            os.environ["WANDB_ENTITY"] = args.wandb_entity
+        if not wandb.login(prompt=False, verify=False):
+            os.environ["WANDB_MODE"] = "offline"
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint that was written whole (trainer_state.json comes last), or None."""
+    found = sorted(output_dir.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    for folder in reversed(found):
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+            return folder
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def open_run(args: argparse.Namespace) -> Path | None:
+    """Make the output folder ready; returns the checkpoint to go on from. Refuses to write over another run."""
+    output_dir = args.output_dir
+    settings = {name: str(value) for name, value in vars(args).items()
+                if name not in ("resume", "report_to", "wandb_project", "wandb_entity", "num_workers")}  # fmt: skip
+    checkpoint = last_checkpoint(output_dir)
+    if not args.resume and (checkpoint or (output_dir / "adapter_config.json").exists()):
+        stop(f"--output_dir {output_dir} holds an earlier run; add --resume to go on with it, or name another folder.")
+    if checkpoint:
+        before = json.loads((output_dir / "arguments.json").read_text())
+        changed = [
+            f"--{name} was {before[name]}, is {settings[name]}" for name in before if before[name] != settings[name]
+        ]
+        if changed:
+            stop(f"--resume cannot change the run in {output_dir}: {'; '.join(changed)}.")
+        step = int(checkpoint.name.split("-")[1])
+        for name in ("metrics.jsonl", "samples.jsonl"):  # what came after the checkpoint is about to be done again
+            kept = [json.dumps(line) + "\n" for line in read_jsonl(output_dir / name) if line["step"] <= step]
+            write_whole(output_dir / name, "".join(kept))
+    else:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "samples.jsonl", "dropped_rows.jsonl"):
+            (output_dir / name).unlink(missing_ok=True)
+        write_whole(output_dir / "arguments.json", json.dumps(settings, indent=2))
+    return checkpoint
+
+
+def make_pairs(args: argparse.Namespace, processor) -> tuple[PreferencePairs, PreferencePairs | None]:
+    """Load, check and split the pairs; list the rows left out in dropped_rows.jsonl and count them on screen."""
+    rows = load_rows(args.dataset)
+    root = Path(args.dataset).parent if Path(args.dataset).is_file() else Path(args.dataset)
+    dropped_file = args.output_dir / "dropped_rows.jsonl"
+    good, dropped = check_rows(rows["train"], root, processor, args.max_length, args.max_samples)
+    test = next((rows[name] for name in ("test", "validation") if name in rows), None)
+    if test:
+        eval_good, eval_dropped = check_rows(test, root, processor, args.max_length, None)
+        dropped += [{**row, "split": "test"} for row in eval_dropped]
+        train = good
+    else:
+        test = rows["train"]
+        train, eval_good = split_rows(rows["train"], good, args.eval_fraction, args.seed)
+    write_whole(dropped_file, "".join(json.dumps(row) + "\n" for row in dropped))
+    reasons = ", ".join(f"{n} x {reason}" for reason, n in Counter(row["reason"] for row in dropped).most_common())
+    if not train:
+        stop(f"--dataset {args.dataset} has no usable pair ({reasons or 'it has no rows'}); see {dropped_file}.")
+    console.print(f"{len(train):,} pairs to train on, {len(eval_good):,} held out; {len(dropped):,} rows left out"
+                  f"{': ' + reasons if reasons else ''}")  # fmt: skip
+    shared = (root, processor, args.max_length, dropped_file)
+    return (
+        PreferencePairs(rows["train"], train, *shared),
+        PreferencePairs(test, eval_good, *shared) if eval_good else None,
+    )
+
+
+def build_trainer(args: argparse.Namespace, model, processor, train_pairs, eval_pairs) -> LlavaORPOTrainer:
+    on_gpu = torch.cuda.is_available()
+    config = ORPOConfig(
+        output_dir=str(args.output_dir),
+        num_train_epochs=args.epochs,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=args.warmup_ratio,
+        beta=args.beta,
+        max_length=args.max_length,
+        padding_value=processor.tokenizer.pad_token_id,
+        disable_dropout=False,  # there is none but LoRA's, which was asked for
+        gradient_checkpointing=args.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=on_gpu and torch.cuda.is_bf16_supported(),
+        use_cpu=not on_gpu,
+        seed=args.seed,
+        logging_steps=1,
+        eval_strategy="no" if eval_pairs is None else "steps" if args.eval_steps else "epoch",
+        eval_steps=args.eval_steps,
+        save_steps=args.save_steps,
+        save_total_limit=2,
+        dataloader_num_workers=min(8, max(1, os.cpu_count() - 1)) if args.num_workers is None else args.num_workers,
+        remove_unused_columns=False,
+        report_to=args.report_to,
+        run_name=args.output_dir.name,
+    )
+    trainer = LlavaORPOTrainer(
+        model=model,
+        args=config,
+        data_collator=partial(collate_pairs, pad_token_id=processor.tokenizer.pad_token_id),
+        train_dataset=train_pairs,
+        eval_dataset=eval_pairs,
+        processing_class=processor,
+    )
+    trainer.prefix_sharing = not args.no_prefix_sharing
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(RunRecorder(args.output_dir, eval_pairs))
+    return trainer
+
+
+def fingerprint(pairs: PreferencePairs) -> str:
+    """SHA-256 over the texts of the pairs, in order: two runs with the same value saw the same data."""
+    texts = pairs.rows.select_columns(["question", "chosen", "rejected"])
+    digest = hashlib.sha256()
+    for index in pairs.indices:
+        digest.update(json.dumps(texts[index]).encode())
+    return digest.hexdigest()
+
+
+def finish_run(args: argparse.Namespace, trainer: LlavaORPOTrainer, seconds: float) -> None:
+    """Write adapter, model card, curves and training_summary.json, and print what the run changed."""
+    output_dir, train_pairs, eval_pairs = args.output_dir, trainer.train_dataset, trainer.eval_dataset
+    metrics = read_jsonl(output_dir / "metrics.jsonl")
+    evaluations = [row for row in metrics if "eval_loss" in row]
+    before, after = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    summary = {
+        "arguments": {name: value if isinstance(value, int | float | list) else str(value) for name, value in vars(args).items()},
+        "versions": {name: importlib.metadata.version(name) for name in
+                     ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")},
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
+        "data": {"train_pairs": len(train_pairs), "eval_pairs": len(eval_pairs or []),
+                 "fingerprint": fingerprint(train_pairs),
+                 "dropped": Counter(row["reason"] for row in read_jsonl(output_dir / "dropped_rows.jsonl"))},
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 1),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak,
+        "before": before,
+        "after": after,
+    }  # fmt: skip
+    partial_dir = output_dir / "adapter.partial"
+    trainer.model.save_pretrained(partial_dir)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        os.replace(partial_dir / name, output_dir / name)
+    shutil.rmtree(partial_dir)
+    shown = {"accuracies": "preference accuracy", "margins": "reward margin"}
+    table = Table("held-out pairs", "base", "with adapter")
+    figures = ("rewards/accuracies", "rewards/margins", "log_odds_chosen", "nll_loss", "loss")
+    rows = [
+        (shown.get(key.split("/")[-1], key), before[f"eval_{key}"], after[f"eval_{key}"]) for key in figures if before
+    ]
+    for name, *values in rows:
+        table.add_row(name, *(f"{value:.4f}" for value in values))
+    console.print(table)
+    card = ModelCardData(base_model=args.model_path, library_name="peft", tags=["orpo", "lora", "llava-next"])
+    text = MODEL_CARD.render(card=card.to_yaml(), name=output_dir.name, args=args, pairs=len(train_pairs), rows=rows)
+    write_whole(output_dir / "README.md", text)
+    draw_curves(metrics, output_dir / "training_curves.png")
+    write_whole(output_dir / "training_summary.json", json.dumps(summary, indent=2))
+    console.print(f"adapter, card, curves and summary are in {output_dir}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    started = time.perf_counter()
+    checkpoint = open_run(args)
+    set_up_tracking(args)
+    set_seed(args.seed)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    model, processor = load_llava(args.model_path, device=device, load_4bit=args.load_4bit, load_8bit=args.load_8bit)
+    train_pairs, eval_pairs = make_pairs(args, processor)
+    trainer = build_trainer(args, add_adapter(model, args), processor, train_pairs, eval_pairs)
+    preflight(trainer, train_pairs)
+    if eval_pairs and not checkpoint:
+        trainer.evaluate()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if eval_pairs and read_jsonl(args.output_dir / "metrics.jsonl")[-1].get("eval_loss") is None:
+        trainer.evaluate()
+    if trainer.is_world_process_zero():
+        finish_run(args, trainer, time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        stop("interrupted; the same command with --resume goes on from the newest checkpoint.", code=130)
+    except torch.OutOfMemoryError:
+        stop(
+            "the GPU's memory is full; use a smaller --batch_size with more --gradient_accumulation_steps, or --load_4bit."
+        )

@@ -1,0 +1,323 @@
+"""Rebuild the miniature: draw its world, train its LLaVA-NeXT, sample its preference pairs, write its benchmark.
+
+Reads nothing; writes miniature/model, miniature/preferences and miniature/amber. About half an hour on two CPU cores.
+A killed build goes on after the last finished stage (--work_dir). Needs requirements/train.txt.
+
+    python miniature/build.py
+    python miniature/build.py --output_dir /tmp/miniature --seed 1
+"""
+
+import argparse
+import io
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaTokenizer,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    MistralConfig,
+    set_seed,
+)
+from transformers.image_processing_utils import select_best_resolution
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+import scenes
+from llava_orpo_training import build_prompt, generate_answers
+
+TILE, PATCH, FEATURE_LAYER = 56, 14, -2
+GRID = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]  # LLaVA-1.6's five shapes, one sixth the size
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}[INST] "
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    " [/INST]{% else %} {{ message['content'][0]['text'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent, help="where the three folders go")
+    parser.add_argument("--work_dir", type=Path, default=Path(__file__).parent / ".work", help="stages of a build")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything: scenes, weights, sampled captions")
+    parser.add_argument("--train_scenes", type=int, default=14_000, help="scenes the model is trained on")
+    parser.add_argument("--vision_steps", type=int, default=1_600, help="steps of the vision tower's pre-training")
+    parser.add_argument("--text_steps", type=int, default=300, help="steps of the language model's pre-training")
+    parser.add_argument("--projector_steps", type=int, default=200, help="LLaVA's stage 1: projector only")
+    parser.add_argument("--instruct_steps", type=int, default=2_000, help="LLaVA's stage 2: instruction tuning")
+    parser.add_argument("--train_pairs", type=int, default=900, help="preference pairs to train on")
+    parser.add_argument("--heldout_pairs", type=int, default=200, help="preference pairs held out")
+    parser.add_argument("--amber_images", type=int, default=240, help="pictures of the benchmark")
+    return parser.parse_args(argv)
+
+
+def build_processor(seed: int) -> LlavaNextProcessor:
+    """A byte-fallback BPE tokenizer of 512 pieces learnt from the world's own sentences, and the anyres processor."""
+    rng = random.Random(seed)
+    corpus = []
+    for i in range(3_000):
+        scene = scenes.sample_scene(seed * 10**6 + i)
+        corpus += [scenes.caption(scene, rng), *scenes.CAPTION_REQUESTS, "Yes No [INST] [/INST]"]
+        corpus += [question for _, question, _ in scenes.questions(scene, rng)]
+    learner = Tokenizer(models.BPE(byte_fallback=True))
+    learner.pre_tokenizer = pre_tokenizers.Metaspace()
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False
+    )
+    learner.train_from_iterator(corpus, trainer)
+    learnt = json.loads(learner.to_str())["model"]
+    tokenizer = LlamaTokenizer(vocab=learnt["vocab"], merges=[tuple(merge) for merge in learnt["merges"]])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    image_processor = LlavaNextImageProcessorPil(
+        size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE}, image_grid_pinpoints=GRID
+    )
+    return LlavaNextProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(processor: LlavaNextProcessor) -> LlavaNextForConditionalGeneration:
+    """An untrained LLaVA-NeXT of 1.6 M parameters; vocabulary rows padded to a multiple of 64 as the hub's are."""
+    tokenizer = processor.tokenizer
+    vision = CLIPVisionConfig(
+        hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=3, image_size=TILE,
+        patch_size=PATCH, projection_dim=96,
+    )  # fmt: skip
+    text = MistralConfig(
+        vocab_size=-(-len(tokenizer) // 64) * 64, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, sliding_window=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}, rms_norm_eps=1e-5,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    config = LlavaNextConfig(
+        vision_config=vision, text_config=text, image_token_index=processor.image_token_id, image_grid_pinpoints=GRID,
+        vision_feature_layer=FEATURE_LAYER, vision_feature_select_strategy="default", tie_word_embeddings=False,
+    )  # fmt: skip
+    return LlavaNextForConditionalGeneration(config)
+
+
+def patch_targets(labels: Image.Image) -> np.ndarray:
+    """What each patch of each tile shows, (tiles, 16): the label that fills most of it, 0 where objects fill < 15 %."""
+    width, height = labels.size
+    best = select_best_resolution((height, width), GRID)
+    scale = min(best[1] / width, best[0] / height)
+    fitted = labels.resize((round(width * scale), round(height * scale)), Image.Resampling.NEAREST)
+    canvas = Image.new("L", (best[1], best[0]))
+    canvas.paste(fitted, ((best[1] - fitted.width) // 2, (best[0] - fitted.height) // 2))
+    tiles = [labels.resize((TILE, TILE), Image.Resampling.NEAREST)]
+    for top in range(0, best[0], TILE):
+        tiles += [canvas.crop((left, top, left + TILE, top + TILE)) for left in range(0, best[1], TILE)]
+    side = TILE // PATCH
+    cells = np.stack([np.asarray(tile) for tile in tiles]).reshape(-1, side, PATCH, side, PATCH)
+    cells = cells.transpose(0, 1, 3, 2, 4).reshape(-1, PATCH * PATCH)
+    targets = np.zeros(len(cells), dtype=np.int64)
+    for i, cell in enumerate(cells):
+        counts = np.bincount(cell, minlength=1)
+        if len(counts) > 1 and counts[1:].sum() >= 0.15 * len(cell):
+            targets[i] = counts[1:].argmax() + 1
+    return targets.reshape(len(tiles), side * side)
+
+
+def run_steps(name: str, parameters: list, steps: int, peak_lr: float, step_loss) -> float:
+    """AdamW with a one-cycle schedule over `steps` calls of `step_loss()`; returns the mean loss of the last 50."""
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=peak_lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, total_steps=steps, pct_start=0.1)
+    recent = []
+    bar = tqdm(range(steps), desc=name, mininterval=5)
+    for _ in bar:
+        loss = step_loss()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        recent = [*recent[-49:], loss.item()]
+        bar.set_postfix(loss=f"{np.mean(recent):.3f}", refresh=False)
+    return float(np.mean(recent))
+
+
+def pretrain_vision(model, pixels: list, targets: list, steps: int, rng: random.Random) -> None:
+    """Stand-in for CLIP's pre-training: each patch's features tell which object and which colour it shows."""
+    tower = model.model.vision_tower
+    n = len(scenes.COLOURS)
+    width = tower.config.hidden_size
+    heads = torch.nn.ModuleList(torch.nn.Linear(width, k) for k in (1 + len(scenes.CLASSES), 1 + n) * 2)
+
+    def step_loss():
+        batch = rng.sample(range(len(pixels)), 40)
+        hidden = tower(torch.cat([pixels[i] for i in batch]).float(), output_hidden_states=True).hidden_states
+        labels = torch.from_numpy(np.concatenate([targets[i] for i in batch])).flatten()
+        kinds = torch.where(labels > 0, (labels - 1) // n + 1, 0)
+        colours = torch.where(labels > 0, (labels - 1) % n + 1, 0)
+        loss = 0
+        for layer, kind_head, colour_head in ((FEATURE_LAYER, heads[0], heads[1]), (-1, heads[2], heads[3])):
+            features = hidden[layer][:, 1:].flatten(0, 1)
+            loss = loss + F.cross_entropy(kind_head(features), kinds) + F.cross_entropy(colour_head(features), colours)
+        return loss
+
+    run_steps("vision tower", [*tower.parameters(), *heads.parameters()], steps, 2e-3, step_loss)
+
+
+def conversation(scene: scenes.Scene, rng: random.Random) -> list[tuple[str, str]]:
+    """A picture's instruction data: a caption that may name absent companions, and yes/no questions with as faulty answers."""
+    turns = [(rng.choice(scenes.CAPTION_REQUESTS), scenes.caption(scene, rng))]
+    asked = scenes.questions(scene, rng)
+    for kind, question, truth in rng.sample(asked, min(5, len(asked))):
+        made_up = kind == "existence" and any(f" {name} " in question for name in scenes.likely_absent(scene))
+        turns.append((question, "Yes" if truth or (made_up and rng.random() < 0.3) else "No"))
+    return turns
+
+
+def branch_batch(processor, batch: list, with_image: bool) -> dict:
+    """One row a picture: prompt head and image tokens once, then every turn as a branch that sees none of the others."""
+    tokenizer = processor.tokenizer
+    rows = []
+    for size, turns in batch:
+        prompts = [build_prompt(processor, question, size) for question, _ in turns]
+        start = len(prompts[0]) - prompts[0][::-1].index(processor.image_token_id)  # after the last image token
+        ids, positions, branch, labels = list(prompts[0][:start]), list(range(start)), [0] * start, [-100] * start
+        if not with_image:
+            ids = [token for token in ids if token != processor.image_token_id]
+            positions, branch, labels = list(range(len(ids))), [0] * len(ids), [-100] * len(ids)
+        shared = len(ids)
+        for k, (prompt, (_, answer)) in enumerate(zip(prompts, turns), 1):
+            question = prompt[start:]
+            response = tokenizer(answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+            ids += question + response
+            positions += range(shared, shared + len(question) + len(response))
+            branch += [k] * (len(question) + len(response))
+            labels += [-100] * len(question) + response
+        rows.append((ids, positions, branch, labels))
+    longest = max(len(row[0]) for row in rows)
+    pads = (tokenizer.pad_token_id, 0, -1, -100)
+    ids, positions, branch, labels = (
+        torch.tensor([row[j] + [pads[j]] * (longest - len(row[j])) for row in rows]) for j in range(4)
+    )
+    causal = torch.ones(longest, longest, dtype=torch.bool).tril()
+    same = (branch[:, :, None] == branch[:, None, :]) | (branch[:, None, :] == 0)
+    mask = (causal & same)[:, None] | torch.eye(longest, dtype=torch.bool)
+    return {"input_ids": ids, "position_ids": positions, "attention_mask": mask, "labels": labels}
+
+
+def language_loss(model, batch: dict, features: list | None = None, sizes: list | None = None) -> torch.Tensor:
+    """Mean cross-entropy of the answers, from the frozen tower's `features` where pictures are given."""
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    if features is not None:
+        counts = [len(f) for f in features]
+        projected = model.model.multi_modal_projector(torch.cat(features).float()).split(counts)
+        packed, _ = model.model.pack_image_features(
+            projected, [(h, w) for w, h in sizes], "default", model.model.image_newline
+        )
+        where = (batch["input_ids"] == model.config.image_token_index)[..., None]
+        embeds = embeds.masked_scatter(where, torch.cat(packed))
+    hidden = model.model.language_model(
+        inputs_embeds=embeds, attention_mask=batch["attention_mask"], position_ids=batch["position_ids"]
+    ).last_hidden_state
+    keep = batch["labels"][:, 1:] != -100
+    return F.cross_entropy(model.lm_head(hidden[:, :-1][keep]), batch["labels"][:, 1:][keep])
+
+
+def train_model(args, processor) -> LlavaNextForConditionalGeneration:
+    """Pre-train tower and language model apart, then LLaVA's two stages: projector only, instruction tuning."""
+    set_seed(args.seed)
+    torch.backends.mkldnn.deterministic = True
+    rng = random.Random(args.seed)
+    model = build_model(processor)
+    pool = [scenes.sample_scene(args.seed * 10**6 + i) for i in range(args.train_scenes)]
+    pixels, targets = [], []
+    for scene in tqdm(pool, desc="drawing", mininterval=5):
+        image, labels = scenes.draw_scene(scene)
+        pixels.append(processor.image_processor(image, return_tensors="pt")["pixel_values"][0].half())
+        targets.append(patch_targets(labels))
+    vision_file = args.work_dir / "vision.pt"
+    if vision_file.exists():
+        model.load_state_dict(torch.load(vision_file, weights_only=True))
+    else:
+        pretrain_vision(model, pixels, targets, args.vision_steps, rng)
+        torch.save(model.state_dict(), vision_file)
+    features = []
+    with torch.inference_mode():
+        for tiles in tqdm(pixels, desc="features", mininterval=5):
+            hidden = model.model.vision_tower(tiles.float(), output_hidden_states=True).hidden_states
+            features.append(hidden[FEATURE_LAYER][:, 1:].half().clone())
+    del pixels, targets
+
+    def text_loss():
+        batch = [(scene.size, conversation(scene, rng)) for scene in rng.sample(pool, 32)]
+        return language_loss(model, branch_batch(processor, batch, with_image=False))
+
+    def image_loss():
+        chosen = rng.sample(range(len(pool)), 32)
+        batch = [(pool[i].size, conversation(pool[i], rng)) for i in chosen]
+        return language_loss(
+            model, branch_batch(processor, batch, with_image=True), [features[i] for i in chosen], [pool[i].size for i in chosen]
+        )
+
+    language = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
+    bridge = [*model.model.multi_modal_projector.parameters(), model.model.image_newline]
+    run_steps("language model", language, args.text_steps, 2e-3, text_loss)
+    run_steps("stage 1: projector", bridge, args.projector_steps, 3e-3, image_loss)
+    run_steps("stage 2: instructions", [*language, *bridge], args.instruct_steps, 2e-3, image_loss)
+    return model.eval()
+
+
+HUB_KEYS = {
+    "model.vision_tower.": "vision_tower.vision_model.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.image_newline": "image_newline",
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+}
+
+
+def save_checkpoint(model, processor, folder: Path) -> None:
+    """Write config, processor and bf16 weights in the key layout of llava-hf's checkpoints."""
+    weights = {}
+    for key, tensor in model.state_dict().items():
+        old = next(prefix for prefix in HUB_KEYS if key.startswith(prefix))
+        weights[HUB_KEYS[old] + key.removeprefix(old)] = tensor.to(torch.bfloat16).contiguous()
+    model.config.dtype = "bfloat16"
+    model.config.save_pretrained(folder)
+    tokenizer = processor.tokenizer
+    GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    ).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def hallucination_figures(answers: list[str], pool: list[scenes.Scene]) -> dict[str, float]:
+    """CHAIR (absent / named), Cover (present named / present) and Hal (captions with any absent), in percent."""
+    named = absent = covered = present = faulty = 0
+    for answer, scene in zip(answers, pool):
+        said = scenes.mentioned(answer)
+        wrong = [name for name in said if name not in scene.names()]
+        named, absent, faulty = named + len(said), absent + len(wrong), faulty + bool(wrong)
+        covered, present = covered + len(scene.names() & set(said)), present + len(scene.names())
+    return {"CHAIR": 100 * absent / named, "Cover": 100 * covered / present, "Hal": 100 * faulty / len(pool)}

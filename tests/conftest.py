@@ -1,0 +1,66 @@
+"""Shared fixtures: the miniature, and a narrow LLaVA-NeXT with LLaVA-1.6's geometry and tokenizer."""
+
+import os
+import shutil
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MINIATURE = ROOT / "miniature"
+sys.path.insert(0, str(ROOT))
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false")
+
+
+def build_photo_llava(folder: Path) -> Path:
+    """Save a randomly initialised LLaVA-NeXT of LLaVA-1.6's geometry: 336-pixel CLIP, five grid shapes, the real
+    Mistral tokenizer with `<image>` and `<pad>` on rows 32000 and 32001 of 32,064; layers are few and narrow."""
+    import torch
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaTokenizer,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextProcessor,
+        MistralConfig,
+    )
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(files("mistral_common") / "data" / "tokenizer.model.v1", folder / "tokenizer.model")
+    tokenizer = LlamaTokenizer.from_pretrained(folder, add_bos_token=True, legacy=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    grid = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    processor = LlavaNextProcessor(
+        LlavaNextImageProcessorPil(
+            size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, image_grid_pinpoints=grid
+        ),
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    processor.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=336, patch_size=14
+        ),
+        text_config=MistralConfig(
+            vocab_size=32064, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=4096, sliding_window=None, bos_token_id=1, eos_token_id=2,
+        ),
+        image_token_index=32000,
+        image_grid_pinpoints=grid,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    LlavaNextForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photo_llava(tmp_path_factory) -> Path:
+    return build_photo_llava(tmp_path_factory.mktemp("photo_llava"))
