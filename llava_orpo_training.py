@@ -83,7 +83,9 @@ import resource
 import shutil
 import time
 from collections import Counter
+from contextlib import suppress
 from functools import partial
+from itertools import chain
 from typing import NoReturn
 
 for name, value in {
@@ -118,7 +120,8 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-console = Console(stderr=True)
+MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # of several under torchrun, the one that prints and writes
+console = Console(stderr=True, quiet=not MAIN_PROCESS)
 
 
 # ---------------------------------------------------------------------------- blocks that later scripts copy
@@ -256,9 +259,13 @@ def find_fault(question: str, chosen: str, rejected: str, image_file, processor,
         with Image.open(image_file) as image:
             turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 swap width and height
             size = image.size[::-1] if turned else image.size
-    except Exception as error:  # Pillow's parsers raise whatever a broken header makes them raise
-        return f"image does not open ({type(error).__name__})"
-    if len(build_prompt(processor, question, size)) >= max_length:
+    except Exception:  # Pillow's parsers raise whatever a broken header makes them raise
+        return "image does not open"
+    image_tokens = processor._get_num_multimodal_tokens(image_sizes=[size[::-1]])["num_image_tokens"][0]
+    at_most = (
+        image_tokens + len(question.encode()) + 32
+    )  # no token is shorter than a byte; most rows need no exact count
+    if at_most >= max_length and len(build_prompt(processor, question, size)) >= max_length:
         return "prompt does not fit --max_length"
     return None
 
@@ -269,10 +276,9 @@ def check_rows(rows: datasets.Dataset, root: Path, processor, max_length: int, l
     columns = rows.select_columns(["question", "chosen", "rejected", "image"]).with_format("arrow")
     for start in tqdm(range(0, len(rows), 1000), desc="checking rows", disable=len(rows) < 5000):
         table = columns[start : start + 1000]
-        images = table["image"].combine_chunks()
-        texts = (table[name].to_pylist() for name in ("question", "chosen", "rejected"))
-        for i, row in enumerate(zip(*texts, images.field("bytes"), images.field("path"), strict=True), start):
-            *text, content, path = row
+        texts = zip(*(table[name].to_pylist() for name in ("question", "chosen", "rejected")), strict=True)
+        images = chain.from_iterable(zip(c.field("bytes"), c.field("path"), strict=True) for c in table["image"].chunks)
+        for i, (text, (content, path)) in enumerate(zip(texts, images, strict=True), start):
             # a view of the column's memory: of a 13 GB set only the pages with headers are read
             file = pa.BufferReader(content.as_buffer()) if content.is_valid else root / (path.as_py() or "")
             fault = find_fault(*text, file, processor, max_length)
@@ -287,8 +293,8 @@ def check_rows(rows: datasets.Dataset, root: Path, processor, max_length: int, l
 
 def split_rows(rows: datasets.Dataset, good: list[int], eval_fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Split row indices into (train, held out); rows that share an `image_path` stay on one side."""
-    names = rows["image_path"] if "image_path" in rows.column_names else None
-    picture = np.unique([str(names[i]) if names else str(i) for i in good], return_inverse=True)[1]
+    names = rows["image_path"][:] if "image_path" in rows.column_names else range(len(rows))
+    picture = np.unique([str(names[i]) for i in good], return_inverse=True)[1]
     order = np.random.default_rng(seed).permutation(picture.max() + 1) if good else picture
     held_out = np.isin(picture, order[: round(eval_fraction * len(order))])
     good = np.asarray(good, dtype=int)
@@ -298,7 +304,8 @@ def split_rows(rows: datasets.Dataset, good: list[int], eval_fraction: float, se
 class PreferencePairs(torch.utils.data.Dataset):
     """Pairs as token ids and pixels, made when asked for: `__getitem__` runs in the data loader's workers.
 
-    A picture that turns out broken when its pixels are decoded is noted in `dropped_file`, and the next row stands in.
+    What only shows then (a picture that breaks off, responses that are equal once cut to `max_length`) is noted in
+    `dropped_file`, and the next row stands in.
     """
 
     def __init__(
@@ -324,12 +331,15 @@ class PreferencePairs(torch.utils.data.Dataset):
         for candidate in (*range(index, len(self)), *range(index)):
             try:
                 row = self.row(candidate)
-                return self.encode(row["image"], row["question"], row["chosen"], row["rejected"])
+                features = self.encode(row["image"], row["question"], row["chosen"], row["rejected"])
+                reason = None if features["chosen"] != features["rejected"] else "chosen equals rejected once cut"
             except OSError:
-                note = {"row": self.indices[candidate], "reason": "image breaks off when decoded"}
-                with self.dropped_file.open("a") as file:
-                    file.write(json.dumps(note) + "\n")
-        raise OSError("no row has a picture that can be decoded")
+                reason = "image breaks off when decoded"
+            if reason is None:
+                return features
+            with self.dropped_file.open("a") as file:
+                file.write(json.dumps({"row": self.indices[candidate], "reason": reason}) + "\n")
+        stop("no row is left that can be trained on; see dropped_rows.jsonl.")
 
     def encode(self, image: Image.Image, question: str, chosen: str, rejected: str) -> dict:
         """One pair: prompt ids, response ids closed by EOS (cut to `max_length`, the prompt never), pixels, size."""
@@ -491,6 +501,9 @@ def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs) -> None:
     model.eval()
     with torch.no_grad(), trainer.accelerator.autocast():
         features = model.get_base_model().get_image_features(batch["pixel_values"], batch["image_sizes"]).pooler_output
+        tokens = f"{pair['prompt'].count(processor.image_token_id)} and {len(features[0])}"
+        if pair["prompt"].count(processor.image_token_id) != len(features[0]):  # no forward would run
+            stop(f"preflight failed: image tokens equal image features, but found {tokens}; nothing was trained.")
         seen = trainer.concatenated_forward(model, batch)[0].item()
         unseen = trainer.concatenated_forward(model, {**batch, "pixel_values": -batch["pixel_values"]})[0].item()
     model.train()
@@ -505,14 +518,13 @@ def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs) -> None:
         torch.nn.init.zeros_(weight)
     model.zero_grad()
 
-    image_tokens = pair["prompt"].count(processor.image_token_id)
     labels = [batch[name][0][batch[name][0] != -100].tolist() for name in ("chosen_labels", "rejected_labels")]
     rows = model.get_input_embeddings().weight.shape[0]
     stray = [name for name in trainable if "embed_tokens" in name or "lm_head" in name]
-    modules = Counter(name.split(".lora_")[0].split(".")[-1] for name in trainable)
+    modules = Counter(name.split(".lora_A")[0].split(".")[-1] for name in trainable if "lora_A" in name)
     size = sum(weight.numel() for weight in trainable.values())
     checks = [
-        ("image tokens equal image features", f"{image_tokens} and {len(features[0])}", image_tokens == len(features[0])),
+        ("image tokens equal image features", tokens, True),
         ("another picture moves the chosen log-probability", f"{seen:.4f} -> {unseen:.4f} for its negative", seen != unseen),
         ("labels cover the responses only", f"{len(labels[0])} chosen, {len(labels[1])} rejected tokens",
          labels == [pair["chosen"], pair["rejected"]] and processor.image_token_id not in labels[0] + labels[1]),
@@ -525,8 +537,7 @@ def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs) -> None:
     table = Table("preflight", "found", "")
     for name, found, passed in checks:
         table.add_row(name, found, "[green]ok[/]" if passed else "[red]failed[/]")
-    if trainer.is_world_process_zero():
-        console.print(table)
+    console.print(table)
     for name, found, passed in checks:
         if not passed:
             stop(f"preflight failed: {name}, but found {found}; nothing was trained.")
@@ -551,7 +562,11 @@ th,td{vertical-align:top;padding-bottom:.4rem}.chosen th{color:#19742c}.rejected
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The file's lines up to the first that is no JSON, such as one whose writing was cut short; none if no file."""
+    rows = []
+    with suppress(FileNotFoundError, ValueError):
+        rows.extend(json.loads(line) for line in path.read_text().splitlines())
+    return rows
 
 
 class RunRecorder(ProgressCallback):
@@ -589,6 +604,7 @@ class RunRecorder(ProgressCallback):
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         super().on_evaluate(args, state, control, **kwargs)
+        self.last_log = (self.last_log[0], time.perf_counter())  # pairs per second are of training alone
         if not state.is_world_process_zero:
             return
         rows = [self.pairs.row(i) for i in range(min(self.NUM_SAMPLES, len(self.pairs)))]
@@ -640,13 +656,8 @@ def draw_curves(metrics: list[dict], path: Path) -> None:
             held_out = [(row["step"], row[f"eval_{key}"]) for row in metrics if f"eval_{key}" in row]
             axis.plot(*zip(*train, strict=True), color=colour, alpha=0.55, lw=1, label=label)
             if held_out:
-                axis.plot(
-                    *zip(*held_out, strict=True),
-                    "o",
-                    color=colour,
-                    ms=5,
-                    label=f"held out{', ' + label if len(keys) > 1 else ''}",
-                )
+                label = f"held out{', ' + label if len(keys) > 1 else ''}"
+                axis.plot(*zip(*held_out, strict=True), "o", color=colour, ms=5, label=label)
         axis.set_title(title, fontsize=11)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8, frameon=False)
@@ -713,6 +724,8 @@ def open_run(args: argparse.Namespace) -> Path | None:
     settings = {name: str(value) for name, value in vars(args).items()
                 if name not in ("resume", "report_to", "wandb_project", "wandb_entity", "num_workers")}  # fmt: skip
     checkpoint = last_checkpoint(output_dir)
+    if not MAIN_PROCESS:
+        return checkpoint
     if not args.resume and (checkpoint or (output_dir / "adapter_config.json").exists()):
         stop(f"--output_dir {output_dir} holds an earlier run; add --resume to go on with it, or name another folder.")
     if checkpoint:
@@ -748,7 +761,8 @@ def make_pairs(args: argparse.Namespace, processor) -> tuple[PreferencePairs, Pr
     else:
         test = rows["train"]
         train, eval_good = split_rows(rows["train"], good, args.eval_fraction, args.seed)
-    write_whole(dropped_file, "".join(json.dumps(row) + "\n" for row in dropped))
+    if MAIN_PROCESS:
+        write_whole(dropped_file, "".join(json.dumps(row) + "\n" for row in dropped))
     reasons = ", ".join(f"{n} x {reason}" for reason, n in Counter(row["reason"] for row in dropped).most_common())
     if not train:
         stop(f"--dataset {args.dataset} has no usable pair ({reasons or 'it has no rows'}); see {dropped_file}.")
@@ -872,10 +886,13 @@ def main(argv: list[str] | None = None) -> None:
     if eval_pairs and not checkpoint:
         trainer.evaluate()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if eval_pairs and read_jsonl(args.output_dir / "metrics.jsonl")[-1].get("eval_loss") is None:
+    history, last_step = trainer.state.log_history, trainer.state.global_step
+    if eval_pairs and not any("eval_loss" in row and row["step"] == last_step for row in history):
         trainer.evaluate()
-    if trainer.is_world_process_zero():
+    if MAIN_PROCESS:
         finish_run(args, trainer, time.perf_counter() - started)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ COMPANIONS = {
     "tent": ("lamp", 0.54),
     "clock": ("book", 0.50),
 }
+ASSOCIATIONS = {"cup": ["mug"], "boat": ["ship"], "bus": ["vehicle"], "car": ["vehicle"], "moon": ["sky"]}
+SAFE_WORDS = ["orange", "image", "picture", "object", "shape", "line", "background", "scene"]
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 CAPTION_REQUESTS = ["Describe this image.", "What is in this image?", "Name everything you can see in this image."]
 # canvas (width, height) -> weight; with 56-pixel tiles these reach several of the anyres grid's shapes

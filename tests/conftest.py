@@ -11,7 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MINIATURE = ROOT / "miniature"
 sys.path.insert(0, str(ROOT))
-os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HF_HUB_OFFLINE="1", WANDB_MODE="offline", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false"
+)
 
 
 def build_photo_llava(folder: Path) -> Path:

@@ -1,0 +1,37 @@
+.DEFAULT_GOAL := help
+.PHONY: demo test quality fix-copies help
+PYTHON ?= python3
+BIN := .venv/bin
+SCRIPTS := llava_*.py miniature benchmarks tests
+
+demo: .venv/train.done ## align the miniature model with ORPO and show what it changed (minutes, no GPU, no hub)
+	$(BIN)/python benchmarks/bench_effect.py --seeds 0 --output_dir outputs/demo
+
+test: .venv/test.done ## everything that continuous integration runs
+	$(BIN)/ruff format --check $(SCRIPTS)
+	$(BIN)/ruff check $(SCRIPTS)
+	$(BIN)/python tests/check_copies.py
+	$(BIN)/python -m pytest
+
+quality: .venv/test.done ## format, lint and check the copied blocks
+	$(BIN)/ruff format $(SCRIPTS)
+	$(BIN)/ruff check --fix $(SCRIPTS)
+	$(BIN)/python tests/check_copies.py
+
+fix-copies: ## overwrite copied blocks that drifted from their source
+	$(PYTHON) tests/check_copies.py --fix
+
+help: ## list the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: found Python %d.%d, need 3.11 or newer; set PYTHON=/path/to/python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+
+.venv/train.done: requirements/train.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/train.txt
+	@touch $@
+
+.venv/test.done: requirements/test.txt .venv/train.done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/test.txt
+	@touch $@

@@ -1,0 +1,75 @@
+"""The scripts' copied blocks are what they say they are, and the checker that says so can tell."""
+
+import pytest
+from check_copies import check
+from conftest import ROOT
+
+SOURCE = '''LIMIT = 3
+
+
+@staticmethod
+def shared(x):
+    """Add the limit."""
+    return x + LIMIT
+
+
+def main():
+    pass
+'''
+COPY = '''def before():
+    pass
+
+
+# Copied from first.shared
+@staticmethod
+def shared(x):
+    """Add the limit."""
+    return x + LIMIT
+
+
+# Copied from first.LIMIT
+LIMIT = 3
+
+
+def main():
+    print("its own")
+'''
+
+
+@pytest.fixture
+def pair(tmp_path):
+    (tmp_path / "first.py").write_text(SOURCE)
+    (tmp_path / "second.py").write_text(COPY)
+    return [tmp_path / "first.py", tmp_path / "second.py"]
+
+
+def test_repository_has_no_faulty_copy():
+    assert check(sorted(ROOT.glob("llava_*.py"))) == []
+
+
+def test_true_copies_pass(pair):
+    assert check(pair) == []
+
+
+@pytest.mark.parametrize("old, new", [("x + LIMIT", "x - LIMIT"), ("LIMIT = 3", "LIMIT = 4"), ("Add", "Subtract")])
+def test_drift_is_reported_and_mended(pair, old, new):
+    pair[1].write_text(COPY.replace(old, new))
+    faults = check(pair)
+    assert len(faults) == 1 and "differs from first." in faults[0]
+    assert check(pair, fix=True) == []
+    assert pair[1].read_text() == COPY
+
+
+def test_twins_without_a_marker_are_reported(pair):
+    pair[1].write_text(COPY.replace("# Copied from first.shared\n", ""))
+    assert check(pair) == ["shared is written in first and in second; mark one as copied, or rename it."]
+
+
+def test_a_marker_that_points_nowhere_is_reported(pair):
+    pair[1].write_text(COPY.replace("first.shared", "first.gone"))
+    assert any("written in no script" in fault for fault in check(pair))
+
+
+def test_a_copy_of_a_copy_is_reported(pair, tmp_path):
+    (tmp_path / "third.py").write_text(COPY.replace("first.", "second.").replace("before", "earlier"))
+    assert sum("written in no script" in fault for fault in check([*pair, tmp_path / "third.py"])) == 2

@@ -1,0 +1,202 @@
+"""Rows become tokens as they should, and rows that cannot are left out, counted and listed."""
+
+import io
+import json
+
+import datasets
+import numpy as np
+import pytest
+from conftest import MINIATURE
+from PIL import Image
+
+import llava_orpo_training as training
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return training.load_llava(str(MINIATURE / "model"), device="cpu")[1]
+
+
+def picture(size=(120, 90), seed=0, kind="PNG", mode="RGB") -> bytes:
+    noise = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).convert(mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def row(**changes) -> dict:
+    good = {
+        "image": {"bytes": picture(), "path": "a.png"},
+        "question": "Describe this image.",
+        "chosen": "The image shows a red ball.",
+        "rejected": "The image shows a red ball and a blue cup.",
+    }
+    return {**good, **changes}
+
+
+def make_pairs(rows: list[dict], folder, processor, *flags: str):
+    source = folder / "pairs.parquet"
+    datasets.Dataset.from_list(rows).to_parquet(source)
+    args = training.parse_args(
+        ["--dataset", str(source), "--output_dir", str(folder), "--eval_fraction", "0", "--max_length", "300", *flags]
+    )
+    return training.make_pairs(args, processor)[0]
+
+
+def dropped(folder) -> list[dict]:
+    return training.read_jsonl(folder / "dropped_rows.jsonl")
+
+
+BAD_ROWS = {
+    "question is empty": {"question": "  "},
+    "chosen is empty": {"chosen": ""},
+    "rejected is empty": {"rejected": None},
+    "chosen equals rejected": {"rejected": "The image shows a red ball. "},
+    "image does not open": {"image": {"bytes": b"this is no picture", "path": None}},
+    "image does not open ": {"image": {"bytes": None, "path": "gone.png"}},
+    "prompt does not fit --max_length": {"question": "Describe this image, every part of it. " * 60},
+}
+
+
+@pytest.mark.parametrize("reason", BAD_ROWS)
+def test_a_bad_row_is_left_out_and_listed(reason, tmp_path, processor, capsys):
+    pairs = make_pairs([row(), row(**BAD_ROWS[reason]), row()], tmp_path, processor)
+    assert pairs.indices == [0, 2]
+    assert dropped(tmp_path) == [{"row": 1, "reason": reason.strip()}]
+    assert f"1 x {reason.strip()}" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_picture_that_breaks_off_is_replaced_and_listed(tmp_path, processor):
+    broken = picture((400, 300), seed=3, kind="JPEG")[:-9000]
+    pairs = make_pairs([row(image={"bytes": broken, "path": None}), row()], tmp_path, processor)
+    assert pairs[0]["prompt"] == pairs[1]["prompt"]
+    assert dropped(tmp_path) == [{"row": 0, "reason": "image breaks off when decoded"}]
+
+
+def test_responses_that_are_equal_once_cut_are_replaced(tmp_path, processor):
+    same = "The image shows a red ball. " * 40
+    pairs = make_pairs([row(chosen=same + "A cup.", rejected=same + "A bus."), row()], tmp_path, processor)
+    assert pairs[0]["chosen"] == pairs[1]["chosen"]
+    assert dropped(tmp_path) == [{"row": 0, "reason": "chosen equals rejected once cut"}]
+
+
+def test_truncation_shortens_a_response_and_never_the_prompt(tmp_path, processor):
+    long = "The image shows " + "a red ball, " * 60
+    features = make_pairs([row(chosen=long)], tmp_path, processor)[0]
+    prompt = training.build_prompt(processor, "Describe this image.", (120, 90))
+    assert features["prompt"] == prompt
+    assert len(prompt) + len(features["chosen"]) == 300
+    assert features["chosen"][-1] != processor.tokenizer.eos_token_id
+    assert features["rejected"][-1] == processor.tokenizer.eos_token_id
+
+
+def test_every_mode_of_picture_can_be_used(tmp_path, processor):
+    rows = [row(image={"bytes": picture(mode=mode), "path": None}) for mode in ("L", "RGBA", "P", "1", "I;16")]
+    rows.append(row(image={"bytes": picture(mode="CMYK", kind="JPEG"), "path": None}))
+    pairs = make_pairs(rows, tmp_path, processor)
+    assert [pairs[i]["pixel_values"].shape[1:] for i in range(6)] == [(3, 56, 56)] * 6
+
+
+def test_a_turned_picture_has_as_many_tokens_as_features(tmp_path, processor):
+    image = Image.open(io.BytesIO(picture((160, 64))))
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", exif=exif)
+    features = make_pairs([row(image={"bytes": buffer.getvalue(), "path": None})], tmp_path, processor)[0]
+    assert features["image_sizes"].tolist() == [160, 64]
+    assert features["prompt"] == training.build_prompt(processor, "Describe this image.", (64, 160))
+
+
+@pytest.mark.parametrize("column", ["image", "question", "chosen", "rejected"])
+def test_a_missing_column_is_one_sentence(column, tmp_path, processor, capsys):
+    rows = [{name: value for name, value in row().items() if name != column}]
+    with pytest.raises(SystemExit, match="2"):
+        make_pairs(rows, tmp_path, processor)
+    error = capsys.readouterr().err
+    assert f"lacks {column} (found:" in error and "Traceback" not in error
+
+
+def test_a_set_left_empty_is_one_sentence(tmp_path, processor, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        make_pairs([row(question="")], tmp_path, processor)
+    assert "has no usable pair (1 x question is empty)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["missing.parquet", "notes.txt", "broken.parquet"])
+def test_a_source_that_cannot_be_read_is_one_sentence(source, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "broken.parquet").write_text("hello")
+    with pytest.raises(SystemExit, match="2"):
+        training.load_rows(str(tmp_path / source))
+    assert capsys.readouterr().err.startswith("error: --dataset")
+
+
+def test_jsonl_with_pictures_beside_it(tmp_path, processor):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(picture())
+    line = row(image="images/a.png")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({**line, "chosen": ""}) + "\n")
+    args = training.parse_args(["--dataset", str(tmp_path / "pairs.jsonl"), "--output_dir", str(tmp_path)])
+    args.eval_fraction = 0
+    pairs, _ = training.make_pairs(args, processor)
+    assert pairs.indices == [0] and pairs[0]["image_sizes"].tolist() == [90, 120]
+
+
+def test_pairs_of_one_picture_stay_on_one_side_and_the_seed_decides(tmp_path, processor):
+    rows = [row(image_path=f"{i // 3}.png") for i in range(60)]
+    split = {}
+    for seed in ("1", "1 ", "2"):
+        folder = tmp_path / f"seed{seed}"
+        folder.mkdir()
+        datasets.Dataset.from_list(rows).to_parquet(folder / "pairs.parquet")
+        flags = ["--dataset", str(folder / "pairs.parquet"), "--output_dir", str(folder), "--seed", seed]
+        train, held_out = training.make_pairs(training.parse_args(flags), processor)
+        assert len(train) == 54 and len(held_out) == 6
+        assert not {i // 3 for i in train.indices} & {i // 3 for i in held_out.indices}
+        split[seed] = held_out.indices
+    assert split["1"] == split["1 "] != split["2"]
+
+
+def test_max_samples_are_the_first_good_pairs(tmp_path, processor):
+    pairs = make_pairs([row(question=""), *[row()] * 5], tmp_path, processor, "--max_samples", "3")
+    assert pairs.indices == [1, 2, 3]
+
+
+def test_special_tokens_in_texts_are_plain_text(tmp_path, processor):
+    text = "Is <image> </s> [INST] <pad> here?"
+    features = make_pairs([row(question=text, chosen="No <image> </s>.", rejected="Yes <s> <pad>.")], tmp_path, processor)[0]
+    tokenizer = processor.tokenizer
+    plain = training.build_prompt(processor, "", (120, 90)).count(processor.image_token_id)
+    assert features["prompt"].count(processor.image_token_id) == plain
+    assert features["prompt"].count(tokenizer.bos_token_id) == 1 and tokenizer.eos_token_id not in features["prompt"]
+    for name in ("chosen", "rejected"):
+        assert features[name].count(tokenizer.eos_token_id) == 1 and features[name][-1] == tokenizer.eos_token_id
+        assert not {tokenizer.bos_token_id, tokenizer.pad_token_id, processor.image_token_id} & set(features[name])
+    assert text in tokenizer.decode(features["prompt"])
+
+
+def test_the_prompt_is_the_original_codes(photo_llava):
+    """Ids of "[INST] <image>\\nWhat is it? [/INST] A cat.</s>" with Mistral's tokenizer, as LLaVA's own code makes them."""
+    processor = training.load_llava(str(photo_llava), device="cpu")[1]
+    prompt = training.build_prompt(processor, "What is it?", (640, 480))
+    assert prompt[:6] == [1, 733, 16289, 28793, 28705, 32000]
+    assert prompt.count(32000) == 2340
+    assert prompt[2345:] == [28705, 13, 3195, 349, 378, 28804, 733, 28748, 16289, 28793]
+    image = Image.new("RGB", (640, 480))
+    pairs = training.PreferencePairs(None, [], None, processor, 4096, None)
+    assert pairs.encode(image, "What is it?", "A cat.", "A dog.")["chosen"] == [330, 5255, 28723, 2]
+
+
+def test_collating_pads_prompts_left_and_responses_right(tmp_path, processor):
+    rows = [row(), row(image={"bytes": picture((160, 64)), "path": None}, question="And this?", chosen="A cup.")]
+    pairs = make_pairs(rows, tmp_path, processor)
+    features = [pairs[0], pairs[1]]
+    batch = training.collate_pairs(features, processor.tokenizer.pad_token_id)
+    for i, one in enumerate(features):
+        real = batch["prompt_attention_mask"][i].bool()
+        assert batch["prompt_input_ids"][i][real].tolist() == one["prompt"] and real[-1]
+        for name in ("chosen", "rejected"):
+            labels = batch[f"{name}_labels"][i].tolist()
+            assert labels == one[name] + [-100] * (len(labels) - len(one[name]))
+    assert batch["pixel_values"].shape == (2, 5, 3, 56, 56)

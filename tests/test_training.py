@@ -1,0 +1,274 @@
+"""The training script run whole: what it writes, that it resumes, and that it stops where it should."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import MINIATURE, ROOT
+from peft import PeftModel
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+from transformers import LlavaNextForConditionalGeneration
+
+import llava_orpo_training as training
+
+SCRIPT = str(ROOT / "llava_orpo_training.py")
+SMALL = ["--test_mode", "--report_to", "none", "--batch_size", "4", "--gradient_accumulation_steps", "2"]
+SMALL += ["--learning_rate", "1e-3", "--no-gradient_checkpointing", "--num_workers", "0"]
+
+
+@pytest.fixture(scope="session")
+def few_pairs(tmp_path_factory):
+    """A folder with 48 pairs of the miniature to train on and 8 held out."""
+    folder = tmp_path_factory.mktemp("few_pairs")
+    for split, n in (("train", 48), ("test", 8)):
+        rows = datasets.load_dataset("parquet", data_files=str(MINIATURE / "preferences" / f"{split}.parquet"), split="train")
+        rows.select(range(n)).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def run(folder, data, *flags):
+    training.main(["--model_path", str(MINIATURE / "model"), "--dataset", str(data), "--output_dir", str(folder), *SMALL[1:], *flags])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, few_pairs):
+    return run(tmp_path_factory.mktemp("run") / "finished", few_pairs, "--epochs", "2", "--save_steps", "4")
+
+
+def losses(folder) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in training.read_jsonl(folder / "metrics.jsonl") if "loss" in row}
+
+
+def test_files_and_keys(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {"adapter_model.safetensors", "adapter_config.json", "README.md", "metrics.jsonl", "samples.html",
+                     "samples.jsonl", "training_curves.png", "training_summary.json", "dropped_rows.jsonl",
+                     "arguments.json", "checkpoint-12"}  # fmt: skip
+    assert not [name for name in names if "partial" in name]
+    summary = json.loads((finished / "training_summary.json").read_text())
+    assert summary["steps"] == 12 and summary["arguments"]["lora_rank"] == 16
+    assert summary["data"]["train_pairs"] == 48 and summary["data"]["eval_pairs"] == 8 and summary["data"]["dropped"] == {}
+    assert len(summary["data"]["fingerprint"]) == 64 and summary["peak_memory_bytes"] > 1e8
+    assert summary["versions"]["trl"] == "1.16.0"
+    assert summary["before"]["step"] == 0 and summary["after"]["step"] == 12
+    assert summary["after"]["eval_nll_loss"] < summary["before"]["eval_nll_loss"]
+    rows = training.read_jsonl(finished / "metrics.jsonl")
+    assert list(losses(finished)) == list(range(1, 13))
+    trl_names = {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
+                 "logits/chosen", "logits/rejected", "nll_loss", "log_odds_ratio", "log_odds_chosen"}  # fmt: skip
+    for row in rows:
+        prefix = "eval_" if "eval_loss" in row else ""
+        assert {prefix + name for name in trl_names} <= set(row)
+    card = (finished / "README.md").read_text()
+    assert f"| {summary['before']['eval_rewards/accuracies']:.4f} | {summary['after']['eval_rewards/accuracies']:.4f} |" in card
+
+
+def test_samples_stand_beside_chosen_and_rejected(finished, few_pairs):
+    page = (finished / "samples.html").read_text()
+    held_out = datasets.load_dataset("parquet", data_files=str(few_pairs / "test.parquet"), split="train")
+    evaluations = training.read_jsonl(finished / "samples.jsonl")
+    assert [evaluation["step"] for evaluation in evaluations] == [0, 6, 12]
+    for i in range(4):
+        assert held_out[i]["chosen"] in page and held_out[i]["rejected"] in page
+        assert all(evaluation["answers"][i] in page for evaluation in evaluations)
+    assert page.count("data:image/png;base64,") == 4
+
+
+def test_the_adapter_loads_on_an_untouched_base_and_moves_it(finished):
+    keys = load_file(finished / "adapter_model.safetensors")
+    assert len(keys) == 2 * 4 * 7 and all("language_model" in key and "lora_" in key for key in keys)
+    base = LlavaNextForConditionalGeneration.from_pretrained(MINIATURE / "model", dtype=torch.float32)
+    rows = base.get_input_embeddings().weight.shape[0]
+    ids = torch.tensor([[1, 5, 300, 400]])
+    with torch.no_grad():
+        before = base(input_ids=ids).logits
+        adapted = PeftModel.from_pretrained(base, finished)
+        after = adapted(input_ids=ids).logits
+    assert (after - before).abs().max() > 1e-2
+    assert adapted.get_input_embeddings().weight.shape[0] == rows
+
+
+def test_an_unbroken_run_is_not_written_over(finished, few_pairs, capsys):
+    before = (finished / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        run(finished, few_pairs)
+    assert "holds an earlier run; add --resume" in capsys.readouterr().err
+    assert (finished / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_resume_refuses_other_settings(finished, few_pairs, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(finished, few_pairs, "--epochs", "2", "--save_steps", "4", "--resume", "--lora_rank", "8")
+    assert "--lora_rank was 16, is 8" in capsys.readouterr().err
+
+
+def test_a_killed_run_resumes_on_the_same_curve(tmp_path, finished, few_pairs):
+    folder = tmp_path / "killed"
+    command = [sys.executable, SCRIPT, "--model_path", str(MINIATURE / "model"), "--dataset", str(few_pairs),
+               "--output_dir", str(folder), *SMALL[1:], "--epochs", "2", "--save_steps", "4"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while len(losses(folder)) < 7 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    broken = folder / "checkpoint-99"  # a checkpoint whose writing the kill cut short
+    broken.mkdir()
+    (broken / "trainer_state.json").write_text('{"global_st')
+    assert not (folder / "adapter_model.safetensors").exists()
+    run(folder, few_pairs, "--epochs", "2", "--save_steps", "4", "--resume")
+    assert losses(folder) == pytest.approx(losses(finished), abs=1e-6)
+    assert [row["step"] for row in training.read_jsonl(folder / "samples.jsonl")] == [0, 6, 12]
+    expected = load_file(finished / "adapter_model.safetensors")
+    for name, weight in load_file(folder / "adapter_model.safetensors").items():
+        torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-5)
+
+
+def test_two_processes_give_the_loss_of_one(tmp_path, finished, few_pairs):
+    folder = tmp_path / "two"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511", SCRIPT,
+               "--model_path", str(MINIATURE / "model"), "--dataset", str(few_pairs), "--output_dir", str(folder), *SMALL[1:],
+               "--epochs", "2", "--save_steps", "4", "--gradient_accumulation_steps", "1", "--lora_dropout", "0"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(command, env=environment, timeout=300, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    one = run(tmp_path / "one", few_pairs, "--epochs", "2", "--save_steps", "4", "--lora_dropout", "0")
+    assert losses(folder) == pytest.approx(losses(one), abs=1e-4)
+
+
+def test_qlora_on_the_cpu(tmp_path, few_pairs):
+    folder = run(tmp_path / "qlora", few_pairs, "--load_4bit", "--epochs", "1", "--eval_steps", "2")
+    curve = losses(folder)
+    assert len(curve) == 6
+    evaluations = [row["eval_loss"] for row in training.read_jsonl(folder / "metrics.jsonl") if "eval_loss" in row]
+    assert len(evaluations) == 4 and evaluations[-1] < evaluations[0] - 0.01  # it learns after evaluations too
+    keys = load_file(folder / "adapter_model.safetensors")
+    assert all(weight.any() for name, weight in keys.items() if "lora_B" in name)
+
+
+def photo(width: int, height: int, seed: int) -> bytes:
+    """A picture with a photo's size and smooth colours."""
+    rng = np.random.default_rng(seed)
+    image = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    ImageDraw.Draw(image).ellipse((width // 4, height // 4, width // 2, height // 2), fill=(200, 60, 40))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def test_photos_at_llavas_own_geometry(tmp_path, photo_llava):
+    """Ten steps on photo-sized pictures: 336-pixel tiles, five grid shapes, Mistral's tokenizer, 2,340 image tokens."""
+    sizes = [(640, 480), (480, 640), (640, 427), (427, 640), (500, 375), (640, 640), (640, 360), (333, 500), (612, 612), (900, 300)]
+    rows = [{
+        "image": {"bytes": photo(*size, seed), "path": f"{seed}.jpg"}, "question": "Describe this image in detail.",
+        "chosen": f"A red ball on a lawn, picture {seed}.", "rejected": f"A red ball and a dog on a lawn, picture {seed}, at night.",
+    } for seed, size in enumerate(sizes)]  # fmt: skip
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "photos.parquet")
+    training.main([
+        "--model_path", str(photo_llava), "--dataset", str(tmp_path / "photos.parquet"), "--output_dir", str(tmp_path / "run"),
+        "--batch_size", "1", "--gradient_accumulation_steps", "1", "--eval_fraction", "0", "--report_to", "none",
+        "--learning_rate", "1e-2", "--num_workers", "0",
+    ])  # fmt: skip
+    assert len(losses(tmp_path / "run")) == 10
+    processor = training.load_llava(str(photo_llava), device="cpu")[1]
+    tokens = [training.build_prompt(processor, "", size).count(32000) for size in sizes[:3]]
+    assert tokens == [2340, 2340, 2144]
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "fault, sentence",
+    [
+        ("blind", "another picture moves the chosen log-probability"),
+        ("prompt_labels", "labels cover the responses only"),
+        ("frozen", "every trainable weight gets a gradient"),
+        ("tokens", "image tokens equal image features"),
+        ("head", "embeddings and head stay frozen"),
+    ],
+)
+def test_preflight_stops_a_faulty_run(fault, sentence, tmp_path, few_pairs, monkeypatch, capsys):
+    if fault == "blind":
+        forward = training.LlavaORPOTrainer.concatenated_forward
+        hide = lambda batch: {**batch, "pixel_values": torch.zeros_like(batch["pixel_values"])}  # noqa: E731
+        monkeypatch.setattr(
+            training.LlavaORPOTrainer, "concatenated_forward", lambda self, model, batch: forward(self, model, hide(batch))
+        )
+    elif fault == "prompt_labels":
+        collate = training.collate_pairs
+
+        def with_prompt(features, pad_token_id):
+            features = [{**one, "chosen": one["prompt"][-3:] + one["chosen"]} for one in features]
+            return collate(features, pad_token_id)
+
+        monkeypatch.setattr(training, "collate_pairs", with_prompt)
+    elif fault in ("frozen", "head"):
+        adapt = training.add_adapter
+
+        def spoilt(model, args):
+            adapted = adapt(model, args)
+            if fault == "head":
+                adapted.get_base_model().lm_head.weight.requires_grad_(True)
+            else:
+                for name, weight in adapted.named_parameters():
+                    if "vision_tower" in name and "layers.3" in name:
+                        weight.requires_grad_(True)  # the features are taken one layer below
+            return adapted
+
+        monkeypatch.setattr(training, "add_adapter", spoilt)
+    else:
+        encode = training.PreferencePairs.encode
+
+        def short(self, *texts):
+            features = encode(self, *texts)
+            features["prompt"].remove(self.processor.image_token_id)
+            return features
+
+        monkeypatch.setattr(training.PreferencePairs, "encode", short)
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path / "faulty", few_pairs)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: preflight failed: {sentence}") and "nothing was trained" in error
+    assert not (tmp_path / "faulty" / "metrics.jsonl").exists()
+
+
+def test_help_is_quick_and_lists_every_flag():
+    start = time.perf_counter()
+    shown = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
+    assert time.perf_counter() - start < 1.5
+    for flag in ("--output_dir", "--epochs", "--batch_size", "--lora_rank", "--gradient_accumulation_steps", "--wandb_project",
+                 "--wandb_entity", "--test_mode", "--resume", "--no_prefix_sharing", "--load_4bit"):  # fmt: skip
+        assert flag in shown
+
+
+def test_test_mode_is_the_miniature_and_nothing_more():
+    plain, test_mode = vars(training.parse_args([])), vars(training.parse_args(["--test_mode"]))
+    assert {name for name in plain if plain[name] != test_mode[name]} == {"model_path", "dataset", "test_mode"}
+
+
+def test_wandb_runs_offline_without_asking(tmp_path, few_pairs):
+    """No login, no terminal: the run ends by itself and leaves an offline W&B run with the samples table."""
+    command = [sys.executable, SCRIPT, "--model_path", str(MINIATURE / "model"), "--dataset", str(few_pairs), *SMALL[3:],
+               "--output_dir", str(tmp_path / "run"), "--max_samples", "8"]  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment.update(HOME=str(tmp_path), NETRC=str(tmp_path / "none"))
+    subprocess.run(command, env=environment, timeout=240, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+    runs = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert len(runs) == 1 and list(runs[0].glob("run-*.wandb"))
+    assert list(runs[0].rglob("samples*.table.json"))
+
+
+@pytest.mark.parametrize("model_path", ["missing/model", "empty"])
+def test_a_model_that_cannot_be_loaded_is_one_sentence(model_path, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        training.load_llava(str(tmp_path / model_path), device="cpu")
+    assert capsys.readouterr().err.startswith("error: --model_path")
