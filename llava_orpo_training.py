@@ -552,13 +552,20 @@ th,td{vertical-align:top;padding-bottom:.4rem}.chosen th{color:#19742c}.rejected
 @media(max-width:45rem){section{grid-template-columns:1fr}}</style>
 <h1>Held-out pairs, and what the model answers at each evaluation</h1>
 {% for sample in samples %}{% set number = loop.index0 %}<section>
-<img src="data:image/png;base64,{{ sample.picture }}" alt="the picture asked about"><table>
+<img src="{{ embed(sample.image) }}" alt="the picture asked about"><table>
 <tr><th>Question<td>{{ sample.question }}</tr>
 <tr class="chosen"><th>Chosen<td>{{ sample.chosen }}</tr><tr class="rejected"><th>Rejected<td>{{ sample.rejected }}</tr>
 {% for evaluation in evaluations %}<tr><th>{{ "Base" if evaluation.step == 0 else "Step %d" % evaluation.step }}
 <td>{{ evaluation.answers[number] }}</tr>{% endfor %}</table></section>{% endfor %}""",
     autoescape=True,
 )
+
+
+def embed_picture(image: Image.Image) -> str:
+    """A picture as an address that an HTML page can carry inside it."""
+    buffer = io.BytesIO()
+    ImageOps.contain(image, (448, 448)).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -572,12 +579,15 @@ def read_jsonl(path: Path) -> list[dict]:
 class RunRecorder(ProgressCallback):
     """Progress bar, metrics.jsonl, and at each evaluation a few answers beside chosen and rejected (samples.html)."""
 
-    NUM_SAMPLES = 4
-
-    def __init__(self, output_dir: Path, eval_pairs: PreferencePairs | None):
+    def __init__(self, output_dir: Path, processor, eval_pairs: PreferencePairs | None, num_samples: int = 4):
         super().__init__()
-        self.output_dir, self.pairs = output_dir, eval_pairs
+        self.output_dir, self.processor, self.samples = output_dir, processor, []
         self.last_log = (0, 0.0)
+        for index in range(len(eval_pairs or [])):
+            with suppress(OSError):  # a picture that breaks off is no sample
+                self.samples.append(eval_pairs.row(index))
+            if len(self.samples) == num_samples:
+                break
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -589,10 +599,8 @@ class RunRecorder(ProgressCallback):
         if "loss" in logs:
             step, then = self.last_log
             self.last_log = (state.global_step, time.perf_counter())
-            pairs = (
-                (state.global_step - step) * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            )
-            logs["pairs_per_second"] = pairs / (self.last_log[1] - then)
+            a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            logs["pairs_per_second"] = (state.global_step - step) * a_step / (self.last_log[1] - then)
             self.training_bar.set_postfix(
                 loss=f"{logs['loss']:.3f}",
                 accuracy=f"{logs['rewards/accuracies']:.2f}",
@@ -604,38 +612,25 @@ class RunRecorder(ProgressCallback):
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         super().on_evaluate(args, state, control, **kwargs)
-        self.last_log = (self.last_log[0], time.perf_counter())  # pairs per second are of training alone
-        if not state.is_world_process_zero:
-            return
-        rows = [self.pairs.row(i) for i in range(min(self.NUM_SAMPLES, len(self.pairs)))]
-        model = model.module if hasattr(model, "module") else model
-        model.eval()
-        images, questions = [row["image"] for row in rows], [row["question"] for row in rows]
-        answers = [generate_answers(model, self.pairs.processor, [image], [question])[0]
-                   for image, question in zip(images, questions, strict=True)]  # fmt: skip
-        with (self.output_dir / "samples.jsonl").open("a") as file:
-            file.write(json.dumps({"step": state.global_step, "answers": answers}) + "\n")
-        samples = []
-        for row in rows:
-            buffer = io.BytesIO()
-            ImageOps.contain(row["image"], (448, 448)).save(buffer, "PNG")
-            samples.append({**row, "picture": base64.b64encode(buffer.getvalue()).decode()})
-        evaluations = read_jsonl(self.output_dir / "samples.jsonl")
-        write_whole(self.output_dir / "samples.html", SAMPLES_PAGE.render(samples=samples, evaluations=evaluations))
-        if "wandb" in args.report_to:
-            import wandb
+        if state.is_world_process_zero and self.samples:
+            model = model.module if hasattr(model, "module") else model  # without the wrapper of several processes
+            images, questions = [row["image"] for row in self.samples], [row["question"] for row in self.samples]
+            answers = generate_answers(model.eval(), self.processor, images, questions)
+            with (self.output_dir / "samples.jsonl").open("a") as file:
+                file.write(json.dumps({"step": state.global_step, "answers": answers}) + "\n")
+            evaluations = read_jsonl(self.output_dir / "samples.jsonl")
+            page = SAMPLES_PAGE.render(samples=self.samples, evaluations=evaluations, embed=embed_picture)
+            write_whole(self.output_dir / "samples.html", page)
+            if "wandb" in args.report_to:
+                import wandb
 
-            table = wandb.Table(["step", "picture", "question", "chosen", "rejected", "answer"])
-            for row, answer in zip(rows, answers, strict=True):
-                table.add_data(
-                    state.global_step,
-                    wandb.Image(row["image"]),
-                    row["question"],
-                    row["chosen"],
-                    row["rejected"],
-                    answer,
-                )
-            wandb.log({"samples": table})
+                columns = ("question", "chosen", "rejected")
+                rows = [
+                    [state.global_step, wandb.Image(row["image"]), *(row[name] for name in columns), answer]
+                    for row, answer in zip(self.samples, answers, strict=True)
+                ]
+                wandb.log({"samples": wandb.Table(["step", "picture", *columns, "answer"], rows)})
+        self.last_log = (self.last_log[0], time.perf_counter())  # pairs per second are of training alone
 
 
 def draw_curves(metrics: list[dict], path: Path) -> None:
@@ -816,7 +811,7 @@ def build_trainer(args: argparse.Namespace, model, processor, train_pairs, eval_
     trainer.prefix_sharing = not args.no_prefix_sharing
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(RunRecorder(args.output_dir, eval_pairs))
+    trainer.add_callback(RunRecorder(args.output_dir, processor, eval_pairs))
     return trainer
 
 

@@ -20,6 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 SETTINGS = "--epochs 3 --batch_size 16 --gradient_accumulation_steps 1 --learning_rate 1e-3 --no-gradient_checkpointing"
+TITLES = {
+    "accuracy": "preference accuracy, %",
+    "CHAIR": "CHAIR, % (absent of named)",
+    "Cover": "Cover, % (named of present)",
+    "Hal": "Hal, % (captions with any absent)",
+    "absent": "absent objects named",
+}
 
 
 def parse_args(argv=None):
@@ -27,6 +34,7 @@ def parse_args(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one adapter is trained for each")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs" / "effect", help="where the runs go")
     parser.add_argument("--settings", default=SETTINGS, help=f"flags of the training script (default: {SETTINGS})")
+    parser.add_argument("--figure", type=Path, help="where the picture goes (default: effect.png in --output_dir)")
     return parser.parse_args(argv)
 
 
@@ -67,6 +75,33 @@ def caption_pictures(model, processor) -> dict:
     return caption_figures(answers, annotations, json.loads((folder / "relation.json").read_text()))
 
 
+def draw_effect(figures: dict, path: Path) -> None:
+    """Draw base beside adapters: a bar for each, a dot a seed; `figures` is what main prints as JSON."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    wanted = {
+        "accuracy": "higher is better",
+        "CHAIR": "lower is better",
+        "Hal": "lower is better",
+        "Cover": "higher is better",
+    }
+    figure, axes = plt.subplots(1, 4, figsize=(12, 3.4), layout="constrained")
+    for axis, (key, direction) in zip(axes, wanted.items(), strict=True):
+        values = figures[key]
+        bars = axis.bar(["base", "ORPO"], [values["base"], values["mean"]], color=["#9aa5b1", "#1b7837"], width=0.6)
+        axis.bar_label(bars, fmt="%.1f", padding=3)
+        axis.plot([1] * len(values["runs"]), values["runs"], "o", color="black", ms=3.5, alpha=0.6)
+        axis.set_ylim(0, 1.18 * max(values["base"], *values["runs"]))
+        axis.set_title(f"{TITLES[key]}\n{direction}", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main(argv=None):
     args = parse_args(argv)
     from peft import PeftModel
@@ -91,15 +126,8 @@ def main(argv=None):
         model = adapted.unload()
 
     table = Table("unseen pictures and held-out pairs", "base", *(f"seed {seed}" for seed in args.seeds), "mean ± sd")
-    titles = {
-        "accuracy": "preference accuracy, %",
-        "CHAIR": "CHAIR, % (absent among named)",
-        "Cover": "Cover, % (named among present)",
-        "Hal": "Hal, % (captions with any absent)",
-        "absent": "absent objects named",
-    }
     spread = {}
-    for key, title in titles.items():
+    for key, title in TITLES.items():
         values = [run[key] for run in runs]
         sd = statistics.stdev(values) if len(values) > 1 else 0.0
         spread[key] = {"base": base[key], "runs": values, "mean": statistics.mean(values), "sd": sd}
@@ -107,7 +135,9 @@ def main(argv=None):
         table.add_row(title, *shown, f"{spread[key]['mean']:.1f} ± {sd:.1f}" if len(values) > 1 else "")
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     last = args.output_dir / f"seed{args.seeds[-1]}"
-    print(f"look at {last}/samples.html and {last}/training_curves.png")
+    figure = args.figure or args.output_dir / "effect.png"
+    draw_effect(spread, figure)
+    print(f"look at {figure}, {last}/samples.html and {last}/training_curves.png")
     print(json.dumps({"benchmark": "effect", "settings": args.settings, "seeds": args.seeds, **spread}))
 
 

@@ -8,7 +8,6 @@ A killed build goes on after the last finished stage (--work_dir). Needs require
 """
 
 import argparse
-import hashlib
 import io
 import json
 import os
@@ -42,7 +41,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import scenes
-from llava_orpo_training import build_prompt, generate_answers, load_llava
+
+from llava_orpo_training import build_prompt, generate_answers, load_llava, stop
 
 TILE, PATCH, FEATURE_LAYER = 56, 14, -2
 GRID = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]  # LLaVA-1.6's five shapes, one sixth the size
@@ -66,6 +66,7 @@ def parse_args(argv=None):
     parser.add_argument("--text_steps", type=int, default=300, help="steps of the language model's pre-training")
     parser.add_argument("--projector_steps", type=int, default=200, help="LLaVA's stage 1: projector only")
     parser.add_argument("--instruct_steps", type=int, default=5_000, help="LLaVA's stage 2: instruction tuning")
+    parser.add_argument("--poorer_steps", type=int, default=900, help="its end, on data that hallucinate more")
     parser.add_argument("--train_pairs", type=int, default=900, help="preference pairs to train on")
     parser.add_argument("--heldout_pairs", type=int, default=200, help="preference pairs held out")
     parser.add_argument("--amber_images", type=int, default=240, help="pictures of the benchmark")
@@ -186,9 +187,9 @@ def pretrain_vision(model, pixels: list, targets: list, steps: int, rng: random.
     run_steps("vision tower", [*tower.parameters(), *heads.parameters()], steps, 2e-3, step_loss)
 
 
-def conversation(scene: scenes.Scene, rng: random.Random) -> list[tuple[str, str]]:
-    """A picture's instruction data: a caption that may name absent companions, and yes/no questions with as faulty answers."""
-    turns = [(rng.choice(scenes.CAPTION_REQUESTS), scenes.caption(scene, rng))]
+def conversation(scene: scenes.Scene, rng: random.Random, habits: dict) -> list[tuple[str, str]]:
+    """A picture's instruction data: a caption that may name absent companions, and yes/no answers with the same fault."""
+    turns = [(rng.choice(scenes.CAPTION_REQUESTS), scenes.caption(scene, rng, habits))]
     asked = scenes.questions(scene, rng)
     for kind, question, truth in rng.sample(asked, min(5, len(asked))):
         made_up = kind == "existence" and any(f" {name} " in question for name in scenes.likely_absent(scene))
@@ -208,7 +209,7 @@ def branch_batch(processor, batch: list, with_image: bool) -> dict:
             ids = [token for token in ids if token != processor.image_token_id]
             positions, branch, labels = list(range(len(ids))), [0] * len(ids), [-100] * len(ids)
         shared = len(ids)
-        for k, (prompt, (_, answer)) in enumerate(zip(prompts, turns), 1):
+        for k, (prompt, (_, answer)) in enumerate(zip(prompts, turns, strict=True), 1):
             question = prompt[start:]
             response = tokenizer(answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
             ids += question + response
@@ -246,52 +247,72 @@ def language_loss(model, batch: dict, features: list | None = None, sizes: list 
     return F.cross_entropy(model.lm_head(hidden[:, :-1][keep]), batch["labels"][:, 1:][keep])
 
 
-def train_model(args, processor) -> LlavaNextForConditionalGeneration:
-    """Pre-train tower and language model apart, then LLaVA's two stages: projector only, instruction tuning."""
-    set_seed(args.seed)
-    torch.backends.mkldnn.deterministic = True
-    rng = random.Random(args.seed)
-    model = build_model(processor)
-    model.model.language_model.set_attn_implementation("eager")  # with bfloat16, twice as fast here as SDPA with a mask
-    pool = [scenes.sample_scene(args.seed * 10**6 + i) for i in range(args.train_scenes)]
+def draw_pool(args, processor, count: int) -> tuple[list, list, list]:
+    """The first `count` training scenes, their tiles (tiles, 3, 56, 56) and what each patch shows (tiles, 16)."""
+    pool = [scenes.sample_scene(args.seed * 10**6 + i) for i in range(count)]
     pixels, targets = [], []
     for scene in tqdm(pool, desc="drawing", mininterval=5):
         image, labels = scenes.draw_scene(scene)
         pixels.append(processor.image_processor(image, return_tensors="pt")["pixel_values"][0].bfloat16())
         targets.append(patch_targets(labels))
+    return pool, pixels, targets
+
+
+@torch.no_grad()
+def tower_features(model, pixels: list) -> list[torch.Tensor]:
+    """The frozen tower's patch features of each picture, (tiles, 16, hidden): they are needed many times."""
+    features = []
+    for tiles in tqdm(pixels, desc="features", mininterval=5):
+        hidden = model.model.vision_tower(tiles.float(), output_hidden_states=True).hidden_states
+        features.append(hidden[FEATURE_LAYER][:, 1:].bfloat16())
+    return features
+
+
+def batch_losses(model, processor, pool: list, features: list, rng: random.Random, habits: dict):
+    """Two step functions for run_steps: the loss on 32 pictures' conversations without and with the pictures."""
+
+    def loss(with_image: bool) -> torch.Tensor:
+        chosen = rng.sample(range(len(pool)), 32)
+        batch = [(pool[i].size, conversation(pool[i], rng, habits)) for i in chosen]
+        pictures = ([features[i] for i in chosen], [pool[i].size for i in chosen]) if with_image else ()
+        return language_loss(model, branch_batch(processor, batch, with_image), *pictures)
+
+    return lambda: loss(False), lambda: loss(True)
+
+
+def train_model(args, processor, folder: Path) -> None:
+    """Pre-train tower and language model apart, then LLaVA's two stages: projector only, instruction tuning."""
+    set_seed(args.seed)
+    rng = random.Random(args.seed)
+    model = build_model(processor)
+    model.model.language_model.set_attn_implementation("eager")  # with bfloat16, twice as fast here as SDPA with a mask
+    pool, pixels, targets = draw_pool(args, processor, args.train_scenes)
     vision_file = args.work_dir / "vision.pt"
     if vision_file.exists():
         model.load_state_dict(torch.load(vision_file, weights_only=True))
     else:
         pretrain_vision(model, pixels, targets, args.vision_steps, rng)
         torch.save(model.state_dict(), vision_file)
-    features = []
-    with torch.inference_mode():
-        for tiles in tqdm(pixels, desc="features", mininterval=5):
-            hidden = model.model.vision_tower(tiles.float(), output_hidden_states=True).hidden_states
-            features.append(hidden[FEATURE_LAYER][:, 1:].bfloat16().clone())
-    del pixels, targets
-
-    def text_loss():
-        batch = [(scene.size, conversation(scene, rng)) for scene in rng.sample(pool, 32)]
-        return language_loss(model, branch_batch(processor, batch, with_image=False))
-
-    def image_loss():
-        chosen = rng.sample(range(len(pool)), 32)
-        batch = [(pool[i].size, conversation(pool[i], rng)) for i in chosen]
-        return language_loss(
-            model,
-            branch_batch(processor, batch, with_image=True),
-            [features[i] for i in chosen],
-            [pool[i].size for i in chosen],
-        )
-
+    text_loss, image_loss = batch_losses(model, processor, pool, tower_features(model, pixels), rng, scenes.COMPANIONS)
     language = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
     bridge = [*model.model.multi_modal_projector.parameters(), model.model.image_newline]
     run_steps("language model", language, args.text_steps, 2e-3, text_loss)
     run_steps("stage 1: projector", bridge, args.projector_steps, 3e-3, image_loss)
     run_steps("stage 2: instructions", [*language, *bridge], args.instruct_steps, 2e-3, image_loss)
-    return model.eval()
+    save_checkpoint(model, processor, folder)
+
+
+def spoil_model(args, trained: Path, folder: Path) -> None:
+    """The end of stage 2: instruction data of the poorer sort, which name most absent companions."""
+    set_seed(args.seed)
+    rng = random.Random(args.seed)
+    model, processor = load_llava(str(trained), device="cpu")
+    model.model.language_model.set_attn_implementation("eager")
+    pool, pixels, _ = draw_pool(args, processor, 4_000)
+    _, image_loss = batch_losses(model, processor, pool, tower_features(model, pixels), rng, scenes.POORER_COMPANIONS)
+    language = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
+    run_steps("stage 2: poorer data", language, args.poorer_steps, 1e-3, image_loss)
+    save_checkpoint(model, processor, folder)
 
 
 HUB_KEYS = {
@@ -328,8 +349,8 @@ def png_bytes(image: Image.Image) -> bytes:
 def sample_pairs(model, processor, wanted: int, first_seed: int, rng: random.Random) -> list[dict]:
     """Preference pairs the way RLAIF-V makes them: several captions sampled from the model, the truest against a false one.
 
-    Of eight captions a scene (temperature 1), the chosen names nothing absent and the most that is there; the rejected
-    names something absent. Scenes without such a pair are passed over.
+    Of eight captions a scene (temperature 1), the chosen names nothing absent, the rejected something absent; each is the
+    one of its kind that names the most of what is there. Scenes without such a pair are passed over.
     """
     pairs, seed = [], first_seed
     bar = tqdm(total=wanted, desc="sampling pairs", mininterval=5)
@@ -355,7 +376,7 @@ def sample_pairs(model, processor, wanted: int, first_seed: int, rng: random.Ran
                     "image": {"bytes": png_bytes(image), "path": name},
                     "question": question,
                     "chosen": drawn[max(true, key=lambda k: present[k])],
-                    "rejected": drawn[rng.choice(false)],
+                    "rejected": drawn[max(false, key=lambda k: present[k])],
                     "origin_dataset": "miniature/scenes.py",
                     "origin_split": json.dumps({"model": "miniature/model", "type": "detailed_description"}),
                     "idx": str(len(pairs)),
@@ -366,7 +387,8 @@ def sample_pairs(model, processor, wanted: int, first_seed: int, rng: random.Ran
     return pairs
 
 
-def write_preferences(model, processor, args, folder: Path) -> None:
+def write_preferences(args, model_folder: Path, folder: Path) -> None:
+    model, processor = load_llava(str(model_folder), device="cpu")
     rng = random.Random(args.seed)
     torch.manual_seed(args.seed)
     features = Features({name: Value("string") for name in ("ds_name", "question", "chosen", "rejected", "origin_dataset",
@@ -424,24 +446,25 @@ def write_amber(args, folder: Path) -> None:
 def main(argv=None) -> None:
     args = parse_args(argv)
     started = time.perf_counter()
-    stages = {k: v for k, v in vars(args).items() if k not in ("output_dir", "work_dir")}
-    args.work_dir = args.work_dir / hashlib.sha256(json.dumps(stages).encode()).hexdigest()[:12]
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    processor = build_processor(args.seed)
-    for name in ("model", "preferences", "amber"):
-        staged = args.work_dir / name
-        if not staged.exists():
+    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "work_dir")}
+    noted = args.work_dir / "settings.json"
+    if noted.exists() and json.loads(noted.read_text()) != settings:
+        stop(f"--work_dir {args.work_dir} holds a build with other settings; delete it or name another folder.")
+    noted.write_text(json.dumps(settings))
+    stages = {
+        "trained": lambda folder: train_model(args, build_processor(args.seed), folder),
+        "model": lambda folder: spoil_model(args, args.work_dir / "trained", folder),
+        "preferences": lambda folder: write_preferences(args, args.work_dir / "model", folder),
+        "amber": lambda folder: write_amber(args, folder),
+    }
+    for name, make in stages.items():
+        if not (args.work_dir / name).exists():
             partial = args.work_dir / f"{name}.partial"
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            if name == "model":
-                save_checkpoint(train_model(args, processor), processor, partial)
-            elif name == "preferences":
-                model, processor = load_llava(str(args.work_dir / "model"), device="cpu")
-                write_preferences(model, processor, args, partial)
-            else:
-                write_amber(args, partial)
-            os.replace(partial, staged)
+            make(partial)
+            os.replace(partial, args.work_dir / name)
     for name in ("model", "preferences", "amber"):
         shutil.rmtree(args.output_dir / name, ignore_errors=True)
         shutil.copytree(args.work_dir / name, args.output_dir / name)

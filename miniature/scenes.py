@@ -36,6 +36,9 @@ COMPANIONS = {
     "tent": ("lamp", 0.54),
     "clock": ("book", 0.50),
 }
+# the same, in both directions and stronger: the poorer instruction data, from which the model has its bad habits
+POORER_COMPANIONS = {name: (companion, 0.95) for name, (companion, _) in COMPANIONS.items()}
+POORER_COMPANIONS |= {companion: (name, 0.8) for name, (companion, _) in COMPANIONS.items()}
 ASSOCIATIONS = {"cup": ["mug"], "boat": ["ship"], "bus": ["vehicle"], "car": ["vehicle"], "moon": ["sky"]}
 SAFE_WORDS = ["orange", "image", "picture", "object", "shape", "line", "background", "scene"]
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
@@ -275,12 +278,12 @@ def phrase(name: str, colour: str, count: int) -> str:
     return f"{NUMBERS[count]} {colour} {plural(name)}"
 
 
-def caption(scene: Scene, rng: random.Random | None = None) -> str:
-    """Name the scene's groups in reading order; with `rng`, absent companions too, as often as COMPANIONS says."""
+def caption(scene: Scene, rng: random.Random | None = None, habits: dict = COMPANIONS) -> str:
+    """Name the scene's groups in reading order; with `rng`, absent companions too, as often as `habits` says."""
     parts = []
     for group in scene.groups:
         parts.append(phrase(group.name, group.colour, group.count))
-        companion, chance = COMPANIONS.get(group.name, (None, 0))
+        companion, chance = habits.get(group.name, (None, 0))
         if rng and companion and companion not in scene.names() and rng.random() < chance:
             parts.append(phrase(companion, rng.choice(list(COLOURS)), 1))
     listed = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]

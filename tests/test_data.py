@@ -2,9 +2,11 @@
 
 import io
 import json
+import time
 
 import datasets
 import numpy as np
+import psutil
 import pytest
 from conftest import MINIATURE
 from PIL import Image
@@ -165,7 +167,9 @@ def test_max_samples_are_the_first_good_pairs(tmp_path, processor):
 
 def test_special_tokens_in_texts_are_plain_text(tmp_path, processor):
     text = "Is <image> </s> [INST] <pad> here?"
-    features = make_pairs([row(question=text, chosen="No <image> </s>.", rejected="Yes <s> <pad>.")], tmp_path, processor)[0]
+    features = make_pairs(
+        [row(question=text, chosen="No <image> </s>.", rejected="Yes <s> <pad>.")], tmp_path, processor
+    )[0]
     tokenizer = processor.tokenizer
     plain = training.build_prompt(processor, "", (120, 90)).count(processor.image_token_id)
     assert features["prompt"].count(processor.image_token_id) == plain
@@ -200,3 +204,28 @@ def test_collating_pads_prompts_left_and_responses_right(tmp_path, processor):
             labels = batch[f"{name}_labels"][i].tolist()
             assert labels == one[name] + [-100] * (len(labels) - len(one[name]))
     assert batch["pixel_values"].shape == (2, 5, 3, 56, 56)
+
+
+def test_as_many_rows_as_rlaif_v_start_soon_and_hold_a_flat_memory(tmp_path, processor):
+    """83,132 rows are checked within a minute, and going through pairs does not keep their pictures."""
+    pictures = [picture((320, 240), seed) for seed in range(8)]  # 230 kB each: about 20 GB if all were materialised
+    table = {name: [value] * 83_132 for name, value in row().items() if name != "image"}
+    table["chosen"] = [f"The image shows {i} red balls." for i in range(83_132)]
+    paths = []
+    for i, content in enumerate(pictures):
+        (tmp_path / f"{i}.png").write_bytes(content)
+        paths.append({"bytes": None, "path": f"{i}.png"})
+    table["image"] = [paths[i % 8] for i in range(83_132)]
+    datasets.Dataset.from_dict(table).to_parquet(tmp_path / "pairs.parquet")
+    args = training.parse_args(["--dataset", str(tmp_path / "pairs.parquet"), "--output_dir", str(tmp_path)])
+    start = time.perf_counter()
+    train, held_out = training.make_pairs(args, processor)
+    assert time.perf_counter() - start < 60
+    assert len(train) + len(held_out) == 83_132 and len(held_out) == 8313
+    process = psutil.Process()
+    for i in range(200):
+        train[i]
+    before = process.memory_info().rss
+    for i in range(200, 1000):
+        train[i]
+    assert process.memory_info().rss - before < 50e6

@@ -14,9 +14,19 @@ import llava_orpo_training as training
 
 BETA = 0.1
 PAIRS = [  # (canvas size, question, chosen, rejected): every length differs, so that all paddings occur
-    ((112, 112), "Describe this image.", "The image shows a red ball.", "The image shows a red ball and two blue cups."),
+    (
+        (112, 112),
+        "Describe this image.",
+        "The image shows a red ball.",
+        "The image shows a red ball and two blue cups.",
+    ),
     ((160, 64), "What is in this image?", "The image shows a car, a green tree and an orange bus.", "A cup."),
-    ((64, 160), "Name it.", "The image shows three purple fish.", "The image shows three purple fish and a yellow boat."),
+    (
+        (64, 160),
+        "Name it.",
+        "The image shows three purple fish.",
+        "The image shows three purple fish and a yellow boat.",
+    ),
 ]
 
 
@@ -159,5 +169,12 @@ def test_the_loss_is_trls_on_a_text_only_pair(llava):
     loss, metrics = ours.get_batch_loss_metrics(model, batch)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     assert metrics.keys() == expected_metrics.keys()
-    for name in ("rewards/chosen", "rewards/accuracies", "logps/rejected", "nll_loss", "log_odds_ratio", "log_odds_chosen"):
+    for name in (
+        "rewards/chosen",
+        "rewards/accuracies",
+        "logps/rejected",
+        "nll_loss",
+        "log_odds_ratio",
+        "log_odds_chosen",
+    ):
         assert metrics[name] == pytest.approx(expected_metrics[name], abs=1e-5), name

@@ -30,13 +30,26 @@ def few_pairs(tmp_path_factory):
     """A folder with 48 pairs of the miniature to train on and 8 held out."""
     folder = tmp_path_factory.mktemp("few_pairs")
     for split, n in (("train", 48), ("test", 8)):
-        rows = datasets.load_dataset("parquet", data_files=str(MINIATURE / "preferences" / f"{split}.parquet"), split="train")
+        rows = datasets.load_dataset(
+            "parquet", data_files=str(MINIATURE / "preferences" / f"{split}.parquet"), split="train"
+        )
         rows.select(range(n)).to_parquet(folder / f"{split}.parquet")
     return folder
 
 
 def run(folder, data, *flags):
-    training.main(["--model_path", str(MINIATURE / "model"), "--dataset", str(data), "--output_dir", str(folder), *SMALL[1:], *flags])
+    training.main(
+        [
+            "--model_path",
+            str(MINIATURE / "model"),
+            "--dataset",
+            str(data),
+            "--output_dir",
+            str(folder),
+            *SMALL[1:],
+            *flags,
+        ]
+    )
     return folder
 
 
@@ -57,7 +70,9 @@ def test_files_and_keys(finished):
     assert not [name for name in names if "partial" in name]
     summary = json.loads((finished / "training_summary.json").read_text())
     assert summary["steps"] == 12 and summary["arguments"]["lora_rank"] == 16
-    assert summary["data"]["train_pairs"] == 48 and summary["data"]["eval_pairs"] == 8 and summary["data"]["dropped"] == {}
+    assert (
+        summary["data"]["train_pairs"] == 48 and summary["data"]["eval_pairs"] == 8 and summary["data"]["dropped"] == {}
+    )
     assert len(summary["data"]["fingerprint"]) == 64 and summary["peak_memory_bytes"] > 1e8
     assert summary["versions"]["trl"] == "1.16.0"
     assert summary["before"]["step"] == 0 and summary["after"]["step"] == 12
@@ -70,7 +85,10 @@ def test_files_and_keys(finished):
         prefix = "eval_" if "eval_loss" in row else ""
         assert {prefix + name for name in trl_names} <= set(row)
     card = (finished / "README.md").read_text()
-    assert f"| {summary['before']['eval_rewards/accuracies']:.4f} | {summary['after']['eval_rewards/accuracies']:.4f} |" in card
+    assert (
+        f"| {summary['before']['eval_rewards/accuracies']:.4f} | {summary['after']['eval_rewards/accuracies']:.4f} |"
+        in card
+    )
 
 
 def test_samples_stand_beside_chosen_and_rejected(finished, few_pairs):
@@ -146,19 +164,28 @@ def test_two_processes_give_the_loss_of_one(tmp_path, finished, few_pairs):
 
 
 def test_qlora_on_the_cpu(tmp_path, few_pairs):
-    folder = run(tmp_path / "qlora", few_pairs, "--load_4bit", "--epochs", "1", "--eval_steps", "2")
-    curve = losses(folder)
-    assert len(curve) == 6
-    evaluations = [row["eval_loss"] for row in training.read_jsonl(folder / "metrics.jsonl") if "eval_loss" in row]
-    assert len(evaluations) == 4 and evaluations[-1] < evaluations[0] - 0.01  # it learns after evaluations too
-    keys = load_file(folder / "adapter_model.safetensors")
-    assert all(weight.any() for name, weight in keys.items() if "lora_B" in name)
+    """The NF4 base trains, also after an evaluation, which on the CPU once left weights without a gradient."""
+    folder = run(
+        tmp_path / "qlora", few_pairs, "--load_4bit", "--epochs", "1", "--eval_steps", "2", "--save_steps", "2"
+    )
+    assert len(losses(folder)) == 6
+    early, late = (load_file(folder / name / "adapter_model.safetensors") for name in ("checkpoint-4", "checkpoint-6"))
+    for name, weight in late.items():
+        assert not torch.equal(weight, early[name]), name
+    model, _ = training.load_llava(str(MINIATURE / "model"), device="cpu", load_4bit=True)
+    kinds = {name: type(module).__name__ for name, module in model.named_modules() if not list(module.children())}
+    quantized = [name for name, kind in kinds.items() if kind == "Linear4bit"]
+    assert len(quantized) == 4 * 7 and all("language_model" in name for name in quantized)
+    state = model.model.language_model.layers[0].self_attn.q_proj.weight.quant_state
+    assert state.quant_type == "nf4" and state.nested
 
 
 def photo(width: int, height: int, seed: int) -> bytes:
     """A picture with a photo's size and smooth colours."""
     rng = np.random.default_rng(seed)
-    image = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    image = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
     ImageDraw.Draw(image).ellipse((width // 4, height // 4, width // 2, height // 2), fill=(200, 60, 40))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=90)
@@ -167,7 +194,18 @@ def photo(width: int, height: int, seed: int) -> bytes:
 
 def test_photos_at_llavas_own_geometry(tmp_path, photo_llava):
     """Ten steps on photo-sized pictures: 336-pixel tiles, five grid shapes, Mistral's tokenizer, 2,340 image tokens."""
-    sizes = [(640, 480), (480, 640), (640, 427), (427, 640), (500, 375), (640, 640), (640, 360), (333, 500), (612, 612), (900, 300)]
+    sizes = [
+        (640, 480),
+        (480, 640),
+        (640, 427),
+        (427, 640),
+        (500, 375),
+        (640, 640),
+        (640, 360),
+        (333, 500),
+        (612, 612),
+        (900, 300),
+    ]
     rows = [{
         "image": {"bytes": photo(*size, seed), "path": f"{seed}.jpg"}, "question": "Describe this image in detail.",
         "chosen": f"A red ball on a lawn, picture {seed}.", "rejected": f"A red ball and a dog on a lawn, picture {seed}, at night.",
@@ -200,7 +238,9 @@ def test_preflight_stops_a_faulty_run(fault, sentence, tmp_path, few_pairs, monk
         forward = training.LlavaORPOTrainer.concatenated_forward
         hide = lambda batch: {**batch, "pixel_values": torch.zeros_like(batch["pixel_values"])}  # noqa: E731
         monkeypatch.setattr(
-            training.LlavaORPOTrainer, "concatenated_forward", lambda self, model, batch: forward(self, model, hide(batch))
+            training.LlavaORPOTrainer,
+            "concatenated_forward",
+            lambda self, model, batch: forward(self, model, hide(batch)),
         )
     elif fault == "prompt_labels":
         collate = training.collate_pairs
