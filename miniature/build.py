@@ -15,6 +15,7 @@ import random
 import shutil
 import sys
 import time
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,7 @@ from llava_orpo_training import build_prompt, generate_answers, load_llava, stop
 
 TILE, PATCH, FEATURE_LAYER = 56, 14, -2
 GRID = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]  # LLaVA-1.6's five shapes, one sixth the size
+SAMPLING_TEMPERATURE = 0.8
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}[INST] "
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
@@ -67,7 +69,7 @@ def parse_args(argv=None):
     parser.add_argument("--projector_steps", type=int, default=200, help="LLaVA's stage 1: projector only")
     parser.add_argument("--instruct_steps", type=int, default=5_000, help="LLaVA's stage 2: instruction tuning")
     parser.add_argument("--poorer_steps", type=int, default=900, help="its end, on data that hallucinate more")
-    parser.add_argument("--train_pairs", type=int, default=900, help="preference pairs to train on")
+    parser.add_argument("--train_pairs", type=int, default=1_000, help="preference pairs to train on")
     parser.add_argument("--heldout_pairs", type=int, default=200, help="preference pairs held out")
     parser.add_argument("--amber_images", type=int, default=240, help="pictures of the benchmark")
     return parser.parse_args(argv)
@@ -340,49 +342,60 @@ def save_checkpoint(model, processor, folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def png_bytes(image: Image.Image) -> bytes:
+def picture_bytes(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "WEBP", lossless=True, quality=100, method=6)
     return buffer.getvalue()
 
 
-def sample_pairs(model, processor, wanted: int, first_seed: int, rng: random.Random) -> list[dict]:
-    """Preference pairs the way RLAIF-V makes them: several captions sampled from the model, the truest against a false one.
+def alike(first: str, second: str) -> float:
+    """How much two texts share word for word, 0 to 1."""
+    return SequenceMatcher(None, first.split(), second.split(), autojunk=False).ratio()
 
-    Of eight captions a scene (temperature 1), the chosen names nothing absent, the rejected something absent; each is the
-    one of its kind that names the most of what is there. Scenes without such a pair are passed over.
+
+def sample_pairs(model, processor, wanted: int, first_seed: int, rng: random.Random) -> list[dict]:
+    """Preference pairs the way RLAIF-V makes them: several captions sampled from the model, a true against a false one.
+
+    Of twelve captions a scene, chosen is the truest that names nothing absent: with the fewest false claims, and the most
+    named of what is there. Rejected is one that names something absent, the most like it word for word, so that they
+    differ in little else. Scenes without such a pair, or whose truest caption claims more than one falsehood, are passed
+    over.
     """
-    pairs, seed = [], first_seed
+    pairs, seed, drawn_each = [], first_seed, 12
     bar = tqdm(total=wanted, desc="sampling pairs", mininterval=5)
     while len(pairs) < wanted:
-        batch = [scenes.sample_scene(seed + i) for i in range(12)]
+        batch = [scenes.sample_scene(seed + i) for i in range(16)]
         seed += len(batch)
         images = [scenes.draw_scene(scene)[0] for scene in batch]
         asked = [rng.choice(scenes.CAPTION_REQUESTS) for _ in batch]
-        answers = generate_answers(
-            model, processor, [image for image in images for _ in range(8)], [q for q in asked for _ in range(8)],
-            max_new_tokens=96, do_sample=True, temperature=1.0,
+        drawn = generate_answers(
+            model, processor, images, asked, max_new_tokens=96, do_sample=True, temperature=SAMPLING_TEMPERATURE,
+            num_return_sequences=drawn_each,
         )  # fmt: skip
         for i, (scene, image, question) in enumerate(zip(batch, images, asked, strict=True)):
-            drawn = answers[8 * i : 8 * i + 8]
-            absent = [len(set(scenes.mentioned(answer)) - scene.names()) for answer in drawn]
-            present = [len(set(scenes.mentioned(answer)) & scene.names()) for answer in drawn]
-            true = [k for k in range(8) if absent[k] == 0 and present[k] > 0]
-            false = [k for k in range(8) if absent[k] > 0 and drawn[k].endswith(".")]
-            if true and false and len(pairs) < wanted:
-                name = f"scene_{scene.seed}.png"
-                pairs.append({
-                    "ds_name": "miniature",
-                    "image": {"bytes": png_bytes(image), "path": name},
-                    "question": question,
-                    "chosen": drawn[max(true, key=lambda k: present[k])],
-                    "rejected": drawn[max(false, key=lambda k: present[k])],
-                    "origin_dataset": "miniature/scenes.py",
-                    "origin_split": json.dumps({"model": "miniature/model", "type": "detailed_description"}),
-                    "idx": str(len(pairs)),
-                    "image_path": name,
-                })  # fmt: skip
-                bar.update()
+            texts = [text for text in drawn[drawn_each * i : drawn_each * (i + 1)] if text.endswith(".")]
+            said = [set(scenes.mentioned(text)) for text in texts]
+            true = [k for k, names in enumerate(said) if names and names <= scene.names()]
+            false = [k for k, names in enumerate(said) if names - scene.names()]
+            if not true or not false or len(pairs) == wanted:
+                continue
+            chosen = min(true, key=lambda k: (scenes.false_claims(scene, texts[k]), -len(said[k])))
+            rejected = max(false, key=lambda k: alike(texts[chosen], texts[k]))
+            if scenes.false_claims(scene, texts[chosen]) > 1:
+                continue
+            name = f"scene_{scene.seed}.webp"
+            pairs.append({
+                "ds_name": "miniature",
+                "image": {"bytes": picture_bytes(image), "path": name},
+                "question": question,
+                "chosen": texts[chosen],
+                "rejected": texts[rejected],
+                "origin_dataset": "miniature/scenes.py",
+                "origin_split": json.dumps({"model": "miniature/model", "type": "detailed_description"}),
+                "idx": str(len(pairs)),
+                "image_path": name,
+            })  # fmt: skip
+            bar.update()
     bar.close()
     return pairs
 
@@ -402,7 +415,7 @@ def write_amber(args, folder: Path) -> None:
     """A benchmark in AMBER's files over scenes that nothing was trained on."""
     rng = random.Random(args.seed)
     pool = [scenes.sample_scene(args.seed * 10**6 + 900_000 + i) for i in range(args.amber_images)]
-    names = [f"scene_{scene.seed}.png" for scene in pool]
+    names = [f"scene_{scene.seed}.webp" for scene in pool]
     (folder / "image").mkdir()
     (folder / "query").mkdir()
     queries, notes = [], []
@@ -412,7 +425,7 @@ def write_amber(args, folder: Path) -> None:
         notes.append({"id": len(queries), "type": kind, **note})
 
     for scene, name in zip(pool, names, strict=True):
-        (folder / "image" / name).write_bytes(png_bytes(scenes.draw_scene(scene)[0]))
+        (folder / "image" / name).write_bytes(picture_bytes(scenes.draw_scene(scene)[0]))
         others = [name for name in scenes.CLASSES if name not in scene.names()]
         hallu = list(dict.fromkeys([*scenes.likely_absent(scene), *rng.sample(others, 3)]))
         truth = [group.name for group in scene.groups]

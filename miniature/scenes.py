@@ -6,6 +6,7 @@ machine-written captions do, and so a model trained on them hallucinates it. Not
 """
 
 import random
+import re
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
@@ -295,6 +296,18 @@ def mentioned(text: str) -> list[str]:
     forms = {form: name for name in CLASSES for form in (name, plural(name))}
     words = "".join(c if c.isalpha() else " " for c in text.lower()).split()
     return [forms[word] for word in words if word in forms]
+
+
+def false_claims(scene: Scene, text: str) -> int:
+    """How many of a caption's noun phrases are not true of the scene: wrong object, wrong colour, or said before."""
+    true = {(group.colour, group.name) for group in scene.groups}
+    false = 0
+    for part in re.split(r", | and ", text.rstrip(".")):
+        words = part.split()
+        claim = (words[-2], mentioned(words[-1])[0]) if len(words) > 1 and mentioned(words[-1]) else None
+        false += claim not in true
+        true.discard(claim)
+    return false
 
 
 def likely_absent(scene: Scene) -> list[str]:
