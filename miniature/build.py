@@ -69,8 +69,8 @@ def parse_args(argv=None):
     parser.add_argument("--projector_steps", type=int, default=200, help="LLaVA's stage 1: projector only")
     parser.add_argument("--instruct_steps", type=int, default=5_000, help="LLaVA's stage 2: instruction tuning")
     parser.add_argument("--poorer_steps", type=int, default=900, help="its end, on data that hallucinate more")
-    parser.add_argument("--train_pairs", type=int, default=1_000, help="preference pairs to train on")
-    parser.add_argument("--heldout_pairs", type=int, default=200, help="preference pairs held out")
+    parser.add_argument("--train_pairs", type=int, default=820, help="preference pairs to train on")
+    parser.add_argument("--heldout_pairs", type=int, default=164, help="preference pairs held out")
     parser.add_argument("--amber_images", type=int, default=240, help="pictures of the benchmark")
     return parser.parse_args(argv)
 
@@ -358,8 +358,8 @@ def sample_pairs(model, processor, wanted: int, first_seed: int, rng: random.Ran
 
     Of twelve captions a scene, chosen is the truest that names nothing absent: with the fewest false claims, and the most
     named of what is there. Rejected is one that names something absent, the most like it word for word, so that they
-    differ in little else. Scenes without such a pair, or whose truest caption claims more than one falsehood, are passed
-    over.
+    differ in little else. Scenes without such a pair are passed over, and those whose truest caption leaves something out
+    or makes more than one false claim.
     """
     pairs, seed, drawn_each = [], first_seed, 12
     bar = tqdm(total=wanted, desc="sampling pairs", mininterval=5)
@@ -381,7 +381,7 @@ def sample_pairs(model, processor, wanted: int, first_seed: int, rng: random.Ran
                 continue
             chosen = min(true, key=lambda k: (scenes.false_claims(scene, texts[k]), -len(said[k])))
             rejected = max(false, key=lambda k: alike(texts[chosen], texts[k]))
-            if scenes.false_claims(scene, texts[chosen]) > 1:
+            if scenes.false_claims(scene, texts[chosen]) > 1 or said[chosen] != scene.names():
                 continue
             name = f"scene_{scene.seed}.webp"
             pairs.append({
@@ -404,8 +404,8 @@ def write_preferences(args, model_folder: Path, folder: Path) -> None:
     model, processor = load_llava(str(model_folder), device="cpu")
     rng = random.Random(args.seed)
     torch.manual_seed(args.seed)
-    features = Features({name: Value("string") for name in ("ds_name", "question", "chosen", "rejected", "origin_dataset",
-                                                            "origin_split", "idx", "image_path")} | {"image": ImageColumn()})  # fmt: skip
+    names = "ds_name image question chosen rejected origin_dataset origin_split idx image_path".split()  # RLAIF-V's
+    features = Features({name: ImageColumn() if name == "image" else Value("string") for name in names})
     for split, wanted, offset in (("train", args.train_pairs, 600_000), ("test", args.heldout_pairs, 800_000)):
         pairs = sample_pairs(model, processor, wanted, args.seed * 10**6 + offset, rng)
         Dataset.from_list(pairs, features=features).to_parquet(folder / f"{split}.parquet")
