@@ -404,8 +404,14 @@ def write_preferences(args, model_folder: Path, folder: Path) -> None:
     model, processor = load_llava(str(model_folder), device="cpu")
     rng = random.Random(args.seed)
     torch.manual_seed(args.seed)
-    names = "ds_name image question chosen rejected origin_dataset origin_split idx image_path".split()  # RLAIF-V's
-    features = Features({name: ImageColumn() if name == "image" else Value("string") for name in names})
+    before, after = (
+        ("ds_name",),
+        ("question", "chosen", "rejected", "origin_dataset", "origin_split", "idx", "image_path"),
+    )
+    text = Value("string")
+    features = Features(
+        dict.fromkeys(before, text) | {"image": ImageColumn()} | dict.fromkeys(after, text)
+    )  # RLAIF-V's
     for split, wanted, offset in (("train", args.train_pairs, 600_000), ("test", args.heldout_pairs, 800_000)):
         pairs = sample_pairs(model, processor, wanted, args.seed * 10**6 + offset, rng)
         Dataset.from_list(pairs, features=features).to_parquet(folder / f"{split}.parquet")

@@ -8,12 +8,14 @@ import pytest
 from conftest import ROOT
 
 
-def test_orpo_step_compares_equal_losses():
+def test_orpo_step_compares_equal_log_probabilities():
     command = [sys.executable, str(ROOT / "benchmarks" / "bench_orpo_step.py"), "--steps", "1"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=400).stdout
     figures = json.loads(printed.splitlines()[-1])
-    assert figures["shared"]["loss"] == pytest.approx(figures["plain"]["loss"], abs=1e-4)
-    assert figures["speedup"] == pytest.approx(
-        figures["plain"]["seconds_per_pair"] / figures["shared"]["seconds_per_pair"]
-    )
-    assert figures["memory_ratio"] < 1 < figures["speedup"]
+    for name in ("chosen_logp", "rejected_logp"):
+        assert figures["shared"][name] == pytest.approx(figures["plain"][name], abs=1e-4)
+        assert figures["shared"][name] == pytest.approx(figures["trl"][name], abs=1e-4)
+    for form in ("trl", "plain"):
+        seconds = figures[form]["seconds_per_pair"] / figures["shared"]["seconds_per_pair"]
+        assert figures[f"speedup_over_{form}"] == pytest.approx(seconds) and seconds > 1
+        assert figures[f"memory_of_{form}"] < 1
