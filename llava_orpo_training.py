@@ -65,6 +65,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(run, "--wandb_project", "W&B project", default="llava-orpo")
     add(run, "--wandb_entity", "W&B user or team")
     args = parser.parse_args(argv)
+    if not 0 <= args.eval_fraction < 1:
+        parser.error(f"--eval_fraction is {args.eval_fraction}; it must be at least 0 and below 1")
+    for name in ("max_samples", "max_length", "lora_rank", "lora_alpha", "epochs", "batch_size", "learning_rate", "beta",
+                 "gradient_accumulation_steps", "save_steps", "eval_steps"):  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            parser.error(f"--{name} is {value}; it must be above 0")
     if args.test_mode:
         args.model_path, args.dataset = str(MINIATURE / "model"), str(MINIATURE / "preferences")
     return args
@@ -241,10 +248,16 @@ def load_rows(source: str) -> datasets.DatasetDict:
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         stop(f"--dataset {source} cannot be read: {str(error).splitlines()[0]} "
              "Give a hub id, or a folder or file of parquet or jsonl.")  # fmt: skip
+    if "train" not in rows:
+        stop(f"--dataset {source} has no train split (found: {', '.join(rows)}); name its file train.parquet.")
     missing = {"image", "question", "chosen", "rejected"} - set(rows["train"].column_names)
     if missing:
         stop(f"--dataset {source} lacks {', '.join(sorted(missing))} (found: {', '.join(rows['train'].column_names)}); "
              "it must have RLAIF-V's columns image, question, chosen and rejected.")  # fmt: skip
+    for name in ("question", "chosen", "rejected"):
+        kind = getattr(rows["train"].features[name], "dtype", type(rows["train"].features[name]).__name__)
+        if kind not in ("string", "large_string"):
+            stop(f"--dataset {source} has {kind} in its column {name}; it must hold plain text.")
     return rows.cast_column("image", datasets.Image(decode=False))
 
 
@@ -560,8 +573,8 @@ SAMPLES_PAGE = jinja2.Template(
 <style>body{font:15px/1.45 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
 section{display:grid;grid-template-columns:18rem 1fr;gap:1.5rem;border-top:1px solid #ddd;padding:1.5rem 0}
 img{width:100%;border-radius:6px}th{text-align:left;white-space:nowrap;padding-right:1rem;color:#555;font-weight:600}
-th,td{vertical-align:top;padding-bottom:.4rem}.chosen th{color:#19742c}.rejected th{color:#a32020}
-@media(max-width:45rem){section{grid-template-columns:1fr}}</style>
+th,td{vertical-align:top;padding-bottom:.4rem}th{width:5.5rem}.chosen th{color:#19742c}.rejected th{color:#a32020}
+table{align-self:start;border-collapse:collapse}@media(max-width:45rem){section{grid-template-columns:1fr}}</style>
 <h1>Held-out pairs, and what the model answers at each evaluation</h1>
 {% for sample in samples %}{% set number = loop.index0 %}<section>
 <img src="{{ embed(sample.image) }}" alt="the picture asked about"><table>
@@ -711,6 +724,7 @@ def set_up_tracking(args: argparse.Namespace) -> None:
             os.environ["WANDB_ENTITY"] = args.wandb_entity
         if not wandb.login(prompt=False, verify=False):
             os.environ["WANDB_MODE"] = "offline"
+            wandb.teardown()  # the settings that login read know nothing of the line above
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
@@ -782,7 +796,7 @@ def make_pairs(args: argparse.Namespace, processor) -> tuple[PreferencePairs, Pr
     )
 
 
-def build_trainer(args: argparse.Namespace, model, processor, train_pairs, eval_pairs) -> LlavaORPOTrainer:
+def build_trainer(args, model, processor, train_pairs, eval_pairs, checkpoint: Path | None) -> LlavaORPOTrainer:
     on_gpu = torch.cuda.is_available()
     config = ORPOConfig(
         output_dir=str(args.output_dir),
@@ -805,6 +819,7 @@ def build_trainer(args: argparse.Namespace, model, processor, train_pairs, eval_
         logging_steps=1,
         eval_strategy="no" if eval_pairs is None else "steps" if args.eval_steps else "epoch",
         eval_steps=args.eval_steps,
+        eval_on_start=eval_pairs is not None and not checkpoint,  # the base; trainer.evaluate() would undo DDP here
         save_steps=args.save_steps,
         save_total_limit=2,
         dataloader_num_workers=min(8, max(1, os.cpu_count() - 1)) if args.num_workers is None else args.num_workers,
@@ -888,10 +903,8 @@ def main(argv: list[str] | None = None) -> None:
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     model, processor = load_llava(args.model_path, device=device, load_4bit=args.load_4bit, load_8bit=args.load_8bit)
     train_pairs, eval_pairs = make_pairs(args, processor)
-    trainer = build_trainer(args, add_adapter(model, args), processor, train_pairs, eval_pairs)
+    trainer = build_trainer(args, add_adapter(model, args), processor, train_pairs, eval_pairs, checkpoint)
     preflight(trainer, train_pairs)
-    if eval_pairs and not checkpoint:
-        trainer.evaluate()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     history, last_step = trainer.state.log_history, trainer.state.global_step
     if eval_pairs and not any("eval_loss" in row and row["step"] == last_step for row in history):

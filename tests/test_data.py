@@ -139,6 +139,26 @@ def test_a_source_that_cannot_be_read_is_one_sentence(source, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: --dataset")
 
 
+def test_a_set_without_a_train_split_is_one_sentence(tmp_path, capsys):
+    datasets.Dataset.from_list([row()]).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(SystemExit, match="2"):
+        training.load_rows(str(tmp_path))
+    assert "has no train split (found: test)" in capsys.readouterr().err
+
+
+def test_a_conversation_instead_of_text_is_one_sentence(tmp_path, processor, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        make_pairs([row(chosen=[{"role": "assistant", "content": "A ball."}])], tmp_path, processor)
+    assert "in its column chosen; it must hold plain text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag, value", [("--eval_fraction", "1"), ("--batch_size", "0"), ("--learning_rate", "-1")])
+def test_a_value_out_of_range_is_one_sentence(flag, value, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        training.parse_args([flag, value])
+    assert f"error: {flag} is {float(value):g}" in capsys.readouterr().err.replace(".0;", ";")
+
+
 def test_jsonl_with_pictures_beside_it(tmp_path, processor):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(picture())
