@@ -65,8 +65,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(run, "--wandb_project", "W&B project", default="llava-orpo")
     add(run, "--wandb_entity", "W&B user or team")
     args = parser.parse_args(argv)
-    if not 0 <= args.eval_fraction < 1:
-        parser.error(f"--eval_fraction is {args.eval_fraction}; it must be at least 0 and below 1")
+    for name in ("eval_fraction", "warmup_ratio", "lora_dropout"):
+        if not 0 <= getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be at least 0 and below 1")
+    for name in ("seed", "num_workers"):
+        if (getattr(args, name) or 0) < 0:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be at least 0")
     for name in ("max_samples", "max_length", "lora_rank", "lora_alpha", "epochs", "batch_size", "learning_rate", "beta",
                  "gradient_accumulation_steps", "save_steps", "eval_steps"):  # fmt: skip
         value = getattr(args, name)
@@ -85,6 +89,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import math
 import os
 import resource
 import shutil
@@ -108,11 +113,13 @@ import matplotlib
 import numpy as np
 import pyarrow as pa
 import torch
+from datasets.exceptions import DatasetsError
 from huggingface_hub import ModelCardData
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import (
     AutoProcessor,
@@ -145,7 +152,7 @@ def load_image(source: str | Path | bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         return ImageOps.exif_transpose(image).convert("RGB")
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's other ways to say "broken"
+    except Exception as error:  # a broken file makes Pillow's parsers raise almost anything
         raise OSError(str(error)) from error
 
 
@@ -191,7 +198,7 @@ def load_llava(
             model_path, dtype=dtype, quantization_config=quantization, device_map={"": device}, use_safetensors=True
         )
         processor = AutoProcessor.from_pretrained(model_path, backend="pil")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         stop(f"--model_path {model_path} cannot be loaded: {str(error).splitlines()[0]} "
              "Give a hub id or a folder with a LLaVA-NeXT checkpoint in safetensors.")  # fmt: skip
     if load_4bit and device == "cpu":
@@ -200,7 +207,11 @@ def load_llava(
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     if lora_path:
-        model = PeftModel.from_pretrained(model, lora_path)
+        try:
+            model = PeftModel.from_pretrained(model, lora_path)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            stop(f"--lora_path {lora_path} cannot be loaded: {str(error).splitlines()[0]} "
+                 "Give the folder of an adapter that was trained on this model.")  # fmt: skip
     return model.eval(), processor
 
 
@@ -245,9 +256,9 @@ def load_rows(source: str) -> datasets.DatasetDict:
             rows = datasets.load_dataset(builders[path.suffix], data_files=str(path))
         else:
             rows = datasets.load_dataset(source)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        stop(f"--dataset {source} cannot be read: {str(error).splitlines()[0]} "
-             "Give a hub id, or a folder or file of parquet or jsonl.")  # fmt: skip
+    except (OSError, ValueError, TypeError, StopIteration, pa.ArrowException, DatasetsError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "it is empty."
+        stop(f"--dataset {source} cannot be read: {reason} Give a hub id, or a folder or file of parquet or jsonl.")
     if "train" not in rows:
         stop(f"--dataset {source} has no train split (found: {', '.join(rows)}); name its file train.parquet.")
     missing = {"image", "question", "chosen", "rejected"} - set(rows["train"].column_names)
@@ -258,7 +269,11 @@ def load_rows(source: str) -> datasets.DatasetDict:
         kind = getattr(rows["train"].features[name], "dtype", type(rows["train"].features[name]).__name__)
         if kind not in ("string", "large_string"):
             stop(f"--dataset {source} has {kind} in its column {name}; it must hold plain text.")
-    return rows.cast_column("image", datasets.Image(decode=False))
+    try:
+        return rows.cast_column("image", datasets.Image(decode=False))
+    except (TypeError, ValueError, pa.ArrowException):
+        stop(f"--dataset {source} has {rows['train'].features['image']} in its column image; "
+             "it must hold pictures, or the paths of picture files.")  # fmt: skip
 
 
 def read_size(picture: Path | pa.Buffer) -> tuple[int, int]:
@@ -308,7 +323,7 @@ def check_rows(rows: datasets.Dataset, root: Path, processor, max_length: int, l
             picture = content.as_buffer() if content.is_valid else root / (path.as_py() or "")
             fault = find_fault(*text, picture, processor, max_length)
             if fault:
-                dropped.append({"row": i, "reason": fault})
+                dropped.append({"split": str(rows.split), "row": i, "reason": fault})
             else:
                 good.append(i)
             if len(good) == limit:
@@ -318,10 +333,11 @@ def check_rows(rows: datasets.Dataset, root: Path, processor, max_length: int, l
 
 def split_rows(rows: datasets.Dataset, good: list[int], eval_fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Split row indices into (train, held out); rows that share an `image_path` stay on one side."""
-    names = rows["image_path"][:] if "image_path" in rows.column_names else range(len(rows))
-    picture = np.unique([str(names[i]) for i in good], return_inverse=True)[1]
+    names = rows["image_path"][:] if "image_path" in rows.column_names else [None] * len(rows)
+    picture = np.unique([str(i if names[i] is None else names[i]) for i in good], return_inverse=True)[1]
     order = np.random.default_rng(seed).permutation(picture.max() + 1) if good else picture
-    held_out = np.isin(picture, order[: round(eval_fraction * len(order))])
+    wanted = min(max(round(eval_fraction * len(order)), 1), len(order) - 1) if eval_fraction else 0
+    held_out = np.isin(picture, order[: max(wanted, 0)])
     good = np.asarray(good, dtype=int)
     return good[~held_out].tolist(), good[held_out].tolist()
 
@@ -338,6 +354,10 @@ class PreferencePairs(torch.utils.data.Dataset):
     ):
         self.rows, self.indices, self.root = rows, indices, root
         self.processor, self.max_length, self.dropped_file = processor, max_length, dropped_file
+
+    @property
+    def split(self) -> str:
+        return str(getattr(self.rows, "split", "train"))
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -363,8 +383,8 @@ class PreferencePairs(torch.utils.data.Dataset):
             if reason is None:
                 return features
             with self.dropped_file.open("a") as file:
-                file.write(json.dumps({"row": self.indices[candidate], "reason": reason}) + "\n")
-        stop("no row is left that can be trained on; see dropped_rows.jsonl.")
+                file.write(json.dumps({"split": self.split, "row": self.indices[candidate], "reason": reason}) + "\n")
+        raise LookupError(f"no row of the {self.split} pairs can be used; see {self.dropped_file}.")
 
     def encode(self, image: Image.Image, question: str, chosen: str, rejected: str) -> dict:
         """One pair: prompt ids, response ids closed by EOS (cut to `max_length`, the prompt never), pixels, size."""
@@ -486,12 +506,33 @@ class LlavaORPOTrainer(ORPOTrainer):
         return chosen_logps, rejected_logps, chosen_logits, rejected_logits, -chosen_logps.mean()
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """TRL's eval metrics, but exact: means over pairs, whatever the last batch holds and however many processes."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, metrics = self.get_batch_loss_metrics(model, inputs, train_eval="eval")
-        for _ in inputs["image_sizes"]:  # once a pair, so that a short last batch weighs what it holds
+            forward = self.concatenated_forward(model, inputs)
+        means = torch.stack([logits.mean((1, 2)) for logits in forward[2:4]], dim=1)
+        # without the rows that even out the last batch among processes
+        chosen, rejected, means = self.accelerator.gather_for_metrics((forward[0], forward[1], means))
+        losses, chosen_rewards, rejected_rewards, log_odds_ratio, log_odds_chosen = self.odds_ratio_loss(
+            chosen, rejected
+        )
+        metrics = {
+            "rewards/chosen": chosen_rewards,
+            "rewards/rejected": rejected_rewards,
+            "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
+            "rewards/margins": chosen_rewards - rejected_rewards,
+            "logps/rejected": rejected,
+            "logps/chosen": chosen,
+            "logits/rejected": means[:, 1],
+            "logits/chosen": means[:, 0],
+            "nll_loss": -chosen,
+            "log_odds_ratio": log_odds_ratio,
+            "log_odds_chosen": log_odds_chosen,
+        }
+        metrics = {f"eval_{name}": value.mean().item() for name, value in metrics.items()}
+        for _ in range(len(chosen)):  # a batch weighs what it holds
             self.store_metrics(metrics, train_eval="eval")
-        return loss.detach(), None, None
+        return (losses.mean() * -1 - chosen.mean()).detach(), None, None
 
     def create_model_card(self, *_, **__) -> None:
         """TRL's card shows a text-only pipeline; main() writes one that fits."""
@@ -531,6 +572,14 @@ def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs) -> None:
             stop(f"preflight failed: image tokens equal image features, but found {tokens}; nothing was trained.")
         seen = trainer.concatenated_forward(model, batch)[0].item()
         unseen = trainer.concatenated_forward(model, {**batch, "pixel_values": -batch["pixel_values"]})[0].item()
+        pictures = {name: batch[name] for name in ("pixel_values", "image_sizes")}
+        apart = 0.0
+        for name, shared in zip(("chosen", "rejected"), trainer.concatenated_forward(model, batch)[:2], strict=True):
+            row = torch.tensor([pair["prompt"] + pair[name]], device=model.device)
+            logits = model(input_ids=row, **pictures, logits_to_keep=len(pair[name]) + 1).logits[:, :-1].float()
+            labels = row[:, -len(pair[name]) :]
+            alone = trainer.get_batch_logps(logits, labels, average_log_prob=True, is_encoder_decoder=True)
+            apart = max(apart, (alone - shared).abs().item())
     model.train()
     trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     fresh = [weight for name, weight in trainable.items() if "lora_B" in name]
@@ -538,7 +587,10 @@ def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs) -> None:
         torch.nn.init.normal_(weight, std=1e-2)
     with trainer.accelerator.autocast():
         trainer.get_batch_loss_metrics(model, batch)[0].backward()
-    dead = [name for name, weight in trainable.items() if weight.grad is None or not weight.grad.any()]
+    dead = [
+        name for name, weight in trainable.items()
+        if weight.grad is None or not weight.grad.any() or not weight.grad.isfinite().all()
+    ]  # fmt: skip
     for weight in fresh:
         torch.nn.init.zeros_(weight)
     model.zero_grad()
@@ -550,9 +602,12 @@ def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs) -> None:
     size = sum(weight.numel() for weight in trainable.values())
     checks = [
         ("image tokens equal image features", tokens, True),
-        ("another picture moves the chosen log-probability", f"{seen:.4f} -> {unseen:.4f} for its negative", seen != unseen),
+        ("another picture moves the chosen log-probability", f"{seen:.4f} -> {unseen:.4f} for its negative",
+         seen != unseen and math.isfinite(seen) and math.isfinite(unseen)),
         ("labels cover the responses only", f"{len(labels[0])} chosen, {len(labels[1])} rejected tokens",
          labels == [pair["chosen"], pair["rejected"]] and processor.image_token_id not in labels[0] + labels[1]),
+        ("each response scores as it does alone", f"log-probabilities {apart:.1e} apart",
+         apart < (1e-3 if model.dtype == torch.float32 else 0.1)),
         ("chosen and rejected differ", f"{sum(a != b for a, b in zip(*labels, strict=False))} tokens", labels[0] != labels[1]),
         ("vocabulary is unchanged", f"{rows} rows", rows == model.config.text_config.vocab_size),
         ("every trainable weight gets a gradient", dead[0] if dead else f"{size:,} in "
@@ -729,7 +784,8 @@ def set_up_tracking(args: argparse.Namespace) -> None:
 
 def last_checkpoint(output_dir: Path) -> Path | None:
     """The newest checkpoint that was written whole (trainer_state.json comes last), or None."""
-    found = sorted(output_dir.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    found = [folder for folder in output_dir.glob("checkpoint-*") if folder.name.split("-")[1].isdigit()]
+    found.sort(key=lambda folder: int(folder.name.split("-")[1]))
     for folder in reversed(found):
         try:
             json.loads((folder / "trainer_state.json").read_text())
@@ -744,15 +800,18 @@ def open_run(args: argparse.Namespace) -> Path | None:
     output_dir = args.output_dir
     settings = {name: str(value) for name, value in vars(args).items()
                 if name not in ("resume", "report_to", "wandb_project", "wandb_entity", "num_workers")}  # fmt: skip
+    if output_dir.exists() and not output_dir.is_dir():
+        stop(f"--output_dir {output_dir} is a file; name a folder.")
     checkpoint = last_checkpoint(output_dir)
     if not MAIN_PROCESS:
         return checkpoint
     if not args.resume and (checkpoint or (output_dir / "adapter_config.json").exists()):
         stop(f"--output_dir {output_dir} holds an earlier run; add --resume to go on with it, or name another folder.")
     if checkpoint:
-        before = json.loads((output_dir / "arguments.json").read_text())
+        noted = output_dir / "arguments.json"
+        before = json.loads(noted.read_text()) if noted.exists() else settings
         changed = [
-            f"--{name} was {before[name]}, is {settings[name]}" for name in before if before[name] != settings[name]
+            f"--{name} was {before[name]}, is {settings[name]}" for name in before if before[name] != settings.get(name)
         ]
         if changed:
             stop(f"--resume cannot change the run in {output_dir}: {'; '.join(changed)}.")
@@ -777,7 +836,7 @@ def make_pairs(args: argparse.Namespace, processor) -> tuple[PreferencePairs, Pr
     test = next((rows[name] for name in ("test", "validation") if name in rows), None)
     if test:
         eval_good, eval_dropped = check_rows(test, root, processor, args.max_length, None)
-        dropped += [{**row, "split": "test"} for row in eval_dropped]
+        dropped += eval_dropped
         train = good
     else:
         test = rows["train"]
@@ -798,6 +857,7 @@ def make_pairs(args: argparse.Namespace, processor) -> tuple[PreferencePairs, Pr
 
 def build_trainer(args, model, processor, train_pairs, eval_pairs, checkpoint: Path | None) -> LlavaORPOTrainer:
     on_gpu = torch.cuda.is_available()
+    batches = math.ceil(len(train_pairs) / (args.batch_size * int(os.environ.get("WORLD_SIZE", 1))))
     config = ORPOConfig(
         output_dir=str(args.output_dir),
         num_train_epochs=args.epochs,
@@ -817,8 +877,9 @@ def build_trainer(args, model, processor, train_pairs, eval_pairs, checkpoint: P
         use_cpu=not on_gpu,
         seed=args.seed,
         logging_steps=1,
-        eval_strategy="no" if eval_pairs is None else "steps" if args.eval_steps else "epoch",
-        eval_steps=args.eval_steps,
+        # once an epoch is given in steps too: then a checkpoint of that step holds what comes after the evaluation
+        eval_strategy="no" if eval_pairs is None else "steps",
+        eval_steps=args.eval_steps or math.ceil(batches / args.gradient_accumulation_steps),
         eval_on_start=eval_pairs is not None and not checkpoint,  # the base; trainer.evaluate() would undo DDP here
         save_steps=args.save_steps,
         save_total_limit=2,
@@ -827,6 +888,7 @@ def build_trainer(args, model, processor, train_pairs, eval_pairs, checkpoint: P
         report_to=args.report_to,
         run_name=args.output_dir.name,
     )
+    config._n_gpu = 1  # several GPUs take torchrun: nn.DataParallel would cut logits_to_keep apart
     trainer = LlavaORPOTrainer(
         model=model,
         args=config,
@@ -843,7 +905,7 @@ def build_trainer(args, model, processor, train_pairs, eval_pairs, checkpoint: P
 
 
 def fingerprint(pairs: PreferencePairs) -> str:
-    """SHA-256 over the texts of the pairs, in order: two runs with the same value saw the same data."""
+    """SHA-256 over the texts of the pairs, in order (not over the pictures)."""
     texts = pairs.rows.select_columns(["question", "chosen", "rejected"])
     digest = hashlib.sha256()
     for index in pairs.indices:
@@ -857,6 +919,9 @@ def finish_run(args: argparse.Namespace, trainer: LlavaORPOTrainer, seconds: flo
     metrics = read_jsonl(output_dir / "metrics.jsonl")
     evaluations = [row for row in metrics if "eval_loss" in row]
     before, after = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
+    # a picture that breaks off is noted anew whenever it is met
+    listed = {(row["split"], row["row"]): row["reason"] for row in read_jsonl(output_dir / "dropped_rows.jsonl")}
+    dropped = Counter(listed.values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     summary = {
         "arguments": {name: value if isinstance(value, int | float | list) else str(value) for name, value in vars(args).items()},
@@ -865,7 +930,7 @@ def finish_run(args: argparse.Namespace, trainer: LlavaORPOTrainer, seconds: flo
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
         "data": {"train_pairs": len(train_pairs), "eval_pairs": len(eval_pairs or []),
                  "fingerprint": fingerprint(train_pairs),
-                 "dropped": Counter(row["reason"] for row in read_jsonl(output_dir / "dropped_rows.jsonl"))},
+                 "dropped": dropped},
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak,
@@ -891,6 +956,8 @@ def finish_run(args: argparse.Namespace, trainer: LlavaORPOTrainer, seconds: flo
     write_whole(output_dir / "README.md", text)
     draw_curves(metrics, output_dir / "training_curves.png")
     write_whole(output_dir / "training_summary.json", json.dumps(summary, indent=2))
+    if dropped:
+        console.print("rows left out: " + ", ".join(f"{n} x {reason}" for reason, n in dropped.most_common()))
     console.print(f"adapter, card, curves and summary are in {output_dir}")
 
 
@@ -898,6 +965,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     started = time.perf_counter()
     checkpoint = open_run(args)
+    if args.resume and (args.output_dir / "training_summary.json").exists():
+        console.print(f"the run in {args.output_dir} is finished; there is nothing to resume")
+        return
     set_up_tracking(args)
     set_seed(args.seed)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -906,8 +976,9 @@ def main(argv: list[str] | None = None) -> None:
     trainer = build_trainer(args, add_adapter(model, args), processor, train_pairs, eval_pairs, checkpoint)
     preflight(trainer, train_pairs)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    history, last_step = trainer.state.log_history, trainer.state.global_step
-    if eval_pairs and not any("eval_loss" in row and row["step"] == last_step for row in history):
+    trainer.accelerator.wait_for_everyone()
+    rows = read_jsonl(args.output_dir / "metrics.jsonl")
+    if eval_pairs and not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in rows):
         trainer.evaluate()
     if MAIN_PROCESS:
         finish_run(args, trainer, time.perf_counter() - started)
@@ -920,6 +991,8 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         stop("interrupted; the same command with --resume goes on from the newest checkpoint.", code=130)
+    except LookupError as error:  # raised in a data loader's worker
+        stop(str(error).splitlines()[-1])
     except torch.OutOfMemoryError:
         stop(
             "the GPU's memory is full; use a smaller --batch_size with more --gradient_accumulation_steps, or --load_4bit."

@@ -52,7 +52,7 @@ def caption_figures(answers: dict[int, str], annotations: list[dict], associatio
         named, absent, faulty = named + len(said), absent + len(wrong), faulty + bool(wrong)
         covered, present = covered + len(set(said) & set(note["truth"])), present + len(set(note["truth"]))
     return {
-        "CHAIR": 100 * absent / named,
+        "CHAIR": 100 * absent / max(named, 1),
         "Cover": 100 * covered / present,
         "Hal": 100 * faulty / len(answers),
         "absent": absent,
@@ -114,10 +114,9 @@ def main(argv=None):
     base, runs = caption_pictures(model, processor), []
     for seed in args.seeds:
         folder = args.output_dir / f"seed{seed}"
-        if not (folder / "training_summary.json").exists():  # a finished seed is not trained again
-            flags = f"--test_mode --resume --seed {seed} --report_to none {args.settings} --output_dir"
-            print(f"\npython llava_orpo_training.py {flags} {folder}\n", file=sys.stderr)
-            training.main([*flags.split(), str(folder)])
+        flags = f"--test_mode --resume --seed {seed} --report_to none {args.settings} --output_dir"
+        print(f"\npython llava_orpo_training.py {flags} {folder}\n", file=sys.stderr)
+        training.main([*flags.split(), str(folder)])  # a finished run is left as it is, other settings are refused
         summary = json.loads((folder / "training_summary.json").read_text())
         base["accuracy"] = 100 * summary["before"]["eval_rewards/accuracies"]
         adapted = PeftModel.from_pretrained(model, folder).eval()

@@ -17,5 +17,5 @@ def test_orpo_step_compares_equal_log_probabilities():
         assert figures["shared"][name] == pytest.approx(figures["trl"][name], abs=1e-4)
     for form in ("trl", "plain"):
         seconds = figures[form]["seconds_per_pair"] / figures["shared"]["seconds_per_pair"]
-        assert figures[f"speedup_over_{form}"] == pytest.approx(seconds) and seconds > 1
-        assert figures[f"memory_of_{form}"] < 1
+        assert figures[f"speedup_over_{form}"] == pytest.approx(seconds) and seconds > 2
+        assert figures[f"memory_of_{form}"] < 0.7

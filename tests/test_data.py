@@ -65,7 +65,7 @@ BAD_ROWS = {
 def test_a_bad_row_is_left_out_and_listed(reason, tmp_path, processor, capsys):
     pairs = make_pairs([row(), row(**BAD_ROWS[reason]), row()], tmp_path, processor)
     assert pairs.indices == [0, 2]
-    assert dropped(tmp_path) == [{"row": 1, "reason": reason.strip()}]
+    assert dropped(tmp_path) == [{"split": "train", "row": 1, "reason": reason.strip()}]
     assert f"1 x {reason.strip()}" in " ".join(capsys.readouterr().err.split())
 
 
@@ -73,14 +73,14 @@ def test_a_picture_that_breaks_off_is_replaced_and_listed(tmp_path, processor):
     broken = picture((400, 300), seed=3, kind="JPEG")[:-9000]
     pairs = make_pairs([row(image={"bytes": broken, "path": None}), row()], tmp_path, processor)
     assert pairs[0]["prompt"] == pairs[1]["prompt"]
-    assert dropped(tmp_path) == [{"row": 0, "reason": "image breaks off when decoded"}]
+    assert dropped(tmp_path) == [{"split": "train", "row": 0, "reason": "image breaks off when decoded"}]
 
 
 def test_responses_that_are_equal_once_cut_are_replaced(tmp_path, processor):
     same = "The image shows a red ball. " * 40
     pairs = make_pairs([row(chosen=same + "A cup.", rejected=same + "A bus."), row()], tmp_path, processor)
     assert pairs[0]["chosen"] == pairs[1]["chosen"]
-    assert dropped(tmp_path) == [{"row": 0, "reason": "chosen equals rejected once cut"}]
+    assert dropped(tmp_path) == [{"split": "train", "row": 0, "reason": "chosen equals rejected once cut"}]
 
 
 def test_truncation_shortens_a_response_and_never_the_prompt(tmp_path, processor):
@@ -128,6 +128,33 @@ def test_a_set_left_empty_is_one_sentence(tmp_path, processor, capsys):
     with pytest.raises(SystemExit, match="2"):
         make_pairs([row(question="")], tmp_path, processor)
     assert "has no usable pair (1 x question is empty)" in capsys.readouterr().err
+
+
+def test_pairs_without_an_image_path_are_split_one_by_one(tmp_path, processor):
+    folder = tmp_path / "nulls"
+    folder.mkdir()
+    datasets.Dataset.from_list([row(image_path=None if i else "a.png") for i in range(5)]).to_parquet(
+        folder / "p.parquet"
+    )
+    flags = ["--dataset", str(folder / "p.parquet"), "--output_dir", str(folder)]
+    train, held_out = training.make_pairs(training.parse_args(flags), processor)
+    assert (len(train), len(held_out)) == (4, 1)
+
+
+def test_pictures_that_all_break_off_are_one_sentence(tmp_path, processor):
+    broken = {"bytes": picture((400, 300), seed=3, kind="JPEG")[:-9000], "path": None}
+    pairs = make_pairs([row(image=broken)], tmp_path, processor)
+    with pytest.raises(LookupError, match="no row of the train pairs can be used; see .*dropped_rows.jsonl"):
+        pairs[0]
+
+
+@pytest.mark.parametrize("content", ['{"image": ["a.png"], "question": "q", "chosen": "a", "rejected": "b"}',
+                                     '{"image": 3, "question": "q", "chosen": "a", "rejected": "b"}', ""])  # fmt: skip
+def test_odd_jsonl_is_one_sentence(content, tmp_path, capsys):
+    (tmp_path / "pairs.jsonl").write_text(content)
+    with pytest.raises(SystemExit, match="2"):
+        training.load_rows(str(tmp_path / "pairs.jsonl"))
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: --dataset")
 
 
 @pytest.mark.parametrize("source", ["missing.parquet", "notes.txt", "broken.parquet"])
@@ -232,8 +259,11 @@ def test_collating_pads_prompts_left_and_responses_right(tmp_path, processor):
 
 
 def test_as_many_rows_as_rlaif_v_start_soon_and_hold_a_flat_memory(tmp_path, processor):
-    """83,132 rows are checked within half a minute, and going through pairs does not keep their pictures."""
-    pictures = [picture((320, 240), seed) for seed in range(8)]  # 230 kB each: about 20 GB if all were materialised
+    """83,132 rows are checked within half a minute, and going through pairs does not keep their pictures.
+
+    The pictures are files (230 kB each, about 20 GB if all were decoded and kept), so that the test stays small.
+    """
+    pictures = [picture((320, 240), seed) for seed in range(8)]
     table = {name: [value] * 83_132 for name, value in row().items() if name != "image"}
     table["chosen"] = [f"The image shows {i} red balls." for i in range(83_132)]
     paths = []

@@ -29,7 +29,7 @@ SMALL += ["--learning_rate", "1e-3", "--no-gradient_checkpointing", "--num_worke
 def few_pairs(tmp_path_factory):
     """A folder with 48 pairs of the miniature to train on and 8 held out."""
     folder = tmp_path_factory.mktemp("few_pairs")
-    for split, n in (("train", 48), ("test", 8)):
+    for split, n in (("train", 48), ("test", 9)):  # 9: the last batch is not full
         rows = datasets.load_dataset(
             "parquet", data_files=str(MINIATURE / "preferences" / f"{split}.parquet"), split="train"
         )
@@ -55,7 +55,7 @@ def run(folder, data, *flags):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, few_pairs):
-    return run(tmp_path_factory.mktemp("run") / "finished", few_pairs, "--epochs", "2", "--save_steps", "4")
+    return run(tmp_path_factory.mktemp("run") / "finished", few_pairs, "--epochs", "2", "--save_steps", "2")
 
 
 def losses(folder) -> dict[int, float]:
@@ -71,7 +71,7 @@ def test_files_and_keys(finished):
     summary = json.loads((finished / "training_summary.json").read_text())
     assert summary["steps"] == 12 and summary["arguments"]["lora_rank"] == 16
     assert (
-        summary["data"]["train_pairs"] == 48 and summary["data"]["eval_pairs"] == 8 and summary["data"]["dropped"] == {}
+        summary["data"]["train_pairs"] == 48 and summary["data"]["eval_pairs"] == 9 and summary["data"]["dropped"] == {}
     )
     assert len(summary["data"]["fingerprint"]) == 64 and summary["peak_memory_bytes"] > 1e8
     assert summary["versions"]["trl"] == "1.16.0"
@@ -126,17 +126,18 @@ def test_an_unbroken_run_is_not_written_over(finished, few_pairs, capsys):
 
 def test_resume_refuses_other_settings(finished, few_pairs, capsys):
     with pytest.raises(SystemExit, match="2"):
-        run(finished, few_pairs, "--epochs", "2", "--save_steps", "4", "--resume", "--lora_rank", "8")
+        run(finished, few_pairs, "--epochs", "2", "--save_steps", "2", "--resume", "--lora_rank", "8")
     assert "--lora_rank was 16, is 8" in capsys.readouterr().err
 
 
-def test_a_killed_run_resumes_on_the_same_curve(tmp_path, finished, few_pairs):
+@pytest.mark.parametrize("step", [5, 7])  # resumes between evaluations, and from the one that ends an epoch
+def test_a_killed_run_resumes_on_the_same_curve(step, tmp_path, finished, few_pairs):
     folder = tmp_path / "killed"
     command = [sys.executable, SCRIPT, "--model_path", str(MINIATURE / "model"), "--dataset", str(few_pairs),
-               "--output_dir", str(folder), *SMALL[1:], "--epochs", "2", "--save_steps", "4"]  # fmt: skip
+               "--output_dir", str(folder), *SMALL[1:], "--epochs", "2", "--save_steps", "2"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
-    while len(losses(folder)) < 7 and time.monotonic() < deadline and process.poll() is None:
+    while len(losses(folder)) < step and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -144,7 +145,7 @@ def test_a_killed_run_resumes_on_the_same_curve(tmp_path, finished, few_pairs):
     broken.mkdir()
     (broken / "trainer_state.json").write_text('{"global_st')
     assert not (folder / "adapter_model.safetensors").exists()
-    run(folder, few_pairs, "--epochs", "2", "--save_steps", "4", "--resume")
+    run(folder, few_pairs, "--epochs", "2", "--save_steps", "2", "--resume")
     assert losses(folder) == pytest.approx(losses(finished), abs=1e-6)
     assert [row["step"] for row in training.read_jsonl(folder / "samples.jsonl")] == [0, 6, 12]
     expected = load_file(finished / "adapter_model.safetensors")
@@ -152,15 +153,28 @@ def test_a_killed_run_resumes_on_the_same_curve(tmp_path, finished, few_pairs):
         torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-5)
 
 
+def test_a_finished_run_is_not_run_again(finished, few_pairs, capsys):
+    before = (finished / "training_summary.json").read_bytes()
+    run(finished, few_pairs, "--epochs", "2", "--save_steps", "2", "--resume")
+    assert "is finished; there is nothing to resume" in " ".join(capsys.readouterr().err.split())
+    assert (finished / "training_summary.json").read_bytes() == before
+
+
 def test_two_processes_give_the_loss_of_one(tmp_path, finished, few_pairs):
     folder = tmp_path / "two"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511", SCRIPT,
                "--model_path", str(MINIATURE / "model"), "--dataset", str(few_pairs), "--output_dir", str(folder), *SMALL[1:],
-               "--epochs", "2", "--save_steps", "4", "--gradient_accumulation_steps", "1", "--lora_dropout", "0"]  # fmt: skip
+               "--epochs", "2", "--save_steps", "2", "--gradient_accumulation_steps", "1", "--lora_dropout", "0"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(command, env=environment, timeout=300, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    one = run(tmp_path / "one", few_pairs, "--epochs", "2", "--save_steps", "4", "--lora_dropout", "0")
+    one = run(tmp_path / "one", few_pairs, "--epochs", "2", "--save_steps", "2", "--lora_dropout", "0")
     assert losses(folder) == pytest.approx(losses(one), abs=1e-4)
+    figures = [
+        {(row["step"], name): value for row in training.read_jsonl(run_folder / "metrics.jsonl") for name, value in row.items()
+         if name == "eval_loss" or name.startswith(("eval_rewards", "eval_logps", "eval_nll", "eval_log_odds"))}
+        for run_folder in (folder, one)
+    ]  # fmt: skip
+    assert len(figures[1]) == 3 * 10 and figures[0] == pytest.approx(figures[1], abs=1e-4)
 
 
 def test_qlora_on_the_cpu(tmp_path, few_pairs):
@@ -231,6 +245,8 @@ def test_photos_at_llavas_own_geometry(tmp_path, photo_llava):
         ("frozen", "every trainable weight gets a gradient"),
         ("tokens", "image tokens equal image features"),
         ("head", "embeddings and head stay frozen"),
+        ("nan", "another picture moves the chosen log-probability"),
+        ("shifted", "each response scores as it does alone"),
     ],
 )
 def test_preflight_stops_a_faulty_run(fault, sentence, tmp_path, few_pairs, monkeypatch, capsys):
@@ -250,12 +266,22 @@ def test_preflight_stops_a_faulty_run(fault, sentence, tmp_path, few_pairs, monk
             return collate(features, pad_token_id)
 
         monkeypatch.setattr(training, "collate_pairs", with_prompt)
-    elif fault in ("frozen", "head"):
+    elif fault == "shifted":
+        share = training.share_prefix
+
+        def shifted(batch, pad_token_id):
+            inputs = share(batch, pad_token_id)
+            return {**inputs, "logits_to_keep": inputs["logits_to_keep"] - 1}
+
+        monkeypatch.setattr(training, "share_prefix", shifted)
+    elif fault in ("frozen", "head", "nan"):
         adapt = training.add_adapter
 
         def spoilt(model, args):
             adapted = adapt(model, args)
-            if fault == "head":
+            if fault == "nan":
+                adapted.get_base_model().lm_head.weight.data.fill_(float("nan"))
+            elif fault == "head":
                 adapted.get_base_model().lm_head.weight.requires_grad_(True)
             else:
                 for name, weight in adapted.named_parameters():
