@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SCRIPTS := llava_*.py miniature benchmarks tests
 
-demo: .venv/train.done ## align the miniature model with ORPO and show what it changed (minutes, no GPU, no hub)
+demo: .venv/train.done ## align the miniature model with ORPO and show what it changed (about two minutes, no GPU)
 	$(BIN)/python benchmarks/bench_effect.py --seeds 0 --output_dir outputs/demo
 
 test: .venv/test.done ## everything that continuous integration runs
@@ -29,6 +29,7 @@ help: ## list the commands
 	$(PYTHON) -m venv .venv
 
 .venv/train.done: requirements/train.txt | .venv/bin/python
+	@echo "installing the packages of requirements/train.txt into .venv (about 2 GB)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/train.txt
 	@touch $@
 

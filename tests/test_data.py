@@ -43,7 +43,7 @@ def make_pairs(rows: list[dict], folder, processor, *flags: str):
     args = training.parse_args(
         ["--dataset", str(source), "--output_dir", str(folder), "--eval_fraction", "0", "--max_length", "300", *flags]
     )
-    return training.make_pairs(args, processor)[0]
+    return training.make_pairs(args, training.load_rows(args.dataset), processor)[0]
 
 
 def dropped(folder) -> list[dict]:
@@ -137,7 +137,7 @@ def test_pairs_without_an_image_path_are_split_one_by_one(tmp_path, processor):
         folder / "p.parquet"
     )
     flags = ["--dataset", str(folder / "p.parquet"), "--output_dir", str(folder)]
-    train, held_out = training.make_pairs(training.parse_args(flags), processor)
+    train, held_out = training.make_pairs(training.parse_args(flags), training.load_rows(flags[1]), processor)
     assert (len(train), len(held_out)) == (4, 1)
 
 
@@ -193,7 +193,7 @@ def test_jsonl_with_pictures_beside_it(tmp_path, processor):
     (tmp_path / "pairs.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({**line, "chosen": ""}) + "\n")
     args = training.parse_args(["--dataset", str(tmp_path / "pairs.jsonl"), "--output_dir", str(tmp_path)])
     args.eval_fraction = 0
-    pairs, _ = training.make_pairs(args, processor)
+    pairs, _ = training.make_pairs(args, training.load_rows(args.dataset), processor)
     assert pairs.indices == [0] and pairs[0]["image_sizes"].tolist() == [90, 120]
 
 
@@ -205,7 +205,7 @@ def test_pairs_of_one_picture_stay_on_one_side_and_the_seed_decides(tmp_path, pr
         folder.mkdir()
         datasets.Dataset.from_list(rows).to_parquet(folder / "pairs.parquet")
         flags = ["--dataset", str(folder / "pairs.parquet"), "--output_dir", str(folder), "--seed", seed]
-        train, held_out = training.make_pairs(training.parse_args(flags), processor)
+        train, held_out = training.make_pairs(training.parse_args(flags), training.load_rows(flags[1]), processor)
         assert len(train) == 54 and len(held_out) == 6
         assert not {i // 3 for i in train.indices} & {i // 3 for i in held_out.indices}
         split[seed] = held_out.indices
@@ -274,7 +274,7 @@ def test_as_many_rows_as_rlaif_v_start_soon_and_hold_a_flat_memory(tmp_path, pro
     datasets.Dataset.from_dict(table).to_parquet(tmp_path / "pairs.parquet")
     args = training.parse_args(["--dataset", str(tmp_path / "pairs.parquet"), "--output_dir", str(tmp_path)])
     start = time.perf_counter()
-    train, held_out = training.make_pairs(args, processor)
+    train, held_out = training.make_pairs(args, training.load_rows(args.dataset), processor)
     assert time.perf_counter() - start < 30
     assert len(train) + len(held_out) == 83_132 and len(held_out) == 8313
     process = psutil.Process()

@@ -194,6 +194,14 @@ def test_qlora_on_the_cpu(tmp_path, few_pairs):
     assert state.quant_type == "nf4" and state.nested
 
 
+def test_eight_bits_on_the_cpu(tmp_path, few_pairs):
+    folder = run(tmp_path / "int8", few_pairs, "--load_8bit", "--epochs", "1")
+    assert len(losses(folder)) == 6
+    assert all(
+        weight.any() for name, weight in load_file(folder / "adapter_model.safetensors").items() if "lora_B" in name
+    )
+
+
 def photo(width: int, height: int, seed: int) -> bytes:
     """A picture with a photo's size and smooth colours."""
     rng = np.random.default_rng(seed)
@@ -318,6 +326,11 @@ def test_help_is_quick_and_lists_every_flag():
 def test_test_mode_is_the_miniature_and_nothing_more():
     plain, test_mode = vars(training.parse_args([])), vars(training.parse_args(["--test_mode"]))
     assert {name for name in plain if plain[name] != test_mode[name]} == {"model_path", "dataset", "test_mode"}
+
+
+def test_test_mode_leaves_what_is_given():
+    args = training.parse_args(["--test_mode", "--dataset", "pairs.parquet"])
+    assert args.dataset == "pairs.parquet" and args.model_path == str(MINIATURE / "model")
 
 
 def test_wandb_runs_offline_without_asking(tmp_path, few_pairs):
