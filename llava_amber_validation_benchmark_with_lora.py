@@ -1,0 +1,1106 @@
+"""Answer AMBER's questions with LLaVA-1.6, with or without an adapter, and score the answers as AMBER's own script does.
+
+Reads   a LLaVA-NeXT checkpoint (--model_path), an adapter (--lora_path), AMBER's queries, pictures and annotations.
+Writes  the answers (--output_file, AMBER's format) and, beside them, the journal to resume from, scores.json, scores.png
+        and gallery.html.
+Needs   pip install -r requirements/train.txt -r requirements/eval.txt
+        python -m spacy download en_core_web_lg
+        python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet
+
+    python llava_amber_validation_benchmark_with_lora.py --lora_path checkpoints/llava-orpo-prod --compare_base \\
+        --query_file AMBER/data/query/query_all.json --image_dir AMBER/image --output_file amber/results.json
+    python llava_amber_validation_benchmark_with_lora.py --skip_inference --output_file amber/results.json \\
+        --query_file AMBER/data/query/query_all.json
+    python llava_amber_validation_benchmark_with_lora.py --test_mode --nouns vocabulary --output_file outputs/amber/results.json
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+# Copied from llava_orpo_training.MINIATURE
+MINIATURE = Path(__file__).resolve().parent / "miniature"
+
+# --evaluation_type -> the sections that the official script prints for it
+SECTIONS = {
+    "g": ["generative"],
+    "de": ["existence"],
+    "da": ["attribute", "state", "number", "action"],
+    "dr": ["relation"],
+}
+SECTIONS["d"] = ["discriminative", *SECTIONS["de"], *SECTIONS["da"], *SECTIONS["dr"]]
+SECTIONS["a"] = [*SECTIONS["g"], *SECTIONS["d"]]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(group, flag, help, **options):
+        shown = options.get("default")
+        group.add_argument(flag, help=help + (f" (default: {shown})" if shown is not None else ""), **options)
+
+    model = parser.add_argument_group("model")
+    add(model, "--model_path", "base model: hub id or folder", default="llava-hf/llava-v1.6-mistral-7b-hf")
+    add(model, "--lora_path", "adapter folder")
+    add(model, "--compare_base", "answer with the adapter off too, and compare", action="store_true")
+    bits = model.add_mutually_exclusive_group()
+    add(bits, "--load_4bit", "QLoRA: base weights in NF4 with double quantization", action="store_true")
+    add(bits, "--load_8bit", "base weights in 8 bits (LLM.int8)", action="store_true")
+    add(model, "--backend", "what generates; vllm takes a merged or quantized checkpoint", default="transformers",
+        choices=["transformers", "vllm"])  # fmt: skip
+    add(
+        model,
+        "--batch_size",
+        "pictures answered together, each with all its questions (default: 8; vllm: 64)",
+        type=int,
+    )
+    add(model, "--max_new_tokens", "tokens an answer may have; answers cut off are counted", type=int, default=1024)
+    add(model, "--test_mode", "use the embedded miniature where model and benchmark are not given", action="store_true")
+
+    data = parser.add_argument_group("benchmark")
+    add(data, "--query_file", "AMBER's queries, for example data/query/query_all.json", type=Path)
+    add(data, "--image_dir", "folder of AMBER's pictures", type=Path)
+    add(data, "--output_file", "where the answers go", type=Path, default=Path("results.json"))
+    for flag, name in (
+        ("annotation", "annotations.json"),
+        ("relation", "relation.json"),
+        ("safe_words", "safe_words.txt"),
+    ):
+        add(data, f"--{flag}_file", f"AMBER's {name} (default: beside the query file, or one folder up)", type=Path)
+    add(data, "--evaluation_type", "a all, g generative, d discriminative: de existence, da attribute, dr relation",
+        default="a", choices=list(SECTIONS))  # fmt: skip
+    add(data, "--limit", "only the first N pictures, with all their questions", type=int)
+    add(data, "--skip_inference", "score the answers in --output_file as they are", action="store_true")
+    add(data, "--skip_evaluation", "only answer", action="store_true")
+
+    scoring = parser.add_argument_group("scoring")
+    add(scoring, "--baseline_file", "answers to compare with, from any earlier run", type=Path)
+    add(scoring, "--spacy_model", "word vectors that decide which words are alike", default="en_core_web_lg")
+    add(
+        scoring,
+        "--similarity_table",
+        "use this table in place of a spaCy model; made and saved there if absent",
+        type=Path,
+    )
+    add(scoring, "--nouns", "nltk: AMBER's way; vocabulary: look its words up, needs no data, is not official",
+        default="nltk", choices=["nltk", "vocabulary"])  # fmt: skip
+    args = parser.parse_args(argv)
+    for name in ("batch_size", "max_new_tokens", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be above 0")
+    if args.test_mode:
+        if args.model_path == parser.get_default("model_path"):
+            args.model_path = str(MINIATURE / "model")
+        if args.query_file is None and args.annotation_file is None:
+            args.query_file = MINIATURE / "amber" / "query" / "query_all.json"
+            args.image_dir = args.image_dir or MINIATURE / "amber" / "image"
+            args.similarity_table = args.similarity_table or MINIATURE / "amber" / "similarity.json"
+    if args.compare_base and not args.lora_path and not args.skip_inference:
+        parser.error("--compare_base needs --lora_path: without an adapter there is nothing to compare")
+    if args.compare_base and args.baseline_file:
+        parser.error("--compare_base and --baseline_file both name what to compare with; give one")
+    if not args.skip_inference and not (args.query_file and args.image_dir):
+        parser.error(
+            "--query_file and --image_dir are needed to answer; --skip_inference scores answers that are there"
+        )
+    if not (args.query_file or args.annotation_file):
+        parser.error("--query_file or --annotation_file is needed: AMBER's annotations lie beside one of them")
+    if args.backend == "vllm" and args.lora_path:
+        parser.error("--backend vllm takes no --lora_path; merge the adapter first and give the merged --model_path")
+    if args.backend == "vllm" and (args.load_4bit or args.load_8bit):
+        parser.error("--backend vllm takes a quantized checkpoint as it is; leave --load_4bit and --load_8bit out")
+    args.batch_size = args.batch_size or (64 if args.backend == "vllm" else 8)
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()  # answers --help and refuses wrong flags before the heavy imports
+
+import base64
+import hashlib
+import importlib.metadata
+import io
+import json
+import logging
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from functools import partial
+from typing import NoReturn
+
+for name, value in {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
+    os.environ.setdefault(name, value)
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a kernel that nothing here needs
+
+import jinja2
+import matplotlib
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from peft import PeftModel
+from PIL import Image, ImageOps
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError
+from tqdm import tqdm
+from transformers import AutoProcessor, BitsAndBytesConfig, LlavaNextForConditionalGeneration
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# Copied from llava_orpo_training.MAIN_PROCESS
+MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # of several under torchrun, the one that prints and writes
+# Copied from llava_orpo_training.console
+console = Console(stderr=True, quiet=not MAIN_PROCESS)
+
+
+# ---------------------------------------------------------------------------- blocks copied from earlier scripts
+
+
+# Copied from llava_orpo_training.stop
+def stop(message: str, code: int = 2) -> NoReturn:
+    """End the program with one sentence on stderr."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+# Copied from llava_orpo_training.load_image
+def load_image(source: str | Path | bytes) -> Image.Image:
+    """Open a picture from a path or from a file's bytes: upright (EXIF), RGB. Raises OSError if it is none."""
+    try:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # a broken file makes Pillow's parsers raise almost anything
+        raise OSError(str(error)) from error
+
+
+# Copied from llava_orpo_training.build_prompt
+def build_prompt(processor, question: str, image_size: tuple[int, int]) -> list[int]:
+    """Token ids of LLaVA-1.6-Mistral's prompt, `[INST] <image>\\n{question} [/INST]`, BOS first.
+
+    `image_size` is the picture's (width, height) in pixels: it decides how many image tokens stand for it. The text on
+    either side of them is tokenized by itself, as the original code does, and the question as plain text: `<image>` or
+    `</s>` inside it are no special tokens.
+    """
+    tokenizer = processor.tokenizer
+    height_width = (image_size[1], image_size[0])
+    num_image_tokens = processor._get_num_multimodal_tokens(image_sizes=[height_width])["num_image_tokens"][0]
+    head = tokenizer("[INST] ", add_special_tokens=False).input_ids
+    tail = tokenizer(f"\n{question} [/INST]", add_special_tokens=False, split_special_tokens=True).input_ids
+    return [tokenizer.bos_token_id, *head, *[processor.image_token_id] * num_image_tokens, *tail]
+
+
+# Copied from llava_orpo_training.load_llava
+def load_llava(
+    model_path: str, lora_path: str | None = None, device: str | None = None, load_4bit=False, load_8bit=False
+):
+    """Load a LLaVA-NeXT checkpoint in the hub's layout, with an adapter if one is given; returns (model, processor).
+
+    Weights are bfloat16 on a GPU that has it (else float16) and float32 on the CPU. `load_4bit` keeps the language
+    model in NF4 with double quantization, `load_8bit` in LLM.int8; vision tower, projector and head stay whole.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    dtype = torch.float32
+    if device != "cpu":
+        dtype = torch.bfloat16 if device == "mps" or torch.cuda.is_bf16_supported() else torch.float16
+    quantization = None
+    if load_4bit or load_8bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=load_4bit,
+            load_in_8bit=load_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["lm_head", ".*vision_tower.*", ".*multi_modal_projector.*"],
+        )
+    try:
+        model = LlavaNextForConditionalGeneration.from_pretrained(
+            model_path, dtype=dtype, quantization_config=quantization, device_map={"": device}, use_safetensors=True
+        )
+        processor = AutoProcessor.from_pretrained(model_path, backend="pil")
+    except (OSError, ValueError, SafetensorError) as error:
+        stop(f"--model_path {model_path} cannot be loaded: {str(error).splitlines()[0]} "
+             "Give a hub id or a folder with a LLaVA-NeXT checkpoint in safetensors.")  # fmt: skip
+    if load_4bit and device == "cpu":
+        # bitsandbytes repacks weights on their first eval-mode forward; afterwards backward silently gives no gradient
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    if lora_path:
+        try:
+            model = PeftModel.from_pretrained(model, lora_path)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            stop(f"--lora_path {lora_path} cannot be loaded: {str(error).splitlines()[0]} "
+                 "Give the folder of an adapter that was trained on this model.")  # fmt: skip
+    return model.eval(), processor
+
+
+# Copied from llava_orpo_training.write_whole
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(partial, path)
+
+
+# Copied from llava_orpo_training.embed_picture
+def embed_picture(image: Image.Image) -> str:
+    """A picture as an address that an HTML page can carry inside it."""
+    buffer = io.BytesIO()
+    ImageOps.contain(image, (448, 448)).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+# Copied from llava_orpo_training.read_jsonl
+def read_jsonl(path: Path) -> list[dict]:
+    """The file's lines up to the first that is no JSON, such as one whose writing was cut short; none if no file."""
+    rows = []
+    with suppress(FileNotFoundError, ValueError):
+        rows.extend(json.loads(line) for line in path.read_text().splitlines())
+    return rows
+
+
+# ---------------------------------------------------------------------------- answers
+
+
+@torch.inference_mode()
+def answer_questions(
+    model, processor, images: list, pixels, questions: list[list[str]], max_new_tokens: int
+) -> Iterator:
+    """Answer every question about every picture greedily; yields (picture, question, answer, complete) as each one ends.
+
+    A picture and its questions are one row, `picture | question 1 | question 2 | …`: all questions see the picture, none
+    sees another, and each one's positions follow the picture's. So a picture goes through the model once, whatever is
+    asked about it; generation adds a token to every unfinished question of every row at a time. `pixels` is the image
+    processor's output for the `images`.
+    """
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    ends = core.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    rows, branches = [], []  # a branch: row, picture, question, next position, column of its last token, tokens so far
+    for row, (image, asked) in enumerate(zip(images, questions, strict=True)):
+        prompts = [build_prompt(processor, question, image.size) for question in asked]
+        shared = len(prompts[0]) - prompts[0][::-1].index(processor.image_token_id)
+        ids, owners, positions = list(prompts[0][:shared]), [0] * shared, list(range(shared))
+        for number, prompt in enumerate(prompts):
+            ids += prompt[shared:]
+            owners += [number + 1] * (len(prompt) - shared)
+            positions += range(shared, len(prompt))
+            branches.append({"row": row, "picture": row, "question": number, "position": len(prompt),
+                             "column": len(ids) - 1, "tokens": []})  # fmt: skip
+        rows.append((ids, owners, positions))
+    longest = max(len(row[0]) for row in rows)
+    for branch in branches:
+        branch["column"] += longest - len(rows[branch["row"]][0])
+    pads = (processor.tokenizer.pad_token_id, -1, 0)
+    ids, owners, positions = (
+        torch.tensor([[pad] * (longest - len(row[part])) + row[part] for row in rows], device=core.device)
+        for part, pad in enumerate(pads)
+    )
+    causal = torch.ones(longest, longest, dtype=torch.bool, device=core.device).tril()
+    visible = causal & ((owners[:, None, :] == 0) | (owners[:, :, None] == owners[:, None, :]))
+    output = core.model(
+        input_ids=ids,
+        attention_mask=visible[:, None],
+        position_ids=positions,
+        pixel_values=pixels["pixel_values"].to(core.device, core.dtype),
+        image_sizes=pixels["image_sizes"].to(core.device),
+        use_cache=True,
+    )
+    cache = output.past_key_values
+    while True:
+        places = torch.tensor([[branch["row"], branch["column"]] for branch in branches], device=core.device)
+        tokens = core.lm_head(output.last_hidden_state[places[:, 0], places[:, 1]]).argmax(-1).tolist()
+        unfinished = []
+        for branch, token in zip(branches, tokens, strict=True):
+            branch["tokens"].append(token)
+            if token in ends or len(branch["tokens"]) == max_new_tokens:
+                text = processor.tokenizer.decode(branch["tokens"], skip_special_tokens=True).strip()
+                yield branch["picture"], branch["question"], text, token in ends
+            else:
+                unfinished.append(branch)
+        branches = unfinished
+        if not branches:
+            return
+        kept = sorted({branch["row"] for branch in branches})
+        if len(kept) < len(owners):  # a picture whose questions are all answered leaves the batch
+            index = torch.tensor(kept, device=core.device)
+            cache.batch_select_indices(index)
+            owners = owners[index]
+        width = Counter(branch["row"] for branch in branches).most_common(1)[0][1]
+        ids, new_owners, positions = ([[pad] * width for _ in kept] for pad in pads)
+        filled = Counter()
+        for branch in branches:
+            branch["row"] = row = kept.index(branch["row"])
+            branch["column"] = column = filled[row]
+            filled[row] += 1
+            ids[row][column], new_owners[row][column] = branch["tokens"][-1], branch["question"] + 1
+            positions[row][column] = branch["position"]
+            branch["position"] += 1
+        ids, new_owners, positions = (torch.tensor(part, device=core.device) for part in (ids, new_owners, positions))
+        owners = torch.cat([owners, new_owners], dim=1)
+        visible = (owners[:, None, :] == 0) | (new_owners[:, :, None] == owners[:, None, :])
+        output = core.model(
+            input_ids=ids,
+            attention_mask=visible[:, None],
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+
+
+def start_vllm(model_path: str, processor, max_new_tokens: int) -> Callable:
+    """Start vLLM on a merged or quantized checkpoint; returns a function that answers as answer_questions does.
+
+    The questions of a picture follow one another, so that prefix caching computes the picture once. Prompts are token
+    ids with BOS; vLLM itself puts the picture's tokens in place of the one `<image>`.
+    """
+    try:
+        from vllm import LLM, SamplingParams
+    except ImportError as error:
+        stop(
+            f"--backend vllm cannot be loaded ({error}); install it into an environment of its own: pip install vllm==0.32.0"
+        )
+    engine = LLM(model=model_path, enable_prefix_caching=True, limit_mm_per_prompt={"image": 1})
+    greedy = SamplingParams(temperature=0, max_tokens=max_new_tokens)
+    image_token = processor.image_token_id
+
+    def answer(images: list, pixels, questions: list[list[str]]) -> Iterator:
+        asked = [(i, j, question) for i, part in enumerate(questions) for j, question in enumerate(part)]
+        prompts = []
+        for i, _, question in asked:
+            ids = build_prompt(processor, question, images[i].size)
+            first = ids.index(image_token)
+            ids = ids[:first] + [image_token] + [token for token in ids[first:] if token != image_token]
+            prompts.append({"prompt_token_ids": ids, "multi_modal_data": {"image": images[i]}})
+        for (i, j, _), output in zip(asked, engine.generate(prompts, greedy, use_tqdm=False), strict=True):
+            yield i, j, output.outputs[0].text.strip(), output.outputs[0].finish_reason == "stop"
+
+    return answer
+
+
+def open_group(group: list[dict], image_dir: Path, processor) -> tuple[list[dict], list, dict | None, list[dict]]:
+    """Open the pictures of a group; returns what can be asked, its images, their pixels, and the failures."""
+    good, images, failures = [], [], []
+    for picture in group:
+        path = Path(os.path.normpath(image_dir / picture["image"]))
+        try:
+            if not path.is_relative_to(os.path.normpath(image_dir)):
+                raise OSError(f"lies outside {image_dir}")
+            if not path.is_file():
+                raise OSError("is not there")
+            images.append(load_image(path))
+            good.append(picture)
+        except OSError as error:
+            failures += [
+                {"id": query["id"], "image": picture["image"], "reason": str(error)} for query in picture["queries"]
+            ]
+    pixels = processor.image_processor(images, return_tensors="pt") if images else None
+    return good, images, pixels, failures
+
+
+def group_queries(queries: list[dict], size: int) -> list[list[dict]]:
+    """The queries by picture, `size` pictures a group. What is in a group never depends on what is already answered, so
+    that a resumed run computes in the same batches as an unbroken one."""
+    pictures: dict[str, list] = {}
+    for query in queries:
+        pictures.setdefault(query["image"], []).append(query)
+    listed = [{"image": image, "queries": part} for image, part in pictures.items()]
+    return [listed[start : start + size] for start in range(0, len(listed), size)]
+
+
+def digest_checkpoint(path: str) -> str:
+    """Identity of a checkpoint: SHA-256 over its configuration and 64 slices of each weight file; a hub id's commit."""
+    folder = Path(path)
+    if not folder.is_dir():
+        from huggingface_hub import hf_hub_download
+
+        with suppress(Exception):  # a wrong id is reported where the model is loaded
+            return Path(hf_hub_download(path, "config.json")).parent.name
+        return path
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".safetensors":
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with file.open("rb") as stream:
+                for part in range(64):
+                    stream.seek(part * max(size - 65_536, 0) // 63)
+                    digest.update(stream.read(65_536))
+        elif file.name in ("config.json", "adapter_config.json"):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def journals_of(output_file: Path) -> list[Path]:
+    return sorted(output_file.parent.glob(f"{output_file.name}.journal-*.jsonl"))
+
+
+def read_journals(output_file: Path, fingerprint: dict) -> dict[int, dict]:
+    """Answers of an earlier, unfinished run, by query id. Stops if they were given under other settings."""
+    answers = {}
+    for path in journals_of(output_file):
+        lines = read_jsonl(path)
+        before = lines[0].get("fingerprint", {}) if lines else fingerprint
+        changed = [f"{name} was {before.get(name)}, is {fingerprint[name]}" for name in fingerprint
+                   if before.get(name) != fingerprint[name]]  # fmt: skip
+        if changed:
+            stop(
+                f"{path} holds answers of another run ({'; '.join(changed)}); name another --output_file or delete it."
+            )
+        answers |= {line["id"]: line for line in lines[1:]}
+    return answers
+
+
+def fill_journal(
+    args, output_file: Path, groups: list, answers: dict, fingerprint: dict, answer: Callable, processor
+) -> list:
+    """Answer what is left of this process's groups, each answer into its journal as it arrives; returns the failures."""
+    state = PartialState()
+    journal = output_file.with_name(f"{output_file.name}.journal-{state.process_index}.jsonl")
+    mine = groups[state.process_index :: state.num_processes]
+    todo = [
+        group for group in mine if any(query["id"] not in answers for picture in group for query in picture["queries"])
+    ]
+    lines = [{"fingerprint": fingerprint}, *read_jsonl(journal)[1:]]
+    write_whole(journal, "".join(json.dumps(line) + "\n" for line in lines))  # without a line that was cut off
+    failures = []
+    loader = torch.utils.data.DataLoader(
+        todo, batch_size=None, num_workers=2 * torch.cuda.is_available(),
+        collate_fn=partial(open_group, image_dir=args.image_dir, processor=processor),
+    )  # fmt: skip
+    total = sum(len(picture["queries"]) for group in mine for picture in group)
+    left = sum(len(picture["queries"]) for group in todo for picture in group)
+    with journal.open("a") as file, tqdm(
+        total=total, initial=total - left, desc=output_file.stem, unit="answer", disable=not MAIN_PROCESS
+    ) as bar:  # fmt: skip
+        for good, images, pixels, failed in loader:
+            failures += failed
+            bar.update(len(failed))
+            questions = [[query["query"] for query in picture["queries"]] for picture in good]
+            for picture, question, text, complete in answer(images, pixels, questions) if good else ():
+                query = good[picture]["queries"][question]
+                if query["id"] not in answers:
+                    answers[query["id"]] = {"id": query["id"], "response": text, "complete": complete}
+                    file.write(json.dumps(answers[query["id"]]) + "\n")
+                    file.flush()
+                bar.update()
+    return failures
+
+
+def make_answerer(args, processor) -> tuple:
+    """Load what answers; returns a function of (images, pixels, questions), and the model if it runs in this process."""
+    if args.backend == "vllm":
+        return start_vllm(args.model_path, processor, args.max_new_tokens), None
+    device = f"cuda:{PartialState().local_process_index}" if torch.cuda.is_available() else None
+    model, processor = load_llava(args.model_path, args.lora_path, device, args.load_4bit, args.load_8bit)
+    return partial(answer_questions, model, processor, max_new_tokens=args.max_new_tokens), model
+
+
+def answer_benchmark(args, queries: list[dict]) -> list[dict]:
+    """Answer all queries, without the adapter too if asked, and write the answers; returns the failures."""
+    state = PartialState(cpu=not torch.cuda.is_available())
+    try:
+        processor = AutoProcessor.from_pretrained(args.model_path, backend="pil")
+        prompt = build_prompt(processor, "Is it?", (64, 64))
+    except (OSError, ValueError, AttributeError) as error:
+        stop(f"--model_path {args.model_path} cannot be loaded: {str(error).splitlines()[0]} "
+             "Give a hub id or a folder with a LLaVA-NeXT checkpoint in safetensors.")  # fmt: skip
+    settings = {
+        "model": digest_checkpoint(args.model_path),
+        "prompt": hashlib.sha256(json.dumps(prompt).encode()).hexdigest(),
+        "queries": hashlib.sha256(args.query_file.read_bytes()).hexdigest(),
+        "max_new_tokens": args.max_new_tokens,
+        "precision": "4 bit" if args.load_4bit else "8 bit" if args.load_8bit else "whole",
+        "backend": f"{args.backend} on {'cuda' if torch.cuda.is_available() else 'cpu'}",
+    }
+    adapter = digest_checkpoint(args.lora_path) if args.lora_path else None
+    passes = [(args.output_file, settings | {"adapter": adapter})]
+    if args.compare_base:
+        passes.insert(0, (base_file(args.output_file), settings | {"adapter": None}))
+    groups = group_queries(queries, args.batch_size)
+    answer, failures, earlier = None, [], []
+    for output_file, fingerprint in passes:
+        if output_file.exists() and not journals_of(output_file):
+            stop(f"--output_file {output_file} is there, without a journal to go on from; score it with --skip_inference, "
+                 "or name another file.")  # fmt: skip
+        earlier.append(read_journals(output_file, fingerprint))
+    state.wait_for_everyone()  # nobody writes before everybody has read
+    for (output_file, fingerprint), answers in zip(passes, earlier, strict=True):
+        if any(query["id"] not in answers for query in queries):
+            if answer is None:
+                answer, model = make_answerer(args, processor)
+            off = args.lora_path and not fingerprint["adapter"]
+            with model.disable_adapter() if off else nullcontext():
+                failed = fill_journal(args, output_file, groups, answers, fingerprint, answer, processor)
+            failures += gather_object(failed)
+            state.wait_for_everyone()
+        if MAIN_PROCESS:
+            answers = read_journals(output_file, fingerprint)
+            results = [
+                {"id": query["id"], "response": answers[query["id"]]["response"]}
+                for query in queries
+                if query["id"] in answers
+            ]
+            write_whole(output_file, json.dumps(results, indent=1, ensure_ascii=False))
+            cut = sum(not answers[row["id"]]["complete"] for row in results)
+            console.print(
+                f"{len(results):,} answers in {output_file}" + (f"; {cut:,} cut off at --max_new_tokens" if cut else "")
+            )
+    return list({failure["id"]: failure for failure in failures}.values())
+
+
+def base_file(output_file: Path) -> Path:
+    """Where --compare_base puts the answers given with the adapter off."""
+    return output_file.with_name(f"{output_file.stem}_base{output_file.suffix}")
+
+
+# ---------------------------------------------------------------------------- AMBER's files
+
+
+def read_json(path: Path, flag: str):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        stop(f"{flag} {path} cannot be read: {error}. Give a JSON file in AMBER's format.")
+
+
+def read_queries(args, notes: dict | None) -> list[dict]:
+    """The queries that --evaluation_type and --limit leave, in the file's order: id, image, query."""
+    queries = read_json(args.query_file, "--query_file")
+    kinds = {"id": int, "image": str, "query": str}
+    for number, query in enumerate(queries):
+        if not isinstance(query, dict) or any(not isinstance(query.get(key), kind) for key, kind in kinds.items()):
+            stop(f"--query_file {args.query_file}: entry {number} is {json.dumps(query)[:80]}; "
+                 "it must have an id (a whole number), an image and a query (texts).")  # fmt: skip
+    twice = [number for number, count in Counter(query["id"] for query in queries).items() if count > 1]
+    if not queries or twice:
+        stop(
+            f"--query_file {args.query_file} {f'has the id {twice[0]} twice' if twice else 'is empty'}; ids must differ."
+        )
+    if notes is not None:
+        unknown = [query["id"] for query in queries if query["id"] not in notes]
+        if unknown:
+            stop(f"--annotation_file has no entry for query {unknown[0]}; it belongs to other queries.")
+        sections = SECTIONS[args.evaluation_type]
+        queries = [query for query in queries if section_of(notes[query["id"]]["type"]) in sections]
+    images = list(dict.fromkeys(query["image"] for query in queries))[: args.limit]
+    return [query for query in queries if query["image"] in set(images)]
+
+
+def find_file(args, flag: str, name: str) -> Path:
+    """The file given by its flag, else the one of AMBER's own layout: beside the query file or one folder up."""
+    given = getattr(args, flag)
+    near = (args.query_file or args.annotation_file).absolute().parent
+    places = [given] if given else [near / name, near.parent / name]
+    for path in places:
+        if path.is_file():
+            return path
+    stop(f"--{flag} is needed to score: found no file {' or '.join(map(str, places))}; name AMBER's {name}.")
+
+
+def read_annotations(args) -> dict[int, dict]:
+    path = find_file(args, "annotation_file", "annotations.json")
+    notes = {}
+    for number, note in enumerate(read_json(path, "--annotation_file")):
+        try:
+            good = (
+                note["truth"] in ("yes", "no")
+                if note["type"] != "generative"
+                else note["truth"] + note["hallu"] is not None
+            )
+            notes[note["id"]] = note
+        except (TypeError, KeyError):
+            good = False
+        if not good:
+            stop(
+                f"--annotation_file {path}: entry {number} is {json.dumps(note)[:80]}; it must have id, type and truth."
+            )
+    return notes
+
+
+def read_words(args, notes: dict[int, dict]) -> tuple[dict[str, list[str]], set[str]]:
+    """AMBER's associations, word -> the words that stand for it, and the words that are always safe."""
+    path = find_file(args, "relation_file", "relation.json")
+    relation = read_json(path, "--relation_file")
+    for note in notes.values():
+        for word in note["truth"] + note["hallu"] if note["type"] == "generative" else ():
+            if word not in relation:
+                stop(
+                    f"--relation_file {path} lacks {word!r} of annotation {note['id']}; it belongs to other annotations."
+                )
+    safe_words = find_file(args, "safe_words_file", "safe_words.txt").read_text(encoding="utf-8").split("\n")
+    return relation, set(safe_words)
+
+
+def read_answers(path: Path, flag: str, notes: dict[int, dict]) -> list[dict]:
+    """An answer file in AMBER's format, from here or elsewhere: a list of id and response."""
+    rows = read_json(path, flag)
+    if not isinstance(rows, list) or not rows:
+        stop(f"{flag} {path} holds no answers; it must be a list of objects with id and response.")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not isinstance(row.get("response"), str) or row.get("id") not in notes:
+            stop(f"{flag} {path}: entry {number} is {json.dumps(row)[:80]}; it must have the id of an annotation and a "
+                 "response (text).")  # fmt: skip
+    return rows
+
+
+# ---------------------------------------------------------------------------- scoring
+
+SIMILAR = 0.8  # above this, spaCy's similarity makes two words one
+# what one answer adds to the sums that all figures are made of
+CAPTION_COUNTS = ["captions", "clean", "named", "hallucinated", "present", "covered", "traps", "fallen"]
+ANSWER_COUNTS = ["asked", "correct", "no_true", "no_said", "no_right"]
+KINDS = ["existence", "state", "number", "action", "relation"]
+COUNTS = CAPTION_COUNTS + [f"{kind} {count}" for kind in KINDS for count in ANSWER_COUNTS]
+YES_NO = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
+
+
+def section_of(kind: str) -> str:
+    """The section that a type of annotations.json is scored in; as in the official script, unknown ones are relations."""
+    return {
+        "generative": "generative",
+        "discriminative-hallucination": "existence",
+        "discriminative-attribute-state": "state",
+        "discriminative-attribute-number": "number",
+        "discriminative-attribute-action": "action",
+    }.get(kind, "relation")
+
+
+def find_nouns(kind: str, vocabulary: set[str]) -> Callable[[str], list[tuple[str, str]]]:
+    """A function from a text to its nouns in AMBER's vocabulary, in order: (as written, as in the vocabulary).
+
+    `nltk` is AMBER's way: tokens tagged NN*, their WordNet lemma. `vocabulary` looks words and regular plurals up.
+    """
+    if kind == "vocabulary":
+        forms = {"children": "child", "mice": "mouse", "geese": "goose"}
+        for word in vocabulary:
+            ending = "es" if re.search(r"([sxzo]|[cs]h)$", word) else "s"
+            forms[re.sub(r"([^aeiou])ys$", r"\1ies", word + ending)] = word
+            forms[re.sub(r"(fes?|fs)$", "ves", word + "s")] = word
+            forms[re.sub(r"man$", "men", word)] = word
+        forms = {form: word for form, word in forms.items() if word in vocabulary} | {word: word for word in vocabulary}
+        return lambda text: [(word, forms[word]) for word in re.findall(r"\w+(?:-\w+)*", text) if word in forms]
+    try:
+        import nltk
+
+        lemmatizer = nltk.stem.WordNetLemmatizer()
+
+        def tag_nouns(text: str) -> list[tuple[str, str]]:
+            tagged = nltk.pos_tag(nltk.word_tokenize(text))
+            nouns = [(word, lemmatizer.lemmatize(word)) for word, tag in tagged if tag.startswith("NN")]
+            return [(word, lemma) for word, lemma in nouns if lemma in vocabulary]
+
+        tag_nouns("Two dogs.")
+        return tag_nouns
+    except ImportError:
+        stop("--nouns nltk needs NLTK: pip install -r requirements/eval.txt")
+    except LookupError:
+        stop("--nouns nltk needs NLTK's data: python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet "
+             "(or, without them and not official, --nouns vocabulary)")  # fmt: skip
+
+
+def identify_vectors(spacy_model: str) -> tuple[str, str]:
+    """A spaCy model's name with version, and a digest that tells it from others of that name."""
+    folder = Path(spacy_model)
+    try:
+        if folder.is_dir():
+            meta = (folder / "meta.json").read_bytes()
+            digest = hashlib.sha256(meta)
+            for file in sorted(folder.glob("vocab/*")):
+                digest.update(file.read_bytes())
+            return f"{folder.resolve().name}-{json.loads(meta).get('version')}", digest.hexdigest()
+        name = f"{spacy_model}-{importlib.metadata.version(spacy_model)}"
+        return name, hashlib.sha256(name.encode()).hexdigest()
+    except (OSError, ValueError, importlib.metadata.PackageNotFoundError):
+        stop(f"--spacy_model {spacy_model} is not installed: python -m spacy download {spacy_model} "
+             "(or give a table of word similarities as --similarity_table)")  # fmt: skip
+
+
+def make_similarity_table(spacy_model: str, name: str, vocabulary: list[str]) -> dict:
+    """All pairs of the vocabulary that spaCy finds more similar than SIMILAR, from one run of the pipeline a word."""
+    try:
+        import spacy
+
+        nlp = spacy.load(spacy_model)
+    except (ImportError, OSError, ValueError) as error:
+        stop(f"--spacy_model {spacy_model} cannot be loaded: {str(error).splitlines()[0]}")
+    if not nlp.vocab.vectors.n_keys:
+        console.print(f"{name} has no word vectors; its similarities are not those that AMBER means")
+    words = [nlp(word) for word in vocabulary]
+    with warnings.catch_warnings(action="ignore"):  # words without a vector: similar to none
+        pairs = [(a.text, b.text, a.similarity(b)) for i, a in enumerate(words) for b in words[i + 1 :]]
+    similar = [[a, b, round(value, 4)] for a, b, value in pairs if value > SIMILAR]
+    return {"spacy_model": name, "threshold": SIMILAR, "words": vocabulary, "similar": similar}
+
+
+def load_similarity(args, vocabulary: set[str]) -> tuple[dict[str, set[str]], str]:
+    """word -> the words it counts as, itself included, and the name of the spaCy model that says so."""
+    path = args.similarity_table
+    if path is None:
+        name, digest = identify_vectors(args.spacy_model)
+        digest = hashlib.sha256(json.dumps([digest, sorted(vocabulary)]).encode()).hexdigest()[:16]
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_amber"
+        path = folder / f"{name}-{digest}.json"
+    if not path.exists():
+        table = make_similarity_table(args.spacy_model, identify_vectors(args.spacy_model)[0], sorted(vocabulary))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(table))
+        console.print(f"word similarities of {table['spacy_model']} are in {path}")
+    table = read_json(path, "--similarity_table")
+    try:
+        missing = vocabulary - set(table["words"])
+        alike = {word: {word} for word in table["words"]}
+        for first, second, _ in table["similar"]:
+            alike[first].add(second)
+            alike[second].add(first)
+        name, threshold = table["spacy_model"], table["threshold"]
+    except (TypeError, KeyError, ValueError) as error:
+        stop(
+            f"--similarity_table {path} is no table of this script ({error!r}); name a new file to have one made there."
+        )
+    if missing or threshold != SIMILAR:
+        what = f"lacks {sorted(missing)[0]!r}" if missing else f"was made with threshold {threshold}, not {SIMILAR}"
+        stop(f"--similarity_table {path} {what}; name a new file to have one made there.")
+    return alike, name
+
+
+def judge_caption(
+    nouns: list[str], note: dict, relation: dict, safe_words: set[str], alike: dict
+) -> tuple[dict, list[int]]:
+    """Score a caption's nouns by AMBER's rules; returns its counts and the numbers of the nouns that are hallucinated.
+
+    A slot is an entry of the annotation's truth (what is there) or hallu (what people would imagine). A word that is
+    associated with an entry stands for it. Association words come before the entries themselves, and the first match in
+    that order gets the credit, as in AMBER's inference.py.
+    """
+
+    def candidates(words: list[str]) -> list[tuple[str, int]]:
+        associated = [(other, slot) for slot, word in enumerate(words) for other in relation[word]]
+        return associated + [(word, slot) for slot, word in enumerate(words)]
+
+    def first_slot(listed: list[tuple[str, int]], wanted: set[str]) -> int | None:
+        return next((slot for word, slot in listed if word in wanted), None)
+
+    truth, hallu = candidates(note["truth"]), candidates(note["hallu"])
+    covered, fallen, hallucinated = set(), set(), []
+    for number, noun in enumerate(nouns):
+        if noun in safe_words:
+            continue
+        slot = first_slot(truth, {noun})
+        if slot is None:
+            fallen |= {first_slot(hallu, {noun}), first_slot(hallu, alike[noun])}
+            slot = first_slot(truth, alike[noun])
+        if slot is None:
+            hallucinated.append(number)
+        else:
+            covered.add(slot)
+    fallen.discard(None)
+    counts = [
+        1,
+        not hallucinated,
+        len(nouns),
+        len(hallucinated),
+        len(note["truth"]),
+        len(covered),
+        len(note["hallu"]),
+        len(fallen),
+    ]
+    return dict(zip(CAPTION_COUNTS, counts, strict=True)), hallucinated
+
+
+def judge_answer(response: str, truth: str) -> dict:
+    """Score a yes/no answer; only `Yes` and `No`, to the letter, are answers."""
+    said_no, right_no = response == "No", response == "No" and truth == "no"
+    correct = right_no or (response == "Yes" and truth == "yes")
+    return dict(zip(ANSWER_COUNTS, [1, correct, truth == "no", said_no, right_no], strict=True))
+
+
+def compute_figures(sums: dict, shown: Callable = lambda value: value) -> dict[str, dict]:
+    """AMBER's figures, in percent, from the sums of COUNTS: numbers, or arrays of one shape.
+
+    Every denominator starts at 0.001, precision and recall are for the answer No, and F1 is computed from what `shown`
+    makes of them (the official script rounds to one decimal) with a small number in its denominator.
+    """
+
+    def percent(part, whole, start=0.001):
+        return part / (whole + start) * 100
+
+    def section(kinds: list[str], start=0.001, small=0.0001) -> dict:
+        asked, correct, no_true, no_said, no_right = (
+            sum(sums[f"{kind} {count}"] for kind in kinds) for count in ANSWER_COUNTS
+        )
+        precision, recall = shown(percent(no_right, no_said, start)), shown(percent(no_right, no_true, start))
+        f1 = 2 * (precision / 100) * (recall / 100) / ((precision / 100) + (recall / 100) + small) * 100
+        return {
+            "accuracy": shown(percent(correct, asked, start)),
+            "precision": precision,
+            "recall": recall,
+            "f1": shown(f1),
+        }
+
+    generative = {
+        "chair": shown(percent(sums["hallucinated"], sums["named"])),
+        "cover": shown(percent(sums["covered"], sums["present"])),
+        "hal": shown(100 - percent(sums["clean"], sums["captions"])),
+        "cog": shown(percent(sums["fallen"], sums["traps"])),
+    }
+    return {
+        "generative": generative,
+        "discriminative": section(KINDS),
+        "existence": section(["existence"], small=0.001),
+        "attribute": section(["state", "number", "action"], start=0.003),  # three denominators, each from 0.001
+        **{kind: section([kind]) for kind in ("state", "number", "action", "relation")},
+    }
+
+
+def count_answers(rows: list[dict], notes: dict, relation: dict, safe_words: set, find: Callable, alike: dict) -> tuple:
+    """COUNTS of each answer, (rows, COUNTS), as given and with yes/no normalised; and the hallucinated words by id.
+
+    Normalised means that an answer which begins with yes or no, in any case and after any punctuation, is that answer.
+    """
+    strict, normalised = np.zeros((2, len(rows), len(COUNTS)), dtype=np.int64)
+    hallucinated = {}
+    place = {name: column for column, name in enumerate(COUNTS)}
+    for number, row in enumerate(rows):
+        note = notes[row["id"]]
+        section = section_of(note["type"])
+        if section == "generative":
+            nouns = find(row["response"])
+            counts, wrong = judge_caption([lemma for _, lemma in nouns], note, relation, safe_words, alike)
+            hallucinated[row["id"]] = [nouns[i][0] for i in wrong]
+            for name, value in counts.items():
+                strict[number, place[name]] = normalised[number, place[name]] = value
+        else:
+            begins = YES_NO.match(row["response"])
+            plain = begins[1].capitalize() if begins else row["response"]
+            for table, response in ((strict, row["response"]), (normalised, plain)):
+                for name, value in judge_answer(response, note["truth"]).items():
+                    table[number, place[f"{section} {name}"]] = value
+    return strict, normalised, hallucinated
+
+
+def summarize(rows: list[dict], strict: np.ndarray, normalised: np.ndarray, notes: dict, sections: list[str]) -> dict:
+    """The figures of an answer file: AMBER's, the normalised ones, and what they leave out."""
+
+    def figures(counts: np.ndarray) -> dict:
+        sums = dict(zip(COUNTS, counts.sum(0).tolist(), strict=True))
+        return {
+            name: part
+            for name, part in compute_figures(sums, lambda value: round(value, 1)).items()
+            if name in sections
+        }
+
+    official, plain = figures(strict), figures(normalised)
+    plain.pop("generative", None)
+    captions = [row["response"] for row in rows if notes[row["id"]]["type"] == "generative"]
+    answers = [row["response"] for row in rows if notes[row["id"]]["type"] != "generative"]
+    both = captions and answers and {"generative", "discriminative"} <= set(sections)
+    neither = sum(YES_NO.match(text) is None for text in answers)
+    return {
+        "strict": official,
+        "normalised": plain,
+        "amber_score": round((100 - official["generative"]["chair"] + official["discriminative"]["f1"]) / 2, 2) if both else None,
+        "answers": {"generative": len(captions), "discriminative": len(answers)},
+        "neither_yes_nor_no": round(100 * neither / len(answers), 2) if answers else None,
+        "mean_words": {name: round(float(np.mean([len(text.split()) for text in texts])), 1) if texts else None
+                       for name, texts in (("generative", captions), ("discriminative", answers))},
+    }  # fmt: skip
+
+
+def sum_by_image(rows: list[dict], counts: np.ndarray, image_of: dict[int, str]) -> dict[str, np.ndarray]:
+    """COUNTS of each picture, by its name; an answer whose query is not known stands for itself."""
+    sums: dict = {}
+    for row, count in zip(rows, counts, strict=True):
+        image = image_of.get(row["id"], row["id"])
+        sums[image] = sums.get(image, 0) + count
+    return sums
+
+
+def estimate(first: np.ndarray, second: np.ndarray | None, sections: list[str], draws: int = 10_000) -> dict:
+    """95 % bootstrap intervals by image of every figure of `first`, (images, COUNTS), or of its difference to `second`.
+
+    For a difference the same images are drawn from both, and `p_value` is of the paired permutation test: under the null
+    hypothesis each image's two answer sets are exchangeable (Efron and Tibshirani 1993, chapters 13 and 15).
+    """
+    rng = np.random.default_rng(0)
+    n = len(first)
+
+    def figures(sums: np.ndarray, other: np.ndarray | None) -> dict:
+        found = compute_figures(dict(zip(COUNTS, sums.T, strict=True)))
+        less = compute_figures(dict(zip(COUNTS, other.T, strict=True))) if other is not None else None
+        return {(s, f): found[s][f] - (less[s][f] if less else 0) for s in sections for f in found[s]}
+
+    drawn, swapped = [], []
+    for size in [500] * (draws // 500):
+        weights = rng.multinomial(n, np.full(n, 1 / n), size=size).astype(float)
+        drawn.append(figures(weights @ first, weights @ second if second is not None else None))
+        if second is not None:
+            swap = rng.integers(0, 2, size=(size, n)).astype(float)
+            moved = swap @ (second - first)
+            swapped.append(figures(first.sum(0) + moved, second.sum(0) - moved))
+    observed = figures(first.sum(0)[None], second.sum(0)[None] if second is not None else None)
+    result: dict = {section: {} for section in sections}
+    for (section, figure), value in observed.items():
+        low, high = np.percentile(np.concatenate([part[section, figure] for part in drawn]), [2.5, 97.5])
+        entry = {"low": round(float(low), 2), "high": round(float(high), 2)}
+        if second is not None:
+            null = np.abs(np.concatenate([part[section, figure] for part in swapped]))
+            extreme = int((null >= abs(value[0]) - 1e-9).sum())
+            entry = (
+                {"difference": round(float(value[0]), 2)} | entry | {"p_value": round((1 + extreme) / (1 + draws), 4)}
+            )
+        result[section][figure] = entry
+    return result
+
+
+def evaluate(args, notes: dict, failures: list[dict]) -> tuple[dict, list[dict]]:
+    """Score the answers, and the baseline's if there is one; returns what scores.json holds, and the captions to show."""
+    relation, safe_words = read_words(args, notes)
+    vocabulary = set(relation) | {word for words in relation.values() for word in words}
+    alike, spacy_model = load_similarity(args, vocabulary)
+    words = (notes, relation, safe_words, find_nouns(args.nouns, vocabulary), alike)
+    queries = read_json(args.query_file, "--query_file") if args.query_file else []
+    image_of = {query["id"]: query["image"] for query in queries}
+    sections = SECTIONS[args.evaluation_type]
+
+    rows = read_answers(args.output_file, "--output_file", notes)
+    strict, normalised, wrong = count_answers(rows, *words)
+    by_image = sum_by_image(rows, strict, image_of)
+    answered = strict.any(0)  # a section without answers has figures, by AMBER's rules, but no interval
+    present = [name for name in sections if any(answered[column] for column in columns_of(name))]
+    scores = summarize(rows, strict, normalised, notes, sections) | {
+        "output_file": args.output_file.name,
+        "spacy_model": spacy_model,
+        "nouns": args.nouns,
+        "intervals": estimate(np.stack(list(by_image.values())), None, present),
+        "failures": failures,
+    }
+    captions = {row["id"]: [(row["response"], wrong[row["id"]])] for row in rows if row["id"] in wrong}
+    if args.compare_base or args.baseline_file:
+        baseline = args.baseline_file or base_file(args.output_file)
+        base_rows = read_answers(baseline, "--baseline_file", notes)
+        base_strict, base_normalised, base_wrong = count_answers(base_rows, *words)
+        common = {row["id"] for row in rows} & {row["id"] for row in base_rows}
+        if not common:
+            stop(f"--baseline_file {baseline} answers none of the queries that {args.output_file} answers.")
+        kept, base_kept = ([i for i, row in enumerate(part) if row["id"] in common] for part in (rows, base_rows))
+        rows, base_rows = [rows[i] for i in kept], [base_rows[i] for i in base_kept]
+        by_image = sum_by_image(rows, strict[kept], image_of)
+        base_by_image = sum_by_image(base_rows, base_strict[base_kept], image_of)
+        scores["comparison"] = {
+            "baseline_file": baseline.name,
+            "base": summarize(base_rows, base_strict[base_kept], base_normalised[base_kept], notes, sections),
+            "this": summarize(rows, strict[kept], normalised[kept], notes, sections),
+            "difference": estimate(
+                np.stack(list(by_image.values())), np.stack([base_by_image[image] for image in by_image]), present
+            ),
+        }
+        for row in base_rows:
+            if row["id"] in captions:
+                captions[row["id"]].insert(0, (row["response"], base_wrong[row["id"]]))
+    shown = [{"image": image_of.get(number), "captions": pair} for number, pair in captions.items()]
+    return scores, shown
+
+
+def columns_of(section: str) -> list[int]:
+    """The columns of COUNTS that tell whether a section has answers."""
+    parts = {"generative": ["captions"], "discriminative": [f"{kind} asked" for kind in KINDS],
+             "attribute": ["state asked", "number asked", "action asked"]}  # fmt: skip
+    return [COUNTS.index(name) for name in parts.get(section, [f"{section} asked"])]
+
+
+# ---------------------------------------------------------------------------- report
+
+TITLES = {"chair": "CHAIR", "cover": "Cover", "hal": "Hal", "cog": "Cog",
+          "accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1"}  # fmt: skip
+LOWER_IS_BETTER = {"chair", "hal", "cog"}
+
+
+def print_scores(scores: dict) -> None:
+    """Print the table of figures: one file's with its intervals, or base beside this with the difference's."""
+    comparison = scores.get("comparison")
+    columns = ["base", "this", "difference", "95 % interval", "p"] if comparison else ["score", "95 % interval"]
+    table = Table("section", "figure", *columns, "normalised", title="AMBER, official scoring" if scores["nouns"] == "nltk"
+                  else "AMBER without a tagger (--nouns vocabulary): not the official scores")  # fmt: skip
+    this = comparison["this"] if comparison else scores
+    for section, figures in this["strict"].items():
+        for figure, value in figures.items():
+            estimates = (comparison["difference"] if comparison else scores["intervals"]).get(section, {}).get(figure)
+            interval = f"{estimates['low']:.1f} to {estimates['high']:.1f}" if estimates else "no answers"
+            cells = [f"{value:.1f}", interval]
+            if comparison:
+                base = comparison["base"]["strict"][section][figure]
+                cells = [f"{base:.1f}", f"{value:.1f}", f"{value - base:+.1f}", interval,
+                         f"{estimates['p_value']:.4f}" if estimates else ""]  # fmt: skip
+            plain = this["normalised"].get(section, {}).get(figure)
+            mark = " ↓" if figure in LOWER_IS_BETTER else " ↑"
+            table.add_row(section if figure == next(iter(figures)) else "", TITLES[figure] + mark, *cells,
+                          "" if plain is None else f"{plain:.1f}", end_section=figure == list(figures)[-1])  # fmt: skip
+    if this["amber_score"] is not None:
+        cells = [f"{this['amber_score']:.2f}"]
+        if comparison:
+            base = comparison["base"]["amber_score"]
+            cells = [f"{base:.2f}", *cells, f"{this['amber_score'] - base:+.2f}"]
+        table.add_row("AMBER score ↑", "", *cells)
+    console.print(table)
+    lengths = ", ".join(f"{words} words a {name} answer" for name, words in this["mean_words"].items() if words is not None)
+    counts = " and ".join(f"{count:,} {name}" for name, count in this["answers"].items())
+    console.print(f"{counts} answers; {lengths}; word similarity: {scores['spacy_model']}; nouns: {scores['nouns']}")
+    if this["neither_yes_nor_no"]:
+        console.print(f"{this['neither_yes_nor_no']} % of the discriminative answers begin with neither yes nor no")
+    for name, label in ((base_file, ""),):
+        pass
+
+
+def draw_scores(scores: dict, path: Path) -> None:
+    """Draw the figures of scores.json as bars with 95 % intervals, base beside this if there is a baseline."""
+    comparison = scores.get("comparison")
+    strict = (comparison["this"] if comparison else scores)["strict"]
+    panels = [name for name in ("generative", "discriminative", "existence", "attribute", "relation") if name in strict]
+    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 3 * len(panels), 3.6), layout="constrained", squeeze=False)
+    for axis, section in zip(axes.flat, panels, strict=True):
+        names = list(strict[section])
+        places = np.arange(len(names))
+        values = [strict[section][name] for name in names]
+        if comparison:
+            base = [comparison["base"]["strict"][section][name] for name in names]
+            bars = axis.bar(places - 0.2, base, 0.38, color="#9aa5b1", label="base")
+            axis.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
+        bars = axis.bar(places + 0.2 * bool(comparison), values, 0.38, color="#1b7837", label="this")
+        axis.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
+        axis.set_xticks(places, [TITLES[name] for name in names], fontsize=8)
+        axis.set_title(section, fontsize=10)
+        axis.set_ylim(0, 110)
+        axis.spines[["top", "right"]].set_visible(False)
+    if comparison:
+        axes.flat[0].legend(fontsize=8, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, format="png")
+    plt.close(figure)
+    write_whole(path, buffer.getvalue())
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    needs_notes = not args.skip_evaluation or args.evaluation_type != "a"
+    notes = read_annotations(args) if needs_notes else None
+    failures = []
+    if not args.skip_inference:
+        failures = answer_benchmark(args, read_queries(args, notes))
+    if MAIN_PROCESS and not args.skip_evaluation:
+        scores, captions = evaluate(args, notes, failures)
+        write_whole(args.output_file.with_name("scores.json"), json.dumps(scores, indent=1))
+        print_scores(scores)
+        draw_scores(scores, args.output_file.with_name("scores.png"))
+    if failures:
+        raise SystemExit(3)
+
+
+if __name__ == "__main__":
+    main()
