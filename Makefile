@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SCRIPTS := llava_*.py miniature benchmarks tests
 
-demo: .venv/train.done ## align the miniature model with ORPO and show what it changed (about two minutes, no GPU)
+demo: .venv/eval.done ## align the miniature model with ORPO and show on AMBER what it changed (about two minutes, no GPU)
 	$(BIN)/python benchmarks/bench_effect.py --seeds 0 --output_dir outputs/demo
 
 test: .venv/test.done ## everything that continuous integration runs
@@ -33,6 +33,10 @@ help: ## list the commands
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/train.txt
 	@touch $@
 
-.venv/test.done: requirements/test.txt .venv/train.done
+.venv/eval.done: requirements/eval.txt .venv/train.done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/eval.txt
+	@touch $@
+
+.venv/test.done: requirements/test.txt .venv/eval.done
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/test.txt
 	@touch $@

@@ -15,6 +15,7 @@ Needs   pip install -r requirements/train.txt -r requirements/eval.txt
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -109,6 +110,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--backend vllm takes no --lora_path; merge the adapter first and give the merged --model_path")
     if args.backend == "vllm" and (args.load_4bit or args.load_8bit):
         parser.error("--backend vllm takes a quantized checkpoint as it is; leave --load_4bit and --load_8bit out")
+    if args.backend == "vllm" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("--backend vllm starts its own processes; run it without torchrun")
+    if not args.skip_inference and not args.image_dir.is_dir():
+        parser.error(f"--image_dir {args.image_dir} is no folder; name the one with AMBER's pictures")
+    if args.output_file.is_dir():
+        parser.error(f"--output_file {args.output_file} is a folder; name a file in it")
     args.batch_size = args.batch_size or (64 if args.backend == "vllm" else 8)
     return args
 
@@ -122,7 +129,6 @@ import importlib.metadata
 import io
 import json
 import logging
-import os
 import re
 import warnings
 from collections import Counter
@@ -144,6 +150,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import PeftModel
 from PIL import Image, ImageOps
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
@@ -434,7 +441,7 @@ def digest_checkpoint(path: str) -> str:
                     digest.update(stream.read(65_536))
         elif file.name in ("config.json", "adapter_config.json"):
             digest.update(file.read_bytes())
-    return digest.hexdigest()
+    return digest.hexdigest()[:16]
 
 
 def journals_of(output_file: Path) -> list[Path]:
@@ -513,8 +520,8 @@ def answer_benchmark(args, queries: list[dict]) -> list[dict]:
              "Give a hub id or a folder with a LLaVA-NeXT checkpoint in safetensors.")  # fmt: skip
     settings = {
         "model": digest_checkpoint(args.model_path),
-        "prompt": hashlib.sha256(json.dumps(prompt).encode()).hexdigest(),
-        "queries": hashlib.sha256(args.query_file.read_bytes()).hexdigest(),
+        "prompt": hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16],
+        "queries": hashlib.sha256(args.query_file.read_bytes()).hexdigest()[:16],
         "max_new_tokens": args.max_new_tokens,
         "precision": "4 bit" if args.load_4bit else "8 bit" if args.load_8bit else "whole",
         "backend": f"{args.backend} on {'cuda' if torch.cuda.is_available() else 'cpu'}",
@@ -524,6 +531,7 @@ def answer_benchmark(args, queries: list[dict]) -> list[dict]:
     if args.compare_base:
         passes.insert(0, (base_file(args.output_file), settings | {"adapter": None}))
     groups = group_queries(queries, args.batch_size)
+    args.output_file.parent.mkdir(parents=True, exist_ok=True)
     answer, failures, earlier = None, [], []
     for output_file, fingerprint in passes:
         if output_file.exists() and not journals_of(output_file):
@@ -563,11 +571,15 @@ def base_file(output_file: Path) -> Path:
 # ---------------------------------------------------------------------------- AMBER's files
 
 
-def read_json(path: Path, flag: str):
+def read_json(path: Path, flag: str, kind: type = list):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         stop(f"{flag} {path} cannot be read: {error}. Give a JSON file in AMBER's format.")
+    if not isinstance(content, kind) or not content:
+        what = f"a {type(content).__name__}" if content else "nothing"
+        stop(f"{flag} {path} holds {what}; AMBER's format is a {kind.__name__} there.")
+    return content
 
 
 def read_queries(args, notes: dict | None) -> list[dict]:
@@ -579,10 +591,8 @@ def read_queries(args, notes: dict | None) -> list[dict]:
             stop(f"--query_file {args.query_file}: entry {number} is {json.dumps(query)[:80]}; "
                  "it must have an id (a whole number), an image and a query (texts).")  # fmt: skip
     twice = [number for number, count in Counter(query["id"] for query in queries).items() if count > 1]
-    if not queries or twice:
-        stop(
-            f"--query_file {args.query_file} {f'has the id {twice[0]} twice' if twice else 'is empty'}; ids must differ."
-        )
+    if twice:
+        stop(f"--query_file {args.query_file} has the id {twice[0]} twice; ids must differ.")
     if notes is not None:
         unknown = [query["id"] for query in queries if query["id"] not in notes]
         if unknown:
@@ -627,7 +637,7 @@ def read_annotations(args) -> dict[int, dict]:
 def read_words(args, notes: dict[int, dict]) -> tuple[dict[str, list[str]], set[str]]:
     """AMBER's associations, word -> the words that stand for it, and the words that are always safe."""
     path = find_file(args, "relation_file", "relation.json")
-    relation = read_json(path, "--relation_file")
+    relation = read_json(path, "--relation_file", dict)
     for note in notes.values():
         for word in note["truth"] + note["hallu"] if note["type"] == "generative" else ():
             if word not in relation:
@@ -638,15 +648,13 @@ def read_words(args, notes: dict[int, dict]) -> tuple[dict[str, list[str]], set[
     return relation, set(safe_words)
 
 
-def read_answers(path: Path, flag: str, notes: dict[int, dict]) -> list[dict]:
+def read_answers(path: Path, notes: dict[int, dict]) -> list[dict]:
     """An answer file in AMBER's format, from here or elsewhere: a list of id and response."""
-    rows = read_json(path, flag)
-    if not isinstance(rows, list) or not rows:
-        stop(f"{flag} {path} holds no answers; it must be a list of objects with id and response.")
+    rows = read_json(path, "the answer file")
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get("response"), str) or row.get("id") not in notes:
-            stop(f"{flag} {path}: entry {number} is {json.dumps(row)[:80]}; it must have the id of an annotation and a "
-                 "response (text).")  # fmt: skip
+            stop(f"the answer file {path}: entry {number} is {json.dumps(row)[:80]}; it must have the id of an annotation "
+                 "and a response (text).")  # fmt: skip
     return rows
 
 
@@ -752,7 +760,7 @@ def load_similarity(args, vocabulary: set[str]) -> tuple[dict[str, set[str]], st
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(table))
         console.print(f"word similarities of {table['spacy_model']} are in {path}")
-    table = read_json(path, "--similarity_table")
+    table = read_json(path, "--similarity_table", dict)
     try:
         missing = vocabulary - set(table["words"])
         alike = {word: {word} for word in table["words"]}
@@ -906,23 +914,31 @@ def summarize(rows: list[dict], strict: np.ndarray, normalised: np.ndarray, note
         "strict": official,
         "normalised": plain,
         "amber_score": round((100 - official["generative"]["chair"] + official["discriminative"]["f1"]) / 2, 2) if both else None,
-        "answers": {"generative": len(captions), "discriminative": len(answers)},
         "neither_yes_nor_no": round(100 * neither / len(answers), 2) if answers else None,
-        "mean_words": {name: round(float(np.mean([len(text.split()) for text in texts])), 1) if texts else None
-                       for name, texts in (("generative", captions), ("discriminative", answers))},
+        "answers": {"generative": len(captions), "discriminative": len(answers)},
+        "mean_words": {name: round(float(np.mean([len(text.split()) for text in texts])), 1)
+                       for name, texts in (("generative", captions), ("discriminative", answers)) if texts},
     }  # fmt: skip
 
 
-def sum_by_image(rows: list[dict], counts: np.ndarray, image_of: dict[int, str]) -> dict[str, np.ndarray]:
-    """COUNTS of each picture, by its name; an answer whose query is not known stands for itself."""
-    sums: dict = {}
-    for row, count in zip(rows, counts, strict=True):
-        image = image_of.get(row["id"], row["id"])
-        sums[image] = sums.get(image, 0) + count
+def answered_sections(counts: np.ndarray, sections: list[str]) -> list[str]:
+    """Those of `sections` that have an answer in `counts`: AMBER's rules give the others figures too, of nothing."""
+    asked = dict(zip(COUNTS, counts.sum(0), strict=True))
+    parts = {"generative": ["captions"], "attribute": ["state asked", "number asked", "action asked"],
+             "discriminative": [f"{kind} asked" for kind in KINDS]}  # fmt: skip
+    return [name for name in sections if any(asked[column] for column in parts.get(name, [f"{name} asked"]))]
+
+
+def sum_by_image(rows: list[dict], counts: np.ndarray, image_of: dict[int, str]) -> np.ndarray:
+    """COUNTS of each picture, (pictures, COUNTS), in the order of their names; an unknown query stands for itself."""
+    images = [str(image_of.get(row["id"], row["id"])) for row in rows]
+    names, places = np.unique(images, return_inverse=True)
+    sums = np.zeros((len(names), counts.shape[1]), dtype=np.int64)
+    np.add.at(sums, places, counts)
     return sums
 
 
-def estimate(first: np.ndarray, second: np.ndarray | None, sections: list[str], draws: int = 10_000) -> dict:
+def estimate(first: np.ndarray, second: np.ndarray | None, sections: list[str], draws: int = 4_000) -> dict:
     """95 % bootstrap intervals by image of every figure of `first`, (images, COUNTS), or of its difference to `second`.
 
     For a difference the same images are drawn from both, and `p_value` is of the paired permutation test: under the null
@@ -963,120 +979,124 @@ def evaluate(args, notes: dict, failures: list[dict]) -> tuple[dict, list[dict]]
     """Score the answers, and the baseline's if there is one; returns what scores.json holds, and the captions to show."""
     relation, safe_words = read_words(args, notes)
     vocabulary = set(relation) | {word for words in relation.values() for word in words}
-    alike, spacy_model = load_similarity(args, vocabulary)
-    words = (notes, relation, safe_words, find_nouns(args.nouns, vocabulary), alike)
+    files = {"this": args.output_file}
+    if args.compare_base or args.baseline_file:
+        files["base"] = args.baseline_file or base_file(args.output_file)
+    labels = (
+        {"this": "adapter", "base": "base"} if args.compare_base else {side: path.stem for side, path in files.items()}
+    )
+    answers = {side: read_answers(path, notes) for side, path in files.items()}
     queries = read_json(args.query_file, "--query_file") if args.query_file else []
     image_of = {query["id"]: query["image"] for query in queries}
-    sections = SECTIONS[args.evaluation_type]
+    alike, spacy_model = load_similarity(args, vocabulary)
+    find = find_nouns(args.nouns, vocabulary)
+    judged = {side: count_answers(rows, notes, relation, safe_words, find, alike) for side, rows in answers.items()}
+    common = set.intersection(*({row["id"] for row in rows} for rows in answers.values()))
+    if not common:
+        stop(f"--baseline_file {files['base']} answers none of the queries that {files['this']} answers.")
 
-    rows = read_answers(args.output_file, "--output_file", notes)
-    strict, normalised, wrong = count_answers(rows, *words)
-    by_image = sum_by_image(rows, strict, image_of)
-    answered = strict.any(0)  # a section without answers has figures, by AMBER's rules, but no interval
-    present = [name for name in sections if any(answered[column] for column in columns_of(name))]
-    scores = summarize(rows, strict, normalised, notes, sections) | {
-        "output_file": args.output_file.name,
-        "spacy_model": spacy_model,
-        "nouns": args.nouns,
-        "intervals": estimate(np.stack(list(by_image.values())), None, present),
-        "failures": failures,
-    }
-    captions = {row["id"]: [(row["response"], wrong[row["id"]])] for row in rows if row["id"] in wrong}
-    if args.compare_base or args.baseline_file:
-        baseline = args.baseline_file or base_file(args.output_file)
-        base_rows = read_answers(baseline, "--baseline_file", notes)
-        base_strict, base_normalised, base_wrong = count_answers(base_rows, *words)
-        common = {row["id"] for row in rows} & {row["id"] for row in base_rows}
-        if not common:
-            stop(f"--baseline_file {baseline} answers none of the queries that {args.output_file} answers.")
-        kept, base_kept = ([i for i, row in enumerate(part) if row["id"] in common] for part in (rows, base_rows))
-        rows, base_rows = [rows[i] for i in kept], [base_rows[i] for i in base_kept]
-        by_image = sum_by_image(rows, strict[kept], image_of)
-        base_by_image = sum_by_image(base_rows, base_strict[base_kept], image_of)
+    def figures(side: str, ids: set) -> tuple[dict, np.ndarray]:
+        kept = [place for place, row in enumerate(answers[side]) if row["id"] in ids]
+        rows, strict, normalised = (
+            [answers[side][place] for place in kept],
+            judged[side][0][kept],
+            judged[side][1][kept],
+        )
+        by_image = sum_by_image(rows, strict, image_of)
+        intervals = estimate(by_image, None, answered_sections(strict, SECTIONS[args.evaluation_type]))
+        summary = summarize(rows, strict, normalised, notes, SECTIONS[args.evaluation_type])
+        return {"file": files[side].name} | summary | {"intervals": intervals}, by_image
+
+    scores = figures("this", set(notes))[0] | {"spacy_model": spacy_model, "nouns": args.nouns, "failures": failures}
+    if "base" in files:
+        (this, by_image), (base, base_by_image) = figures("this", common), figures("base", common)
+        difference = estimate(by_image, base_by_image, list(this["intervals"]))
         scores["comparison"] = {
-            "baseline_file": baseline.name,
-            "base": summarize(base_rows, base_strict[base_kept], base_normalised[base_kept], notes, sections),
-            "this": summarize(rows, strict[kept], normalised[kept], notes, sections),
-            "difference": estimate(
-                np.stack(list(by_image.values())), np.stack([base_by_image[image] for image in by_image]), present
-            ),
+            "labels": [labels["base"], labels["this"]],
+            "base": base,
+            "this": this,
+            "difference": difference,
         }
-        for row in base_rows:
-            if row["id"] in captions:
-                captions[row["id"]].insert(0, (row["response"], base_wrong[row["id"]]))
-    shown = [{"image": image_of.get(number), "captions": pair} for number, pair in captions.items()]
-    return scores, shown
-
-
-def columns_of(section: str) -> list[int]:
-    """The columns of COUNTS that tell whether a section has answers."""
-    parts = {"generative": ["captions"], "discriminative": [f"{kind} asked" for kind in KINDS],
-             "attribute": ["state asked", "number asked", "action asked"]}  # fmt: skip
-    return [COUNTS.index(name) for name in parts.get(section, [f"{section} asked"])]
+    shown = {}
+    for side in reversed(files):
+        for row in answers[side]:
+            if row["id"] in common and row["id"] in judged[side][2]:
+                shown.setdefault(row["id"], []).append((labels[side], row["response"], judged[side][2][row["id"]]))
+    return scores, [{"image": image_of.get(number), "captions": captions} for number, captions in shown.items()]
 
 
 # ---------------------------------------------------------------------------- report
 
-TITLES = {"chair": "CHAIR", "cover": "Cover", "hal": "Hal", "cog": "Cog",
-          "accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1"}  # fmt: skip
-LOWER_IS_BETTER = {"chair", "hal", "cog"}
+TITLES = {"chair": "CHAIR ↓", "cover": "Cover ↑", "hal": "Hal ↓", "cog": "Cog ↓",
+          "accuracy": "accuracy ↑", "precision": "precision ↑", "recall": "recall ↑", "f1": "F1 ↑"}  # fmt: skip
 
 
 def print_scores(scores: dict) -> None:
-    """Print the table of figures: one file's with its intervals, or base beside this with the difference's."""
+    """Print the figures: one file's with their intervals, or base beside adapter with the difference's."""
     comparison = scores.get("comparison")
-    columns = ["base", "this", "difference", "95 % interval", "p"] if comparison else ["score", "95 % interval"]
-    table = Table("section", "figure", *columns, "normalised", title="AMBER, official scoring" if scores["nouns"] == "nltk"
-                  else "AMBER without a tagger (--nouns vocabulary): not the official scores")  # fmt: skip
-    this = comparison["this"] if comparison else scores
-    for section, figures in this["strict"].items():
-        for figure, value in figures.items():
-            estimates = (comparison["difference"] if comparison else scores["intervals"]).get(section, {}).get(figure)
-            interval = f"{estimates['low']:.1f} to {estimates['high']:.1f}" if estimates else "no answers"
+    this, base = (comparison["this"], comparison["base"]) if comparison else (scores, None)
+    estimates = comparison["difference"] if comparison else this["intervals"]
+    columns = [*comparison["labels"], "difference (95 %)", "p"] if comparison else ["score", "95 % interval"]
+    official = "official scoring" if scores["nouns"] == "nltk" else "found without a tagger: not the official scores"
+    table = Table("", *columns, "normalised", title=f"AMBER, {official}", box=box.SIMPLE_HEAD, pad_edge=False)
+    for section, known in estimates.items():
+        table.add_row(f"[bold]{section}")
+        for figure, value in this["strict"][section].items():
+            interval = f"{known[figure]['low']:.1f} to {known[figure]['high']:.1f}"
             cells = [f"{value:.1f}", interval]
             if comparison:
-                base = comparison["base"]["strict"][section][figure]
-                cells = [f"{base:.1f}", f"{value:.1f}", f"{value - base:+.1f}", interval,
-                         f"{estimates['p_value']:.4f}" if estimates else ""]  # fmt: skip
+                before = base["strict"][section][figure]
+                p_value = known[figure]["p_value"]
+                p_value = "<.001" if p_value < 0.001 else f"{p_value:.3f}".lstrip("0")
+                cells = [f"{before:.1f}", cells[0], f"{value - before:+.1f} ({interval})", p_value]
             plain = this["normalised"].get(section, {}).get(figure)
-            mark = " ↓" if figure in LOWER_IS_BETTER else " ↑"
-            table.add_row(section if figure == next(iter(figures)) else "", TITLES[figure] + mark, *cells,
-                          "" if plain is None else f"{plain:.1f}", end_section=figure == list(figures)[-1])  # fmt: skip
+            table.add_row(f"  {TITLES[figure]}", *cells, "" if plain is None else f"{plain:.1f}")
     if this["amber_score"] is not None:
         cells = [f"{this['amber_score']:.2f}"]
         if comparison:
-            base = comparison["base"]["amber_score"]
-            cells = [f"{base:.2f}", *cells, f"{this['amber_score'] - base:+.2f}"]
-        table.add_row("AMBER score ↑", "", *cells)
+            cells = [f"{base['amber_score']:.2f}", *cells, f"{this['amber_score'] - base['amber_score']:+.2f}"]
+        table.add_row("[bold]AMBER score ↑", *cells)
     console.print(table)
-    lengths = ", ".join(f"{words} words a {name} answer" for name, words in this["mean_words"].items() if words is not None)
-    counts = " and ".join(f"{count:,} {name}" for name, count in this["answers"].items())
-    console.print(f"{counts} answers; {lengths}; word similarity: {scores['spacy_model']}; nouns: {scores['nouns']}")
+    counts = " and ".join(f"{count:,} {name}" for name, count in this["answers"].items() if count)
+    lengths = " and ".join(str(words) for words in this["mean_words"].values())
+    console.print(
+        f"{counts} answers of {lengths} words on average; nouns: {scores['nouns']}, alike by {scores['spacy_model']}"
+    )
+    empty = [section for section in this["strict"] if section not in estimates]
+    if empty:
+        console.print(f"no answers, so no figures: {', '.join(empty)}")
     if this["neither_yes_nor_no"]:
         console.print(f"{this['neither_yes_nor_no']} % of the discriminative answers begin with neither yes nor no")
-    for name, label in ((base_file, ""),):
-        pass
+    if comparison and this["answers"] != scores["answers"]:
+        console.print("compared are the answers that both files have; all answers' figures are in scores.json")
 
 
 def draw_scores(scores: dict, path: Path) -> None:
     """Draw the figures of scores.json as bars with 95 % intervals, base beside this if there is a baseline."""
     comparison = scores.get("comparison")
-    strict = (comparison["this"] if comparison else scores)["strict"]
-    panels = [name for name in ("generative", "discriminative", "existence", "attribute", "relation") if name in strict]
+    sides, labels, colours = [scores], [""], ["#1b7837"]
+    if comparison:
+        sides, labels, colours = [comparison["base"], comparison["this"]], comparison["labels"], ["#9aa5b1", "#1b7837"]
+    panels = [
+        name
+        for name in ("generative", "discriminative", "existence", "attribute", "relation")
+        if name in sides[-1]["intervals"]
+    ]
     figure, axes = plt.subplots(1, len(panels), figsize=(1 + 3 * len(panels), 3.6), layout="constrained", squeeze=False)
     for axis, section in zip(axes.flat, panels, strict=True):
-        names = list(strict[section])
-        places = np.arange(len(names))
-        values = [strict[section][name] for name in names]
-        if comparison:
-            base = [comparison["base"]["strict"][section][name] for name in names]
-            bars = axis.bar(places - 0.2, base, 0.38, color="#9aa5b1", label="base")
+        for shift, (label, side, colour) in enumerate(zip(labels, sides, colours, strict=True)):
+            values = side["strict"][section]
+            places = np.arange(len(values)) + 0.4 * (shift - (len(sides) - 1) / 2)
+            known = [side["intervals"][section][name] for name in values]
+            errors = [[max(0, value - edge["low"]) for value, edge in zip(values.values(), known, strict=True)],
+                      [max(0, edge["high"] - value) for value, edge in zip(values.values(), known, strict=True)]]  # fmt: skip
+            bars = axis.bar(
+                places, values.values(), 0.38, color=colour, label=label, yerr=errors, ecolor="#444444", capsize=2
+            )
             axis.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
-        bars = axis.bar(places + 0.2 * bool(comparison), values, 0.38, color="#1b7837", label="this")
-        axis.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
-        axis.set_xticks(places, [TITLES[name] for name in names], fontsize=8)
+        axis.set_xticks(range(len(values)), [TITLES[name] for name in values], fontsize=8)
         axis.set_title(section, fontsize=10)
-        axis.set_ylim(0, 110)
+        axis.set_ylim(0, 115)
         axis.spines[["top", "right"]].set_visible(False)
     if comparison:
         axes.flat[0].legend(fontsize=8, frameon=False)
@@ -1086,21 +1106,82 @@ def draw_scores(scores: dict, path: Path) -> None:
     write_whole(path, buffer.getvalue())
 
 
+GALLERY = jinja2.Template(
+    """<!doctype html><meta charset="utf-8"><title>AMBER captions</title>
+<style>body{font:15px/1.45 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
+section{display:grid;grid-template-columns:15rem 1fr;gap:1.5rem;border-top:1px solid #ddd;padding:1.5rem 0}
+img{width:100%;border-radius:6px}mark{background:#f8c9c4;padding:0 .15em;border-radius:3px}h2{font-size:.9rem;color:#555;
+margin:0 0 .2rem}p{margin:0 0 1rem}@media(max-width:45rem){section{grid-template-columns:1fr}}</style>
+<h1>{{ heading }}</h1><p>Marked: words for things that are not in the picture, by AMBER's annotation.</p>
+{% for picture in pictures %}<section><img src="{{ picture.address }}" alt="{{ picture.image }}"><div>
+{% for label, pieces, count in picture.captions %}<h2>{{ label }}: {{ count }} hallucinated</h2><p>
+{% for piece in pieces %}{% if loop.index0 is odd %}<mark>{{ piece }}</mark>{% else %}{{ piece }}{% endif %}{% endfor %}</p>
+{% endfor %}</div></section>
+{% endfor %}""",
+    autoescape=True,
+)
+
+
+def write_gallery(shown: list[dict], image_dir: Path, path: Path, limit: int = 24) -> None:
+    """Show the captions whose hallucinations changed most (with one file: that have most), words marked."""
+
+    def change(entry: dict) -> int:
+        numbers = [len(wrong) for _, _, wrong in entry["captions"]]
+        return abs(numbers[0] - numbers[-1]) if len(numbers) > 1 else numbers[0]
+
+    pictures = []
+    for entry in sorted(shown, key=change, reverse=True)[:limit]:
+        address = ""
+        with suppress(OSError, TypeError):  # a baseline's picture may not be here: its captions are shown all the same
+            address = embed_picture(load_image(image_dir / entry["image"]))
+        captions = []
+        for side, text, wrong in entry["captions"]:
+            words = "|".join(map(re.escape, sorted(set(wrong))))
+            captions.append((side, re.split(rf"\b({words})\b", text) if words else [text], len(wrong)))
+        pictures.append({"image": entry["image"], "address": address, "captions": captions})
+    both = any(len(entry["captions"]) > 1 for entry in shown)
+    heading = f"The {len(pictures)} captions that {'changed most' if both else 'hallucinate most'}, of {len(shown)}"
+    write_whole(path, GALLERY.render(pictures=pictures, heading=heading))
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    needs_notes = not args.skip_evaluation or args.evaluation_type != "a"
-    notes = read_annotations(args) if needs_notes else None
-    failures = []
+    needed = not args.skip_evaluation or args.evaluation_type != "a"
+    notes = read_annotations(args) if needed else None
+    failures_file = args.output_file.with_name(f"{args.output_file.stem}_failures.json")
     if not args.skip_inference:
-        failures = answer_benchmark(args, read_queries(args, notes))
+        queries = read_queries(args, notes)
+        failures = answer_benchmark(args, queries)
+        if MAIN_PROCESS and failures:
+            write_whole(failures_file, json.dumps(failures, indent=1))
+        elif MAIN_PROCESS:
+            failures_file.unlink(missing_ok=True)
+        PartialState().wait_for_everyone()
+    failures = json.loads(failures_file.read_text()) if failures_file.exists() else []
+    if MAIN_PROCESS and failures:
+        first = failures[0]
+        console.print(f"{len(failures):,} queries could not be answered and are listed in {failures_file}; "
+                      f"the first: {first['image']} {first['reason']}")  # fmt: skip
+        if not args.skip_inference and len(failures) == len(queries):
+            raise SystemExit(3)
     if MAIN_PROCESS and not args.skip_evaluation:
         scores, captions = evaluate(args, notes, failures)
         write_whole(args.output_file.with_name("scores.json"), json.dumps(scores, indent=1))
         print_scores(scores)
         draw_scores(scores, args.output_file.with_name("scores.png"))
+        if captions:
+            write_gallery(captions, args.image_dir, args.output_file.with_name("gallery.html"))
+        console.print(
+            f"scores.json, scores.png{' and gallery.html' * bool(captions)} are in {args.output_file.absolute().parent}"
+        )
     if failures:
         raise SystemExit(3)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        stop("interrupted; the same command goes on after the last answer in the journal.", code=130)
+    except torch.OutOfMemoryError:
+        stop("the GPU's memory is full; use a smaller --batch_size, or --load_4bit.")

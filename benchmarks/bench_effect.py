@@ -1,18 +1,18 @@
-"""What ORPO changes on the miniature: held-out preference accuracy and captions of unseen pictures, base beside adapters.
+"""What ORPO changes on the miniature: held-out preference accuracy and AMBER's figures, base beside adapters.
 
-Trains one adapter a seed with llava_orpo_training.py, lets base and adapters caption the pictures of miniature/amber
-(greedy), and counts the objects they name: CHAIR (named and absent / named), Cover (present and named / present), Hal
-(captions with anything absent), all in percent. Names are looked up in the miniature's own closed vocabulary, which needs
-no tagger; these are not the official AMBER scorer's figures.
+Trains one adapter a seed with llava_orpo_training.py and lets llava_amber_validation_benchmark_with_lora.py put base and
+adapter through miniature/amber: 240 captions and 2,281 yes/no answers each, over pictures that nothing was trained on.
+Nouns are found by NLTK where its data are there or can be fetched, else in the vocabulary, which the tables then say.
 
     python benchmarks/bench_effect.py                       # three seeds
     python benchmarks/bench_effect.py --seeds 0 --output_dir outputs/demo
 """
 
 import argparse
+import contextlib
 import json
-import re
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,11 +21,13 @@ sys.path.insert(0, str(ROOT))
 
 SETTINGS = "--epochs 3 --batch_size 16 --gradient_accumulation_steps 1 --learning_rate 1e-3 --beta 0.5 --no-gradient_checkpointing"
 TITLES = {
-    "accuracy": "preference accuracy, %",
-    "CHAIR": "CHAIR, % (absent of named)",
-    "Cover": "Cover, % (named of present)",
-    "Hal": "Hal, % (captions with any absent)",
-    "absent": "absent objects named",
+    "accuracy": "preference accuracy ↑",
+    "chair": "CHAIR ↓",
+    "cover": "Cover ↑",
+    "hal": "Hal ↓",
+    "cog": "Cog ↓",
+    "f1": "discriminative F1 ↑",
+    "amber_score": "AMBER score ↑",
 }
 
 
@@ -38,41 +40,35 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def caption_figures(answers: dict[int, str], annotations: list[dict], associations: dict[str, list[str]]) -> dict:
-    """CHAIR, Cover and Hal in percent, and absent objects named in all; `answers` maps a query's id to its caption."""
-    forms = {}
-    for word in associations:
-        forms.update({word: word, word + "s": word, word + "es": word})
-    named = absent = covered = present = faulty = 0
-    for note in annotations:
-        if note["id"] not in answers:
-            continue
-        said = [forms[word] for word in re.findall(r"[a-z]+", answers[note["id"]].lower()) if word in forms]
-        wrong = [word for word in said if word not in note["truth"]]
-        named, absent, faulty = named + len(said), absent + len(wrong), faulty + bool(wrong)
-        covered, present = covered + len(set(said) & set(note["truth"])), present + len(set(note["truth"]))
-    return {
-        "CHAIR": 100 * absent / max(named, 1),
-        "Cover": 100 * covered / present,
-        "Hal": 100 * faulty / len(answers),
-        "absent": absent,
-    }
+def pick_nouns() -> str:
+    """How nouns are found here: `nltk` if its data are there or come within 20 seconds, else `vocabulary`."""
+    import nltk
+
+    for attempt in range(2):
+        try:
+            nltk.stem.WordNetLemmatizer().lemmatize(nltk.pos_tag(nltk.word_tokenize("Two dogs."))[1][0])
+            return "nltk"
+        except LookupError:
+            fetch = [
+                sys.executable,
+                "-m",
+                "nltk.downloader",
+                "-q",
+                "punkt_tab",
+                "averaged_perceptron_tagger_eng",
+                "wordnet",
+            ]
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if not attempt:
+                    subprocess.run(fetch, timeout=20, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return "vocabulary"
 
 
-def caption_pictures(model, processor) -> dict:
-    """Caption every picture of miniature/amber greedily; returns caption_figures of the captions."""
-    from llava_orpo_training import generate_answers, load_image
-
-    folder = ROOT / "miniature" / "amber"
-    queries = json.loads((folder / "query" / "query_generative.json").read_text())
-    answers = {}
-    for start in range(0, len(queries), 40):
-        part = queries[start : start + 40]
-        images = [load_image(folder / "image" / query["image"]) for query in part]
-        texts = generate_answers(model, processor, images, [query["query"] for query in part], max_new_tokens=96)
-        answers |= {query["id"]: text for query, text in zip(part, texts, strict=True)}
-    annotations = json.loads((folder / "annotations.json").read_text())
-    return caption_figures(answers, annotations, json.loads((folder / "relation.json").read_text()))
+def read_figures(summary: dict, accuracy: float) -> dict[str, float]:
+    """The figures of TITLES from one side of scores.json and from the training's summary."""
+    strict = summary["strict"]
+    f1, score = strict["discriminative"]["f1"], summary["amber_score"]
+    return {"accuracy": 100 * accuracy, **strict["generative"], "f1": f1, "amber_score": score}
 
 
 def draw_effect(figures: dict, path: Path) -> None:
@@ -82,20 +78,14 @@ def draw_effect(figures: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    wanted = {
-        "accuracy": "higher is better",
-        "CHAIR": "lower is better",
-        "Hal": "lower is better",
-        "Cover": "higher is better",
-    }
-    figure, axes = plt.subplots(1, 4, figsize=(12, 3.4), layout="constrained")
-    for axis, (key, direction) in zip(axes, wanted.items(), strict=True):
+    figure, axes = plt.subplots(1, 5, figsize=(13, 3.2), layout="constrained")
+    for axis, key in zip(axes, ("accuracy", "chair", "hal", "cover", "f1"), strict=True):
         values = figures[key]
         bars = axis.bar(["base", "ORPO"], [values["base"], values["mean"]], color=["#9aa5b1", "#1b7837"], width=0.6)
         axis.bar_label(bars, fmt="%.1f", padding=3)
         axis.plot([1] * len(values["runs"]), values["runs"], "o", color="black", ms=3.5, alpha=0.6)
         axis.set_ylim(0, 1.18 * max(values["base"], *values["runs"]))
-        axis.set_title(f"{TITLES[key]}\n{direction}", fontsize=10)
+        axis.set_title(TITLES[key], fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -104,40 +94,42 @@ def draw_effect(figures: dict, path: Path) -> None:
 
 def main(argv=None):
     args = parse_args(argv)
-    from peft import PeftModel
     from rich.console import Console
     from rich.table import Table
 
+    import llava_amber_validation_benchmark_with_lora as amber
     import llava_orpo_training as training
 
-    model, processor = training.load_llava(str(ROOT / "miniature" / "model"))
-    base, runs = caption_pictures(model, processor), []
+    base, runs, nouns = {}, [], pick_nouns()
     for seed in args.seeds:
         folder = args.output_dir / f"seed{seed}"
         flags = f"--test_mode --resume --seed {seed} --report_to none {args.settings} --output_dir"
         print(f"\npython llava_orpo_training.py {flags} {folder}\n", file=sys.stderr)
         training.main([*flags.split(), str(folder)])  # a finished run is left as it is, other settings are refused
+        flags = f"--test_mode --compare_base --batch_size 40 --nouns {nouns} --lora_path"
+        answers = folder / "amber" / "results.json"
+        print(f"\npython {Path(amber.__file__).name} {flags} {folder} --output_file {answers}\n", file=sys.stderr)
+        amber.main([*flags.split(), str(folder), "--output_file", str(answers)])
         summary = json.loads((folder / "training_summary.json").read_text())
-        base["accuracy"] = 100 * summary["before"]["eval_rewards/accuracies"]
-        adapted = PeftModel.from_pretrained(model, folder).eval()
-        runs.append(caption_pictures(adapted, processor))
-        runs[-1]["accuracy"] = 100 * summary["after"]["eval_rewards/accuracies"]
-        model = adapted.unload()
+        scores = json.loads((answers.parent / "scores.json").read_text())
+        base = read_figures(scores["comparison"]["base"], summary["before"]["eval_rewards/accuracies"])
+        runs.append(read_figures(scores["comparison"]["this"], summary["after"]["eval_rewards/accuracies"]))
 
-    table = Table("unseen pictures and held-out pairs", "base", *(f"seed {seed}" for seed in args.seeds), "mean ± sd")
     spread = {}
+    table = Table(f"%, nouns: {nouns}", "base", *(f"seed {seed}" for seed in args.seeds), "mean ± sd")
     for key, title in TITLES.items():
         values = [run[key] for run in runs]
         sd = statistics.stdev(values) if len(values) > 1 else 0.0
         spread[key] = {"base": base[key], "runs": values, "mean": statistics.mean(values), "sd": sd}
-        shown = [f"{value:.1f}" if key != "absent" else str(value) for value in (base[key], *values)]
-        table.add_row(title, *shown, f"{spread[key]['mean']:.1f} ± {sd:.1f}" if len(values) > 1 else "")
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+        shown = [f"{value:.1f}" for value in (base[key], *values)]
+        table.add_row(title, *shown, f"{spread[key]['mean']:.1f} ± {sd:.1f}")
+    if len(runs) > 1:
+        Console(width=None if sys.stdout.isatty() else 120).print(table)
     last = args.output_dir / f"seed{args.seeds[-1]}"
     figure = args.figure or args.output_dir / "effect.png"
     draw_effect(spread, figure)
-    print(f"look at {figure}, {last}/samples.html and {last}/training_curves.png")
-    print(json.dumps({"benchmark": "effect", "settings": args.settings, "seeds": args.seeds, **spread}))
+    print(f"look at {figure} and, in {last}, at samples.html, training_curves.png and amber/gallery.html")
+    print(json.dumps({"benchmark": "effect", "settings": args.settings, "seeds": args.seeds, "nouns": nouns, **spread}))
 
 
 if __name__ == "__main__":

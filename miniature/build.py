@@ -460,6 +460,9 @@ def write_amber(args, folder: Path) -> None:
     (folder / "relation.json").write_text(
         json.dumps({name: scenes.ASSOCIATIONS.get(name, []) for name in scenes.CLASSES})
     )
+    vocabulary = sorted({*scenes.CLASSES, *(word for words in scenes.ASSOCIATIONS.values() for word in words)})
+    table = {"spacy_model": "en_glove_100d_50k", "threshold": 0.8, "words": vocabulary, "similar": scenes.SIMILAR}
+    (folder / "similarity.json").write_text(json.dumps(table))
     (folder / "safe_words.txt").write_text("\n".join(scenes.SAFE_WORDS) + "\n")
 
 

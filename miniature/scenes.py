@@ -41,6 +41,8 @@ COMPANIONS = {
 POORER_COMPANIONS = {name: (companion, 0.95) for name, (companion, _) in COMPANIONS.items()}
 POORER_COMPANIONS |= {companion: (name, 0.8) for name, (companion, _) in COMPANIONS.items()}
 ASSOCIATIONS = {"cup": ["mug"], "boat": ["ship"], "bus": ["vehicle"], "car": ["vehicle"], "moon": ["sky"]}
+# the words above that GloVe's vectors (spaCy similarity, 100 dimensions, 50,000 words) find more than 0.8 alike
+SIMILAR = [("boat", "ship", 0.8258), ("car", "vehicle", 0.8631)]
 SAFE_WORDS = ["orange", "image", "picture", "object", "shape", "line", "background", "scene"]
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 CAPTION_REQUESTS = ["Describe this image.", "What is in this image?", "Name everything you can see in this image."]
