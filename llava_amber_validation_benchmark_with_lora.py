@@ -104,6 +104,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             "--query_file and --image_dir are needed to answer; --skip_inference scores answers that are there"
         )
+    if args.query_file and not args.query_file.is_file():
+        parser.error(
+            f"--query_file {args.query_file} is no file; name AMBER's queries, such as data/query/query_all.json"
+        )
     if not (args.query_file or args.annotation_file):
         parser.error("--query_file or --annotation_file is needed: AMBER's annotations lie beside one of them")
     if args.backend == "vllm" and args.lora_path:
@@ -652,7 +656,12 @@ def read_answers(path: Path, notes: dict[int, dict]) -> list[dict]:
     """An answer file in AMBER's format, from here or elsewhere: a list of id and response."""
     rows = read_json(path, "the answer file")
     for number, row in enumerate(rows):
-        if not isinstance(row, dict) or not isinstance(row.get("response"), str) or row.get("id") not in notes:
+        if (
+            not isinstance(row, dict)
+            or not isinstance(row.get("response"), str)
+            or not isinstance(row.get("id"), int)
+            or row["id"] not in notes
+        ):
             stop(f"the answer file {path}: entry {number} is {json.dumps(row)[:80]}; it must have the id of an annotation "
                  "and a response (text).")  # fmt: skip
     return rows
@@ -686,13 +695,17 @@ def find_nouns(kind: str, vocabulary: set[str]) -> Callable[[str], list[tuple[st
     `nltk` is AMBER's way: tokens tagged NN*, their WordNet lemma. `vocabulary` looks words and regular plurals up.
     """
     if kind == "vocabulary":
-        forms = {"children": "child", "mice": "mouse", "geese": "goose"}
-        for word in vocabulary:
-            ending = "es" if re.search(r"([sxzo]|[cs]h)$", word) else "s"
-            forms[re.sub(r"([^aeiou])ys$", r"\1ies", word + ending)] = word
-            forms[re.sub(r"(fes?|fs)$", "ves", word + "s")] = word
-            forms[re.sub(r"man$", "men", word)] = word
-        forms = {form: word for form, word in forms.items() if word in vocabulary} | {word: word for word in vocabulary}
+        plurals = {"child": "children", "mouse": "mice", "goose": "geese"}
+        endings = [
+            (r"man$", "men"),
+            (r"(?<=[lra])f$|(?<=i)fe$", "ves"),
+            (r"([^aeiou])y$", r"\1ies"),
+            (r"([sxzo]|[cs]h)$", r"\1es"),
+            (r"$", "s"),
+        ]
+        for word in vocabulary - plurals.keys():
+            plurals[word] = next(re.sub(ending, plural, word) for ending, plural in endings if re.search(ending, word))
+        forms = {plurals[word]: word for word in vocabulary} | {word: word for word in vocabulary}
         return lambda text: [(word, forms[word]) for word in re.findall(r"\w+(?:-\w+)*", text) if word in forms]
     try:
         import nltk

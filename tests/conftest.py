@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIATURE = ROOT / "miniature"
+SHARED = ROOT.parent / "shared" / "data"  # real photos and lists; tests do without where it is not there
 sys.path.insert(0, str(ROOT))
 os.environ.update(
     HF_HUB_OFFLINE="1", WANDB_MODE="offline", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false"

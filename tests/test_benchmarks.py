@@ -19,3 +19,14 @@ def test_orpo_step_compares_equal_log_probabilities():
         seconds = figures[form]["seconds_per_pair"] / figures["shared"]["seconds_per_pair"]
         assert figures[f"speedup_over_{form}"] == pytest.approx(seconds) and seconds > 2
         assert figures[f"memory_of_{form}"] < 0.7
+
+
+def test_amber_generation_is_faster_and_the_same():
+    command = [sys.executable, str(ROOT / "benchmarks" / "bench_amber_generation.py"), "--limit", "40"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=400).stdout
+    figures = json.loads(printed.splitlines()[-1])
+    assert figures["same"] == figures["questions"] > 300 and figures["pictures"] == 40
+    assert (
+        figures["speedup"] == pytest.approx(figures["single_seconds"] / figures["shared_seconds"])
+        and figures["speedup"] > 4
+    )

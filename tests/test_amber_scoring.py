@@ -1,0 +1,565 @@
+"""AMBER's scores: every rule by hand, and a second, literal implementation on thousands of random answers."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import spacy
+from conftest import MINIATURE, ROOT, SHARED
+
+import llava_amber_validation_benchmark_with_lora as amber
+
+AMBER = SHARED / "amber"
+NLTK_DATA = SHARED / "nltk_data"
+needs_amber = pytest.mark.skipif(not AMBER.is_dir(), reason="AMBER's lists are not here")
+
+
+# ---------------------------------------------------------------------------- the rules, once more and literally
+
+
+def literal_side(entries, relation):
+    """An annotation's words in the order they are looked through, the slot of each, and what is marked so far."""
+    words, slots = [], []
+    for slot, word in enumerate(entries):
+        for other in relation[word]:
+            words.append(other)
+            slots.append(slot)
+    return words + entries, slots + list(range(len(entries))), [0] * len(entries)
+
+
+def literal_equal(first, second):
+    return float(first == second)
+
+
+def literal_mark(side, noun, similarity) -> bool:
+    for word, slot in zip(side[0], side[1], strict=True):
+        if similarity(noun, word) > 0.8:
+            side[2][slot] = 1
+            return True
+    return False
+
+
+def literal_scores(rows, notes, relation, safe_words, nouns_of, similarity) -> dict:
+    """What the official script prints, answer by answer: counters that are added to, one formula after the other."""
+    score, number = {}, {}
+
+    def add(name, value, of=1):
+        score[name] = score.get(name, 0) + value
+        number[name] = number.get(name, 0.001) + of
+
+    for row in rows:
+        note, response = notes[row["id"]], row["response"]
+        if note["type"] == "generative":
+            truth, hallu = literal_side(note["truth"], relation), literal_side(note["hallu"], relation)
+            nouns = [
+                noun
+                for noun in nouns_of(response)
+                if noun in relation or any(noun in part for part in relation.values())
+            ]
+            wrong = 0
+            for noun in nouns:
+                if noun in safe_words or literal_mark(truth, noun, literal_equal):
+                    continue
+                literal_mark(hallu, noun, literal_equal)
+                literal_mark(hallu, noun, similarity)
+                if not literal_mark(truth, noun, similarity):
+                    wrong += 1
+            add("chair", wrong, len(nouns))
+            add("cover", sum(truth[2]), len(note["truth"]))
+            add("cog", sum(hallu[2]), len(note["hallu"]))
+            add("clean", wrong == 0)
+        else:
+            kind = {"discriminative-attribute-state": "as", "discriminative-attribute-number": "an",
+                    "discriminative-attribute-action": "aa", "discriminative-hallucination": "ha"}.get(note["type"], "asso")  # fmt: skip
+            for name in ("qa", kind):
+                add(f"{name} accuracy", response == note["truth"].capitalize())
+                if note["truth"] == "no":
+                    add(f"{name} recall", response == "No")
+                if response == "No":
+                    add(f"{name} precision", note["truth"] == "no")
+
+    def percent(*names):
+        return round(
+            sum(score.get(name, 0) for name in names) / sum(number.get(name, 0.001) for name in names) * 100, 1
+        )
+
+    def section(small, *names):
+        accuracy, p, r = (
+            percent(*(f"{name} {what}" for name in names)) for what in ("accuracy", "precision", "recall")
+        )
+        f1 = round(2 * (p / 100) * (r / 100) / ((p / 100) + (r / 100) + small) * 100, 1)
+        return {"accuracy": accuracy, "precision": p, "recall": r, "f1": f1}
+
+    return {
+        "generative": {
+            "chair": percent("chair"), "cover": percent("cover"), "cog": percent("cog"),
+            "hal": round(100 - score.get("clean", 0) / number.get("clean", 0.001) * 100, 1),
+        },
+        "discriminative": section(0.0001, "qa"), "existence": section(0.001, "ha"),
+        "attribute": section(0.0001, "as", "an", "aa"), "state": section(0.0001, "as"), "number": section(0.0001, "an"),
+        "action": section(0.0001, "aa"), "relation": section(0.0001, "asso"),
+    }  # fmt: skip
+
+
+def build_vectors(folder: Path, words: list[str]) -> Path:
+    """A spaCy pipeline of random vectors in clusters, so that many words are alike; every seventh word has none."""
+    nlp = spacy.blank("en")
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(len(words) // 4 + 1, 6))
+    for i, word in enumerate(words):
+        if i % 7 != 3 and len(nlp(word)) == 1:
+            vector = centres[rng.integers(len(centres))] + rng.normal(size=6) * rng.choice([0.1, 0.6])
+            nlp.vocab.set_vector(word, vector.astype(np.float32))
+    folder.parent.mkdir(exist_ok=True)
+    nlp.to_disk(folder)
+    return folder
+
+
+def similarity_of(nlp):
+    known = {}
+
+    def similarity(first, second):
+        if (first, second) not in known:
+            known[first, second] = nlp(first).similarity(nlp(second))
+        return known[first, second]
+
+    return similarity
+
+
+def random_rows(
+    notes, words, rng, answers=("Yes", "No", "No", "yes", "No.", "no", "Maybe", "", " Yes", "NO, there is not")
+):
+    """An answer for each annotation: captions of words, plurals, capitals and filling, or a yes/no of any sort."""
+    rows = []
+    for note in notes.values():
+        if note["type"] != "generative":
+            rows.append({"id": note["id"], "response": rng.choice(answers)})
+            continue
+        near = note["truth"] + note["hallu"] + rng.sample(words, 4)
+        said = []
+        for _ in range(rng.randrange(0, 12)):
+            word = rng.choice(near if rng.random() < 0.7 else words)
+            said.append(rng.choice(["a {}", "two {}s", "the red {}", "{}", "some {}es", "A {},"]).format(
+                word.capitalize() if rng.random() < 0.1 else word))  # fmt: skip
+        rows.append({"id": note["id"], "response": rng.choice(["", "The image shows "]) + " and ".join(said) + "."})
+    return rows
+
+
+def score(folder: Path, rows, *flags) -> dict:
+    """Write the answers, run the script's main on them as it would be from a shell, read scores.json."""
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / "results.json").write_text(json.dumps(rows))
+    amber.main(["--skip_inference", "--output_file", str(folder / "results.json"), *map(str, flags)])
+    return json.loads((folder / "scores.json").read_text())
+
+
+def read_lists(folder: Path):
+    notes = {note["id"]: note for note in json.loads((folder / "annotations.json").read_text())}
+    relation = json.loads((folder / "relation.json").read_text())
+    safe_words = (folder / "safe_words.txt").read_text().split("\n")
+    return notes, relation, safe_words, sorted({*relation, *(word for part in relation.values() for word in part)})
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+# ---------------------------------------------------------------------------- against the literal implementation
+
+
+def vocabulary_nouns(words):
+    forms = {word: word for word in words}
+    for word in words:
+        forms.setdefault(word + ("es" if word.endswith(("s", "x", "z", "o", "ch", "sh")) else "s"), word)
+        if word[-1] == "y" and word[-2] not in "aeiou":
+            forms.setdefault(word[:-1] + "ies", word)
+            del forms[word + "s"]
+    return lambda text: [forms[part.strip(".,")] for part in text.split() if part.strip(".,") in forms]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_answers_to_the_miniature(seed, tmp_path, cache):
+    folder = MINIATURE / "amber"
+    notes, relation, safe_words, words = read_lists(folder)
+    vectors = build_vectors(tmp_path / "vectors", words)
+    rows = random_rows(notes, words, random.Random(seed))
+    scores = score(tmp_path / "run", rows, "--nouns", "vocabulary", "--spacy_model", vectors,
+                   "--query_file", folder / "query" / "query_all.json")  # fmt: skip
+    expected = literal_scores(
+        rows, notes, relation, safe_words, vocabulary_nouns(words), similarity_of(spacy.load(vectors))
+    )
+    assert scores["strict"] == expected
+    assert 0 < expected["generative"]["cover"] < 100 and 0 < expected["generative"]["cog"] < 100
+
+
+@needs_amber
+@pytest.mark.parametrize("seed", range(3))
+def test_random_answers_to_amber_itself(seed, tmp_path, cache, monkeypatch):
+    monkeypatch.setattr("nltk.data.path", [str(NLTK_DATA)])
+    import nltk
+
+    notes, relation, safe_words, words = read_lists(AMBER)
+    rows = random_rows(notes, words, random.Random(seed))
+    vectors = SHARED / "spacy_en_glove_100d_50k"
+    scores = score(tmp_path / "run", rows, "--spacy_model", vectors, "--query_file", AMBER / "query" / "query_all.json")
+    lemmatizer = nltk.stem.WordNetLemmatizer()
+
+    def nouns(text):
+        tagged = nltk.pos_tag(nltk.word_tokenize(text))
+        return [lemmatizer.lemmatize(word) for word, tag in tagged if tag[:2] == "NN"]
+
+    assert len(rows) == 15_220
+    assert scores["strict"] == literal_scores(
+        rows, notes, relation, safe_words, nouns, similarity_of(spacy.load(vectors))
+    )
+    assert scores["spacy_model"].startswith("spacy_en_glove_100d_50k") and scores["nouns"] == "nltk"
+
+
+@needs_amber
+def test_always_no_scores_what_is_published(tmp_path, cache):
+    notes = read_lists(AMBER)[0]
+    rows = [{"id": number, "response": "No"} for number, note in notes.items() if note["type"] != "generative"]
+    scores = score(tmp_path, rows, "--nouns", "vocabulary", "--similarity_table", tmp_path / "table.json", "--spacy_model",
+                   build_vectors(tmp_path / "vectors", ["sky"]), "--annotation_file", AMBER / "annotations.json")  # fmt: skip
+    assert scores["strict"]["discriminative"]["accuracy"] == 66.3 and scores["strict"]["discriminative"]["f1"] == 79.7
+    assert scores["strict"]["generative"] == {"chair": 0.0, "cover": 0.0, "hal": 100.0, "cog": 0.0}  # of nothing
+    assert "generative" not in scores["intervals"] and scores["amber_score"] is None
+
+
+# ---------------------------------------------------------------------------- each rule by hand
+
+RELATION = {
+    "cup": ["mug"],
+    "boat": ["ship", "mug"],
+    "ship": [],
+    "car": [],
+    "tree": [],
+    "lamp": [],
+    "bus": [],
+    "star": [],
+}
+TWINS = [("bus", "car"), ("star", "tree"), ("star", "lamp"), ("mug", "lamp")]
+
+
+def judge(nouns: str, truth: str, hallu: str = "", safe: str = ""):
+    alike = {word: {word} for word in [*RELATION, "mug"]}
+    for first, second in TWINS:
+        alike[first].add(second)
+        alike[second].add(first)
+    note = {"truth": truth.split(), "hallu": hallu.split()}
+    counts, wrong = amber.judge_caption(nouns.split(), note, RELATION, set(safe.split()), alike)
+    return {name: int(counts[name]) for name in ("named", "hallucinated", "covered", "fallen", "clean")} | {
+        "wrong": wrong
+    }
+
+
+@pytest.mark.parametrize(
+    ("nouns", "truth", "hallu", "safe", "named", "hallucinated", "covered", "fallen"),
+    [
+        ("cup", "cup tree", "car", "", 1, 0, 1, 0),
+        ("mug", "cup tree", "", "", 1, 0, 1, 0),  # an association covers the word it belongs to
+        ("ship", "ship boat", "", "", 1, 0, 1, 0),  # ... before the word itself: boat's slot, not ship's
+        ("ship ship", "ship ship", "", "", 2, 0, 1, 0),  # of like entries only the first can be covered
+        ("cup cup cup", "cup", "", "", 3, 0, 1, 0),  # repeats count in CHAIR's denominator
+        ("car", "cup", "car", "", 1, 1, 0, 1),  # expected hallucination: marked, and hallucinated
+        ("car", "bus", "car", "", 1, 0, 1, 1),  # marked, falls through to a like truth word, which clears it
+        ("bus", "cup", "car", "", 1, 1, 0, 1),  # marked by likeness alone
+        ("star", "cup", "tree lamp", "", 1, 1, 0, 1),  # likeness marks the first like word only
+        ("lamp", "ship", "star lamp", "", 1, 1, 0, 2),  # equal marks one slot, first likeness another: counted twice
+        ("tree", "cup", "car", "", 1, 1, 0, 0),  # neither
+        ("tree cup", "cup", "", "tree", 2, 0, 1, 0),  # a safe word passes, and is in the denominator
+        ("cup", "cup", "cup", "cup", 1, 0, 0, 0),  # ... and neither covers nor marks
+        ("mug", "tree", "cup boat", "", 1, 1, 0, 1),  # the first entry that has the association is marked
+        ("mug", "lamp boat", "", "", 1, 0, 1, 0),
+        ("", "cup", "car", "", 0, 0, 0, 0),
+        ("cup", "", "", "", 1, 1, 0, 0),
+    ],
+)  # fmt: skip
+def test_a_rule(nouns, truth, hallu, safe, named, hallucinated, covered, fallen):
+    found = judge(nouns, truth, hallu, safe)
+    assert found == {"named": named, "hallucinated": hallucinated, "covered": covered, "fallen": fallen,
+                     "clean": hallucinated == 0, "wrong": found["wrong"]}  # fmt: skip
+    assert len(found["wrong"]) == hallucinated
+
+
+def test_which_slot_gets_the_credit():
+    """ship is boat's association and an entry of its own; covering both takes boat's slot from both words."""
+    assert judge("ship boat", "ship boat")["covered"] == 1
+    assert judge("ship boat", "boat")["covered"] == 1
+    assert judge("mug", "boat cup")["covered"] == 1 and judge("mug cup", "boat cup")["covered"] == 2
+
+
+def test_figures_by_hand():
+    """Seven answers: denominators start at 0.001 (attribute: three times), F1 from rounded figures."""
+    sums = dict.fromkeys(amber.COUNTS, 0)
+    sums |= {
+        "captions": 3,
+        "clean": 2,
+        "named": 9,
+        "hallucinated": 2,
+        "present": 12,
+        "covered": 7,
+        "traps": 6,
+        "fallen": 1,
+    }
+    sums |= {"state asked": 1, "state correct": 1, "state no_true": 1, "state no_said": 1, "state no_right": 1}
+    figures = amber.compute_figures(sums, lambda value: round(value, 1))
+    assert figures["generative"] == {"chair": 22.2, "cover": 58.3, "hal": 33.4, "cog": 16.7}
+    assert figures["state"] == {"accuracy": 99.9, "precision": 99.9, "recall": 99.9, "f1": 99.9}
+    assert figures["attribute"] == {"accuracy": 99.7, "precision": 99.7, "recall": 99.7, "f1": 99.7}
+    assert figures["relation"] == {"accuracy": 0.0, "precision": 0.0, "recall": 0.0, "f1": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("response", "truth", "strict", "normalised"),
+    [("Yes", "yes", 1, 1), ("No", "no", 1, 1), ("yes", "yes", 0, 1), ("No.", "no", 0, 1), ("**No**, it is not", "no", 0, 1),
+     ("Yes, there is no cup", "yes", 0, 1), ("Not at all", "no", 0, 0), ("Nothing", "no", 0, 0), ("", "no", 0, 0),
+     ("There is no cup", "no", 0, 0), (" No", "no", 0, 1), ("Yes", "no", 0, 0)],
+)  # fmt: skip
+def test_a_yes_or_no(response, truth, strict, normalised):
+    notes = {1: {"id": 1, "type": "discriminative-hallucination", "truth": truth}}
+    counts = amber.count_answers([{"id": 1, "response": response}], notes, {}, set(), None, {})
+    column = amber.COUNTS.index("existence correct")
+    assert (counts[0][0, column], counts[1][0, column]) == (strict, normalised)
+
+
+@pytest.mark.skipif(not NLTK_DATA.is_dir(), reason="NLTK's data are not here")
+def test_nouns_are_tagged_lemmatised_and_case_sensitive(monkeypatch):
+    monkeypatch.setattr("nltk.data.path", [str(NLTK_DATA)])
+    find = amber.find_nouns("nltk", {"cup", "bus", "child", "sunglasses", "leave", "watch", "person", "fish"})
+    text = "Three buses, two cups and children. They watch the fish. Cup! A person with sunglasses and leaves."
+    found = find(text)
+    assert [lemma for _, lemma in found] == ["bus", "cup", "child", "fish", "person"]  # sunglasses: lemma sunglass
+    assert found[:2] == [("buses", "bus"), ("cups", "cup")]
+
+
+def test_nouns_by_vocabulary_find_plurals():
+    vocabulary = set(
+        [
+            "bus",
+            "knife",
+            "child",
+            "woman",
+            "berry",
+            "toy",
+            "e-book",
+            "shelf",
+            "glass",
+            "TV",
+            "scarf",
+            "can",
+            "mouse",
+            "giraffe",
+            "reef",
+        ]
+    )
+    find = amber.find_nouns("vocabulary", vocabulary)
+    text = "buses knives children women berries toys e-books shelves glasses TVs scarves cans canes mice Bus glass giraffes reefs."
+    assert [lemma for _, lemma in find(text)] == ["bus", "knife", "child", "woman", "berry", "toy", "e-book", "shelf", "glass",
+                                                  "TV", "scarf", "can", "mouse", "glass", "giraffe", "reef"]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- similarity
+
+
+def test_the_table_is_spacys_own_and_made_once(tmp_path, cache, monkeypatch):
+    folder = MINIATURE / "amber"
+    words = read_lists(folder)[3]
+    vectors = build_vectors(tmp_path / "vectors", words)
+    flags = ("--nouns", "vocabulary", "--spacy_model", vectors, "--query_file", folder / "query" / "query_all.json")
+    rows = [{"id": 1, "response": "a ship and a vehicle"}]
+    first = score(tmp_path / "a", rows, *flags)
+    (table,) = (json.loads(path.read_text()) for path in (cache / "llava_amber").iterdir())
+    nlp = spacy.load(vectors)
+    alike = {(a, b) for i, a in enumerate(words) for b in words[i + 1 :] if nlp(a).similarity(nlp(b)) > 0.8}
+    assert {(a, b) for a, b, _ in table["similar"]} == alike and 5 < len(alike) < 100
+    monkeypatch.setattr(spacy, "load", lambda *_: pytest.fail("the table was there"))
+    assert score(tmp_path / "b", rows, *flags) == first
+    other = build_vectors(tmp_path / "other" / "vectors", words[::-1])  # same name, other vectors: no stale table
+    with pytest.raises(pytest.fail.Exception):
+        score(tmp_path / "c", rows, *flags[:2], "--spacy_model", other, *flags[4:])
+
+
+def test_the_miniatures_table_is_what_its_builder_writes():
+    sys.path.insert(0, str(MINIATURE))
+    import scenes
+
+    table = json.loads((MINIATURE / "amber" / "similarity.json").read_text())
+    assert [tuple(entry) for entry in table["similar"]] == scenes.SIMILAR
+    assert table["words"] == read_lists(MINIATURE / "amber")[3]
+    glove = SHARED / "spacy_en_glove_100d_50k"
+    if glove.is_dir():
+        assert amber.make_similarity_table(str(glove), "", table["words"])["similar"] == table["similar"]
+
+
+# ---------------------------------------------------------------------------- scores.json, intervals, comparison
+
+MINI = ("--test_mode", "--nouns", "vocabulary")
+
+
+def mini_rows(answer) -> list[dict]:
+    notes = read_lists(MINIATURE / "amber")[0]
+    return [{"id": number, "response": answer(note)} for number, note in notes.items()]
+
+
+def test_layout_and_extras(tmp_path):
+    def answer(note):
+        return "A bus and a tree." if note["type"] == "generative" else "no." if note["id"] % 10 else "Hm"
+
+    scores = score(tmp_path, mini_rows(answer), *MINI)
+    assert list(scores["strict"]) == [
+        "generative",
+        "discriminative",
+        "existence",
+        "attribute",
+        "state",
+        "number",
+        "action",
+        "relation",
+    ]
+    assert set(scores["strict"]["generative"]) == {"chair", "cover", "hal", "cog"}
+    assert set(scores["strict"]["relation"]) == {"accuracy", "precision", "recall", "f1"}
+    assert (
+        scores["strict"]["discriminative"]["accuracy"] == 0.0 < 40 < scores["normalised"]["discriminative"]["accuracy"]
+    )
+    hm = sum(number % 10 == 0 for number in range(241, 2522))
+    assert scores["neither_yes_nor_no"] == round(100 * hm / 2281, 2)
+    assert scores["mean_words"] == {"generative": 5.0, "discriminative": 1.0}
+    chair, f1 = scores["strict"]["generative"]["chair"], scores["strict"]["discriminative"]["f1"]
+    assert scores["amber_score"] == round((100 - chair + f1) / 2, 2)
+    assert scores["nouns"] == "vocabulary" and scores["spacy_model"] == "en_glove_100d_50k"
+    assert (tmp_path / "scores.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("kind", "sections"), [("g", {"generative"}), ("de", {"existence"}), ("dr", {"relation"}),
+                                                ("da", {"attribute", "state", "number", "action"})])  # fmt: skip
+def test_evaluation_type_chooses_the_sections(kind, sections, tmp_path):
+    rows = mini_rows(lambda note: "No")
+    scores = score(tmp_path, rows, *MINI, "--evaluation_type", kind)
+    everything = score(tmp_path, rows, *MINI)
+    assert set(scores["strict"]) == sections
+    assert scores["strict"] == {name: everything["strict"][name] for name in sections}
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """Of 200 samples of 100 images from a known population, about 95 % of the intervals hold its CHAIR and accuracy."""
+    rng = np.random.default_rng(1)
+    held = {"chair": 0, "accuracy": 0}
+    place = {name: amber.COUNTS.index(name) for name in amber.COUNTS}
+    for _ in range(200):
+        counts = np.zeros((100, len(amber.COUNTS)))
+        rate = rng.beta(2, 6, size=100)  # images differ, answers about one image are alike: mean 0.25
+        counts[:, place["captions"]] = 1
+        counts[:, place["named"]] = 8
+        counts[:, place["hallucinated"]] = rng.binomial(8, rate)
+        counts[:, place["state asked"]] = 10
+        counts[:, place["state correct"]] = rng.binomial(10, 1 - rate)
+        found = amber.estimate(counts, None, ["generative", "state"], draws=500)
+        held["chair"] += found["generative"]["chair"]["low"] <= 25 <= found["generative"]["chair"]["high"]
+        held["accuracy"] += found["state"]["accuracy"]["low"] <= 75 <= found["state"]["accuracy"]["high"]
+    assert all(0.88 * 200 <= number <= 200 for number in held.values()) and min(held.values()) < 200
+
+
+def test_p_values_are_uniform_without_a_difference_and_small_with_one():
+    rng = np.random.default_rng(2)
+    place = [amber.COUNTS.index(name) for name in ("state asked", "state correct")]
+    values = []
+    for _ in range(150):
+        first, second = np.zeros((2, 80, len(amber.COUNTS)))
+        for counts in (first, second):
+            counts[:, place[0]], counts[:, place[1]] = 10, rng.binomial(10, 0.7, size=80)
+        values.append(amber.estimate(first, second, ["state"], draws=500)["state"]["accuracy"]["p_value"])
+    assert 0.01 <= np.mean(np.array(values) < 0.05) <= 0.12 and 0.4 < np.mean(values) < 0.65
+    second[:, place[1]] -= 1
+    found = amber.estimate(first, second, ["state"])["state"]["accuracy"]
+    assert found["p_value"] < 0.01 and found["low"] > 0 and found["low"] <= found["difference"] <= found["high"]
+
+
+def test_comparison_with_a_file_that_has_fewer_answers(tmp_path):
+    rows = mini_rows(lambda note: "A tree." if note["type"] == "generative" else "No")
+    better = mini_rows(
+        lambda note: "A " + note["truth"][0] if note["type"] == "generative" else note["truth"].capitalize()
+    )
+    (tmp_path / "earlier.json").write_text(json.dumps(rows[:2000]))
+    scores = score(tmp_path, better, *MINI, "--baseline_file", tmp_path / "earlier.json")
+    assert scores["answers"]["discriminative"] == 2281
+    comparison = scores["comparison"]
+    assert comparison["base"]["answers"] == comparison["this"]["answers"] == {"generative": 240, "discriminative": 1760}
+    assert comparison["labels"] == ["earlier", "results"]
+    for section, figure, sign in (("generative", "chair", -1), ("discriminative", "accuracy", 1)):
+        found = comparison["difference"][section][figure]
+        sides = [comparison[side]["strict"][section][figure] for side in ("base", "this")]
+        assert found["difference"] == pytest.approx(sides[1] - sides[0], abs=0.11) and sign * found["difference"] > 5
+        assert sign * found["low"] > 0 and sign * found["high"] > 0 and found["p_value"] < 0.001
+    page = (tmp_path / "gallery.html").read_text()
+    assert page.count("<section>") == 24 and "<mark>tree</mark>" in page and "data:image/png" in page
+
+
+def test_html_in_an_answer_is_shown_and_not_run(tmp_path):
+    score(
+        tmp_path,
+        mini_rows(lambda note: "<script>alert(1)</script> tree" if note["type"] == "generative" else "No"),
+        *MINI,
+    )
+    assert "<script>" not in (tmp_path / "gallery.html").read_text()
+
+
+# ---------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("[", "cannot be read"), ("[]", "nothing"), ('{"id": 1}', "dict"), ('[{"id": 99999, "response": "No"}]', "entry 0"),
+     ('[{"id": 1}]', "entry 0"), ('[{"id": 1, "response": null}]', "entry 0"), ("[3]", "entry 0"),
+     ('[{"id": [1], "response": "x"}]', "entry 0")],
+)  # fmt: skip
+def test_a_bad_answer_file_is_one_sentence(content, words, tmp_path, capsys):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        amber.main([*MINI, "--skip_inference", "--output_file", str(tmp_path / "results.json")])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("error: ") and words in error and error.count("\n") == 1
+    assert not (tmp_path / "scores.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [("relation.json", '{"ball": []}', "lacks"), ("annotations.json", '[{"id": 1, "type": "generative"}]', "entry 0"),
+     ("annotations.json", '[{"id": 1, "type": "relation", "truth": "maybe"}]', "entry 0"),
+     ("safe_words.txt", None, "--safe_words_file"), ("relation.json", None, "--relation_file"),
+     ("annotations.json", None, "--annotation_file"), ("similarity.json", '{"words": []}', "--similarity_table"),
+     ("similarity.json", '{"words": ["a"], "similar": [], "spacy_model": "x", "threshold": 0.8}', "lacks")],
+)  # fmt: skip
+def test_bad_lists_are_one_sentence(name, content, words, tmp_path, capsys):
+    for file in ("annotations.json", "relation.json", "safe_words.txt", "similarity.json"):
+        (tmp_path / file).write_text((MINIATURE / "amber" / file).read_text())
+    (tmp_path / name).write_text(content) if content else (tmp_path / name).unlink()
+    (tmp_path / "query").mkdir()
+    (tmp_path / "query" / "query_all.json").write_text((MINIATURE / "amber" / "query" / "query_all.json").read_text())
+    with pytest.raises(SystemExit) as stopped:
+        score(tmp_path / "run", mini_rows(lambda note: "No"), "--nouns", "vocabulary", "--query_file",
+              tmp_path / "query" / "query_all.json", "--similarity_table", tmp_path / "similarity.json")  # fmt: skip
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("error: ") and words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [(("--spacy_model", "xx_not_there"), "python -m spacy download xx_not_there"),
+     (("--similarity_table", str(MINIATURE / "amber" / "similarity.json"), "--nouns", "nltk"), "python -m nltk.downloader")],
+)  # fmt: skip
+def test_missing_language_data_are_one_sentence_with_the_command(flags, words, tmp_path, cache):
+    (tmp_path / "results.json").write_text(json.dumps(mini_rows(lambda note: "No")))
+    command = [sys.executable, str(ROOT / "llava_amber_validation_benchmark_with_lora.py"), "--skip_inference", "--query_file",
+               str(MINIATURE / "amber" / "query" / "query_all.json"), "--output_file", str(tmp_path / "results.json"), *flags]  # fmt: skip
+    # no user's home, no machine's share: NLTK finds nothing
+    hide = "import nltk.data, runpy, sys; nltk.data.path[:] = []; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", hide, *command[1:]], capture_output=True, text=True, env={**os.environ, "NLTK_DATA": ""})  # fmt: skip
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
