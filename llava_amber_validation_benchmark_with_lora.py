@@ -150,16 +150,12 @@ import jinja2
 import matplotlib
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from peft import PeftModel
 from PIL import Image, ImageOps
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoProcessor, BitsAndBytesConfig, LlavaNextForConditionalGeneration
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -215,6 +211,9 @@ def load_llava(
     Weights are bfloat16 on a GPU that has it (else float16) and float32 on the CPU. `load_4bit` keeps the language
     model in NF4 with double quantization, `load_8bit` in LLM.int8; vision tower, projector and head stay whole.
     """
+    from peft import PeftModel
+    from transformers import AutoProcessor, BitsAndBytesConfig, LlavaNextForConditionalGeneration
+
     device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     dtype = torch.float32
     if device != "cpu":
@@ -290,7 +289,7 @@ def answer_questions(
     asked about it; generation adds a token to every unfinished question of every row at a time. `pixels` is the image
     processor's output for the `images`.
     """
-    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
     ends = core.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}
     rows, branches = [], []  # a branch: row, picture, question, next position, column of its last token, tokens so far
@@ -469,10 +468,9 @@ def read_journals(output_file: Path, fingerprint: dict) -> dict[int, dict]:
 
 
 def fill_journal(
-    args, output_file: Path, groups: list, answers: dict, fingerprint: dict, answer: Callable, processor
+    state, args, output_file: Path, groups: list, answers: dict, fingerprint: dict, answer: Callable, processor
 ) -> list:
     """Answer what is left of this process's groups, each answer into its journal as it arrives; returns the failures."""
-    state = PartialState()
     journal = output_file.with_name(f"{output_file.name}.journal-{state.process_index}.jsonl")
     mine = groups[state.process_index :: state.num_processes]
     todo = [
@@ -508,13 +506,17 @@ def make_answerer(args, processor) -> tuple:
     """Load what answers; returns a function of (images, pixels, questions), and the model if it runs in this process."""
     if args.backend == "vllm":
         return start_vllm(args.model_path, processor, args.max_new_tokens), None
-    device = f"cuda:{PartialState().local_process_index}" if torch.cuda.is_available() else None
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else None
     model, processor = load_llava(args.model_path, args.lora_path, device, args.load_4bit, args.load_8bit)
     return partial(answer_questions, model, processor, max_new_tokens=args.max_new_tokens), model
 
 
 def answer_benchmark(args, queries: list[dict]) -> list[dict]:
     """Answer all queries, without the adapter too if asked, and write the answers; returns the failures."""
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+    from transformers import AutoProcessor
+
     state = PartialState(cpu=not torch.cuda.is_available())
     try:
         processor = AutoProcessor.from_pretrained(args.model_path, backend="pil")
@@ -549,7 +551,7 @@ def answer_benchmark(args, queries: list[dict]) -> list[dict]:
                 answer, model = make_answerer(args, processor)
             off = args.lora_path and not fingerprint["adapter"]
             with model.disable_adapter() if off else nullcontext():
-                failed = fill_journal(args, output_file, groups, answers, fingerprint, answer, processor)
+                failed = fill_journal(state, args, output_file, groups, answers, fingerprint, answer, processor)
             failures += gather_object(failed)
             state.wait_for_everyone()
         if MAIN_PROCESS:
@@ -710,6 +712,8 @@ def find_nouns(kind: str, vocabulary: set[str]) -> Callable[[str], list[tuple[st
     try:
         import nltk
 
+        # loading WordNet also maps it to other versions of itself, which takes seconds and which no lemma needs
+        nltk.corpus.reader.wordnet.WordNetCorpusReader.map_wn = lambda *_: None
         lemmatizer = nltk.stem.WordNetLemmatizer()
 
         def tag_nouns(text: str) -> list[tuple[str, str]]:
@@ -1050,8 +1054,12 @@ def print_scores(scores: dict) -> None:
     this, base = (comparison["this"], comparison["base"]) if comparison else (scores, None)
     estimates = comparison["difference"] if comparison else this["intervals"]
     columns = [*comparison["labels"], "difference (95 %)", "p"] if comparison else ["score", "95 % interval"]
-    official = "official scoring" if scores["nouns"] == "nltk" else "found without a tagger: not the official scores"
-    table = Table("", *columns, "normalised", title=f"AMBER, {official}", box=box.SIMPLE_HEAD, pad_edge=False)
+    official = "official scoring"
+    if scores["nouns"] != "nltk":
+        official = "found without a tagger: not the official scores"
+    elif not scores["spacy_model"].startswith("en_core_web_lg"):
+        official = "official rules with another spaCy model than en_core_web_lg"
+    table = Table("", *columns, "normalised", title=f"AMBER: {official}", box=box.SIMPLE_HEAD, pad_edge=False)
     for section, known in estimates.items():
         table.add_row(f"[bold]{section}")
         for figure, value in this["strict"][section].items():
@@ -1159,24 +1167,22 @@ def write_gallery(shown: list[dict], image_dir: Path, path: Path, limit: int = 2
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    needed = not args.skip_evaluation or args.evaluation_type != "a"
-    notes = read_annotations(args) if needed else None
+    notes = None if args.skip_evaluation and args.evaluation_type == "a" else read_annotations(args)
     failures_file = args.output_file.with_name(f"{args.output_file.stem}_failures.json")
-    if not args.skip_inference:
+    if args.skip_inference:
+        failures = json.loads(failures_file.read_text()) if failures_file.exists() else []
+    else:
         queries = read_queries(args, notes)
         failures = answer_benchmark(args, queries)
-        if MAIN_PROCESS and failures:
+    if failures:
+        if MAIN_PROCESS:
             write_whole(failures_file, json.dumps(failures, indent=1))
-        elif MAIN_PROCESS:
-            failures_file.unlink(missing_ok=True)
-        PartialState().wait_for_everyone()
-    failures = json.loads(failures_file.read_text()) if failures_file.exists() else []
-    if MAIN_PROCESS and failures:
-        first = failures[0]
         console.print(f"{len(failures):,} queries could not be answered and are listed in {failures_file}; "
-                      f"the first: {first['image']} {first['reason']}")  # fmt: skip
+                      f"the first: {failures[0]['image']} {failures[0]['reason']}")  # fmt: skip
         if not args.skip_inference and len(failures) == len(queries):
             raise SystemExit(3)
+    elif MAIN_PROCESS:
+        failures_file.unlink(missing_ok=True)
     if MAIN_PROCESS and not args.skip_evaluation:
         scores, captions = evaluate(args, notes, failures)
         write_whole(args.output_file.with_name("scores.json"), json.dumps(scores, indent=1))

@@ -130,14 +130,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import (
-    AutoProcessor,
-    BitsAndBytesConfig,
-    LlavaNextForConditionalGeneration,
-    PrinterCallback,
-    ProgressCallback,
-    set_seed,
-)
+from transformers import PrinterCallback, ProgressCallback, set_seed
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 matplotlib.use("Agg")
@@ -188,6 +181,9 @@ def load_llava(
     Weights are bfloat16 on a GPU that has it (else float16) and float32 on the CPU. `load_4bit` keeps the language
     model in NF4 with double quantization, `load_8bit` in LLM.int8; vision tower, projector and head stay whole.
     """
+    from peft import PeftModel
+    from transformers import AutoProcessor, BitsAndBytesConfig, LlavaNextForConditionalGeneration
+
     device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     dtype = torch.float32
     if device != "cpu":
