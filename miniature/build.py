@@ -334,6 +334,7 @@ def save_checkpoint(model, processor, folder: Path) -> None:
         old = next(prefix for prefix in HUB_KEYS if key.startswith(prefix))
         weights[HUB_KEYS[old] + key.removeprefix(old)] = tensor.to(torch.bfloat16).contiguous()
     model.config.dtype = "bfloat16"
+    model.config.architectures = [type(model).__name__]  # by which vLLM knows what to serve
     model.config.save_pretrained(folder)
     tokenizer = processor.tokenizer
     GenerationConfig(

@@ -57,6 +57,7 @@ def test_checkpoint_is_in_the_hubs_layout(llava):
         assert key in keys
     tokenizer = processor.tokenizer
     assert (tokenizer.convert_tokens_to_ids("<image>"), tokenizer.pad_token_id) == (512, 513)
+    assert model.config.architectures == ["LlavaNextForConditionalGeneration"]  # vLLM asks for it
     assert model.config.text_config.vocab_size == 576 == model.get_input_embeddings().weight.shape[0]
     message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
     assert processor.apply_chat_template(message) == "[INST] <image>\nWhat is it? [/INST]"
