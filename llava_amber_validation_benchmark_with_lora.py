@@ -875,12 +875,14 @@ def compute_figures(sums: dict, shown: Callable = lambda value: value) -> dict[s
         "hal": shown(100 - percent(sums["clean"], sums["captions"])),
         "cog": shown(percent(sums["fallen"], sums["traps"])),
     }
+    discriminative = section(KINDS)
     return {
         "generative": generative,
-        "discriminative": section(KINDS),
+        "discriminative": discriminative,
         "existence": section(["existence"], small=0.001),
         "attribute": section(["state", "number", "action"], start=0.003),  # three denominators, each from 0.001
         **{kind: section([kind]) for kind in ("state", "number", "action", "relation")},
+        "amber": {"score": (100 - generative["chair"] + discriminative["f1"]) / 2},
     }
 
 
@@ -914,23 +916,17 @@ def summarize(rows: list[dict], strict: np.ndarray, normalised: np.ndarray, note
     """The figures of an answer file: AMBER's, the normalised ones, and what they leave out."""
 
     def figures(counts: np.ndarray) -> dict:
-        sums = dict(zip(COUNTS, counts.sum(0).tolist(), strict=True))
-        return {
-            name: part
-            for name, part in compute_figures(sums, lambda value: round(value, 1)).items()
-            if name in sections
-        }
+        return compute_figures(dict(zip(COUNTS, counts.sum(0).tolist(), strict=True)), lambda value: round(value, 1))
 
     official, plain = figures(strict), figures(normalised)
-    plain.pop("generative", None)
     captions = [row["response"] for row in rows if notes[row["id"]]["type"] == "generative"]
     answers = [row["response"] for row in rows if notes[row["id"]]["type"] != "generative"]
-    both = captions and answers and {"generative", "discriminative"} <= set(sections)
+    whole = "amber" in answered_sections(strict, sections)
     neither = sum(YES_NO.match(text) is None for text in answers)
     return {
-        "strict": official,
-        "normalised": plain,
-        "amber_score": round((100 - official["generative"]["chair"] + official["discriminative"]["f1"]) / 2, 2) if both else None,
+        "strict": {section: official[section] for section in sections},
+        "normalised": {section: plain[section] for section in sections if section != "generative"},
+        "amber_score": round(official["amber"]["score"], 2) if whole else None,
         "neither_yes_nor_no": round(100 * neither / len(answers), 2) if answers else None,
         "answers": {"generative": len(captions), "discriminative": len(answers)},
         "mean_words": {name: round(float(np.mean([len(text.split()) for text in texts])), 1)
@@ -939,11 +935,14 @@ def summarize(rows: list[dict], strict: np.ndarray, normalised: np.ndarray, note
 
 
 def answered_sections(counts: np.ndarray, sections: list[str]) -> list[str]:
-    """Those of `sections` that have an answer in `counts`: AMBER's rules give the others figures too, of nothing."""
+    """Those of `sections` that have an answer in `counts`: AMBER's rules give the others figures too, of nothing.
+
+    `amber`, whose one figure is the AMBER score, has answers if both tasks have."""
     asked = dict(zip(COUNTS, counts.sum(0), strict=True))
     parts = {"generative": ["captions"], "attribute": ["state asked", "number asked", "action asked"],
              "discriminative": [f"{kind} asked" for kind in KINDS]}  # fmt: skip
-    return [name for name in sections if any(asked[column] for column in parts.get(name, [f"{name} asked"]))]
+    present = [name for name in sections if any(asked[column] for column in parts.get(name, [f"{name} asked"]))]
+    return present + ["amber"] * ({"generative", "discriminative"} <= set(present))
 
 
 def sum_by_image(rows: list[dict], counts: np.ndarray, image_of: dict[int, str]) -> np.ndarray:
@@ -1060,23 +1059,27 @@ def print_scores(scores: dict) -> None:
     elif not scores["spacy_model"].startswith("en_core_web_lg"):
         official = "official rules with another spaCy model than en_core_web_lg"
     table = Table("", *columns, "normalised", title=f"AMBER: {official}", box=box.SIMPLE_HEAD, pad_edge=False)
-    for section, known in estimates.items():
-        table.add_row(f"[bold]{section}")
-        for figure, value in this["strict"][section].items():
-            interval = f"{known[figure]['low']:.1f} to {known[figure]['high']:.1f}"
-            cells = [f"{value:.1f}", interval]
-            if comparison:
-                before = base["strict"][section][figure]
-                p_value = known[figure]["p_value"]
-                p_value = "<.001" if p_value < 0.001 else f"{p_value:.3f}".lstrip("0")
-                cells = [f"{before:.1f}", cells[0], f"{value - before:+.1f} ({interval})", p_value]
-            plain = this["normalised"].get(section, {}).get(figure)
-            table.add_row(f"  {TITLES[figure]}", *cells, "" if plain is None else f"{plain:.1f}")
-    if this["amber_score"] is not None:
-        cells = [f"{this['amber_score']:.2f}"]
+
+    def add_figure(
+        title: str, value: float, before: float | None, known: dict, plain: float | None, digits: int
+    ) -> None:
+        interval = f"{known['low']:.1f} to {known['high']:.1f}"
+        cells = [f"{value:.{digits}f}", interval]
         if comparison:
-            cells = [f"{base['amber_score']:.2f}", *cells, f"{this['amber_score'] - base['amber_score']:+.2f}"]
-        table.add_row("[bold]AMBER score ↑", *cells)
+            p_value = "<.001" if known["p_value"] < 0.001 else f"{known['p_value']:.3f}".removeprefix("0")
+            cells = [f"{before:.{digits}f}", cells[0], f"{value - before:+.{digits}f} ({interval})", p_value]
+        table.add_row(title, *cells, "" if plain is None else f"{plain:.1f}")
+
+    for section, figures in this["strict"].items():
+        if section in estimates:
+            table.add_row(f"[bold]{section}")
+            for figure, value in figures.items():
+                before = base["strict"][section][figure] if comparison else None
+                plain = this["normalised"].get(section, {}).get(figure)
+                add_figure(f"  {TITLES[figure]}", value, before, estimates[section][figure], plain, 1)
+    if "amber" in estimates:
+        before = base["amber_score"] if comparison else None
+        add_figure("[bold]AMBER score ↑", this["amber_score"], before, estimates["amber"]["score"], None, 2)
     console.print(table)
     counts = " and ".join(f"{count:,} {name}" for name, count in this["answers"].items() if count)
     lengths = " and ".join(str(words) for words in this["mean_words"].values())

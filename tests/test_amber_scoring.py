@@ -434,6 +434,8 @@ def test_layout_and_extras(tmp_path):
     assert scores["mean_words"] == {"generative": 5.0, "discriminative": 1.0}
     chair, f1 = scores["strict"]["generative"]["chair"], scores["strict"]["discriminative"]["f1"]
     assert scores["amber_score"] == round((100 - chair + f1) / 2, 2)
+    interval = scores["intervals"]["amber"]["score"]
+    assert interval["low"] < scores["amber_score"] < interval["high"]
     assert scores["nouns"] == "vocabulary" and scores["spacy_model"] == "en_glove_100d_50k"
     assert (tmp_path / "scores.png").stat().st_size > 10_000
 
