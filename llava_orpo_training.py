@@ -93,17 +93,19 @@ if __name__ == "__main__":
 import base64
 import hashlib
 import importlib.metadata
+import inspect
 import io
 import json
 import logging
 import math
 import os
+import re
 import resource
 import shutil
 import time
 from collections import Counter
-from contextlib import suppress
-from functools import partial
+from contextlib import nullcontext, suppress
+from functools import partial, wraps
 from itertools import chain
 from typing import NoReturn
 
@@ -128,7 +130,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, set_seed
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
@@ -159,7 +162,8 @@ def load_image(source: str | Path | bytes) -> Image.Image:
 
 
 def build_prompt(processor, question: str, image_size: tuple[int, int]) -> list[int]:
-    """Token ids of LLaVA-1.6-Mistral's prompt, `[INST] <image>\\n{question} [/INST]`, BOS first.
+    """Token ids of LLaVA-1.6's prompt, BOS first: `[INST] <image>\\n{question} [/INST]`, or Vicuna's where the processor's
+    chat template is Vicuna's.
 
     `image_size` is the picture's (width, height) in pixels: it decides how many image tokens stand for it. The text on
     either side of them is tokenized by itself, as the original code does, and the question as plain text: `<image>` or
@@ -168,23 +172,146 @@ def build_prompt(processor, question: str, image_size: tuple[int, int]) -> list[
     tokenizer = processor.tokenizer
     height_width = (image_size[1], image_size[0])
     num_image_tokens = processor._get_num_multimodal_tokens(image_sizes=[height_width])["num_image_tokens"][0]
-    head = tokenizer("[INST] ", add_special_tokens=False).input_ids
-    tail = tokenizer(f"\n{question} [/INST]", add_special_tokens=False, split_special_tokens=True).input_ids
+    before, after = "[INST] ", " [/INST]"
+    if "[INST]" not in (processor.chat_template or before):
+        before = (
+            "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+            "detailed, and polite answers to the human's questions. USER: "
+        )
+        after = " ASSISTANT:"
+    head = tokenizer(before, add_special_tokens=False).input_ids
+    tail = tokenizer(f"\n{question}{after}", add_special_tokens=False, split_special_tokens=True).input_ids
     return [tokenizer.bos_token_id, *head, *[processor.image_token_id] * num_image_tokens, *tail]
 
 
-def load_llava(
-    model_path: str, lora_path: str | None = None, device: str | None = None, load_4bit=False, load_8bit=False
-):
-    """Load a LLaVA-NeXT checkpoint in the hub's layout, with an adapter if one is given; returns (model, processor).
+# LLaVA's own key layout, in which liuhaotian's checkpoints are -> transformers' module names
+ORIGINAL_KEYS = {
+    r"^model\.vision_tower\.vision_tower\.(vision_model\.)?": "model.vision_tower.",
+    r"^model\.mm_projector\.0\.": "model.multi_modal_projector.linear_1.",
+    r"^model\.mm_projector\.2\.": "model.multi_modal_projector.linear_2.",
+    r"^model\.(embed_tokens|layers|norm)\.": r"model.language_model.\1.",
+}
 
-    Weights are bfloat16 on a GPU that has it (else float16) and float32 on the CPU. `load_4bit` keeps the language
-    model in NF4 with double quantization, `load_8bit` in LLM.int8; vision tower, projector and head stay whole.
+
+def check_weights(folder: Path) -> None:
+    """Refuse a checkpoint folder whose weights are pickled, incomplete or broken off; the sentence names the file."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        shards = (
+            sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if index.exists()
+            else ["model.safetensors"]
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        stop(f"--model_path {folder}: {index.name} is no index of weight files; download it again.")
+    for name in shards:
+        file = folder / name
+        if not file.exists() and not index.exists() and list(folder.glob("*.bin")):
+            stop(f"--model_path {folder} holds pickled weights (.bin), which can run code when they are opened; convert them: "
+                 "python -c \"import glob, torch, safetensors.torch as s; s.save_file({k: v.clone() for f in "
+                 "glob.glob('*.bin') for k, v in torch.load(f, weights_only=True).items()}, 'model.safetensors', "
+                 "{'format': 'pt'})\" in that folder")  # fmt: skip
+        try:
+            with safe_open(file, "pt") as opened:
+                opened.keys()
+        except (OSError, SafetensorError) as error:
+            stop(f"--model_path {folder}: {name} {'is not there' if not file.exists() else f'is broken ({error})'}; "
+                 "download it again.")  # fmt: skip
+
+
+def read_original(model_path: str, original: dict) -> tuple:
+    """What a checkpoint in LLaVA's own format needs to be read by transformers: (config, processor, vision weights).
+
+    `original` is its config.json. The vocabulary gets 64 more rows, `<image>` and `<pad>` first, as in the hub's converted
+    checkpoints. The vision weights are None if they are in the checkpoint, else the model that mm_vision_tower names.
     """
-    from peft import PeftModel
-    from transformers import AutoProcessor, BitsAndBytesConfig, LlavaNextForConditionalGeneration
+    from transformers import AutoConfig, CLIPVisionConfig, LlamaTokenizer, LlavaNextConfig, LlavaNextProcessor
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    wanted = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "mm_projector_type": "mlp2x_gelu"}
+    for name, value in wanted.items():
+        if original.get(name) != value:
+            stop(f"--model_path {model_path} has {name} {original.get(name)!r} in its config.json, LLaVA-1.6 has {value!r}; "
+                 "this reads LLaVA-1.6 only.")  # fmt: skip
+    tower, layer = original["mm_vision_tower"], original["mm_vision_select_layer"]
+    vision = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+                              image_size=336, patch_size=14, projection_dim=768)  # fmt: skip
+    if tower != "openai/clip-vit-large-patch14-336":  # the one of all published checkpoints, spelled out above
+        vision = AutoConfig.from_pretrained(tower)
+        vision = getattr(vision, "vision_config", vision)
+    ours = ("mm_", "image_", "tokenizer_", "unfreeze_", "tune_", "use_mm_", "freeze_")
+    text = {
+        name: value
+        for name, value in original.items()
+        if not name.startswith(ours) and name not in ("architectures", "auto_map")
+    }
+    text["model_type"] = "mistral" if original["model_type"] == "llava_mistral" else "llama"
+    pinpoints = original["image_grid_pinpoints"]
+    pinpoints = [
+        [height, width] for width, height in (json.loads(pinpoints) if isinstance(pinpoints, str) else pinpoints)
+    ]
+    tokenizer = LlamaTokenizer.from_pretrained(model_path, add_bos_token=True, legacy=True, padding_side="left")
+    rows = original["vocab_size"]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    if tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]) != [rows, rows + 1]:
+        stop(
+            f"--model_path {model_path} has {len(tokenizer) - 2} tokens in its tokenizer and {rows} rows in config.json."
+        )
+    config = LlavaNextConfig(
+        vision_config=vision.to_dict(), text_config=text, image_token_index=rows, image_grid_pinpoints=pinpoints,
+        vision_feature_layer=layer, tie_word_embeddings=False,
+    )  # fmt: skip
+    side = vision.image_size
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_grid_pinpoints=pinpoints
+    )
+    template = "[INST] <image>\n{{ messages[0]['content'][-1]['text'] }} [/INST]"
+    if text["model_type"] == "llama":
+        template = "USER: <image>\n{{ messages[0]['content'][-1]['text'] }} ASSISTANT:"
+    processor = LlavaNextProcessor(
+        images, tokenizer, patch_size=vision.patch_size, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=template,
+    )  # fmt: skip
+    return config, processor, tower
+
+
+def read_checkpoint(model_path: str) -> tuple:
+    """A checkpoint's (config, processor, tower), without its weights. In the hub's layout config and tower are None; in
+    LLaVA's own format see read_original. Stops with one sentence if it cannot be LLaVA-1.6."""
+    from transformers import AutoProcessor, PreTrainedConfig
+
+    if Path(model_path).is_dir():
+        check_weights(Path(model_path))
+    try:
+        found = PreTrainedConfig.get_config_dict(model_path)[0]
+        kind = found.get("model_type")
+        if kind in ("llava_mistral", "llava_llama", "llava") and "mm_vision_tower" in found:
+            return read_original(model_path, found)
+        if kind != "llava_next":
+            stop(f"--model_path {model_path} {f'is a {kind} checkpoint' if found else 'has no config.json'}; this reads LLaVA-1.6: "
+                 "llava_next, or llava_mistral and llava_llama in LLaVA's own format.")  # fmt: skip
+        return None, AutoProcessor.from_pretrained(model_path, backend="pil"), None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        stop(f"--model_path {model_path} cannot be read: {(str(error) or repr(error)).splitlines()[0]} "
+             "Give a hub id or a folder with a LLaVA-1.6 checkpoint in safetensors.")  # fmt: skip
+
+
+def load_llava(
+    model_path: str, lora_path: str | None = None, device="auto", load_4bit=False, load_8bit=False, merge_lora=None
+):
+    """Load a LLaVA-1.6 checkpoint, in the hub's layout or LLaVA's own, and an adapter; returns (model, processor).
+
+    `device` auto is cuda, then mps, then cpu; all spreads the layers over the GPUs there are. Weights are bfloat16 on a
+    GPU that has it (else float16) and float32 on the CPU. `load_4bit` keeps the language model in NF4 with double
+    quantization, `load_8bit` in LLM.int8; vision tower, projector and head stay whole. `merge_lora`: see merge_adapter.
+    Nothing but safetensors is read and no code of a checkpoint is run.
+    """
+    from transformers import BitsAndBytesConfig, LlavaNextForConditionalGeneration
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.float32
     if device != "cpu":
         dtype = torch.bfloat16 if device == "mps" or torch.cuda.is_bf16_supported() else torch.float16
@@ -198,26 +325,208 @@ def load_llava(
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=["lm_head", ".*vision_tower.*", ".*multi_modal_projector.*"],
         )
+    config, processor, tower = read_checkpoint(model_path)
     try:
-        model = LlavaNextForConditionalGeneration.from_pretrained(
-            model_path, dtype=dtype, quantization_config=quantization, device_map={"": device}, use_safetensors=True
-        )
-        processor = AutoProcessor.from_pretrained(model_path, backend="pil")
-    except (OSError, ValueError, SafetensorError) as error:
-        stop(f"--model_path {model_path} cannot be loaded: {str(error).splitlines()[0]} "
-             "Give a hub id or a folder with a LLaVA-NeXT checkpoint in safetensors.")  # fmt: skip
+        model, report = LlavaNextForConditionalGeneration.from_pretrained(
+            model_path, config=config, key_mapping=ORIGINAL_KEYS if tower else None, dtype=dtype,
+            quantization_config=quantization, device_map="auto" if device == "all" else {"": device}, use_safetensors=True,
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+        missing = sorted(report["missing_keys"])
+        if tower and any("vision_tower" in key for key in missing):
+            load_tower(model, tower)
+            missing = [key for key in missing if "vision_tower" not in key]
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        stop(f"--model_path {model_path} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}")
+    wrong = [f"{key} is missing" for key in missing]
+    wrong += [f"{key} has no place" for key in sorted(report["unexpected_keys"])]
+    wrong += [f"{key} is {tuple(a)} in place of {tuple(b)}" for key, a, b in sorted(report["mismatched_keys"])]
+    if wrong:
+        stop(f"--model_path {model_path}: its weights do not fit its config.json: {wrong[0]}"
+             f"{f' and {len(wrong) - 1} more' if wrong[1:] else ''}.")  # fmt: skip
+    if tower:
+        model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)  # saved in the hub's layout
+        # 64 rows more, each the mean of all others: its logit is the mean logit, and so never the greatest
+        model.resize_token_embeddings(config.text_config.vocab_size + 64, mean_resizing=False)
+        for weight in (model.get_input_embeddings().weight, model.lm_head.weight):
+            weight.data[-64:] = weight.data[:-64].float().mean(0).to(weight.dtype)
     if load_4bit and device == "cpu":
         # bitsandbytes repacks weights on their first eval-mode forward; afterwards backward silently gives no gradient
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     if lora_path:
+        model = load_adapter(model.eval(), processor, model_path, lora_path)
+    if lora_path and merge_lora:
+        model = merge_adapter(model, processor, lora_path, merge_lora)
+    return allow_cache_position(model.eval()), processor
+
+
+def load_tower(model, tower: str) -> None:
+    """Take the vision weights from the CLIP checkpoint that the config names, where the checkpoint itself has none."""
+    from transformers import CLIPVisionModel
+
+    weights = CLIPVisionModel.from_pretrained(tower, dtype=model.dtype, use_safetensors=True).state_dict()
+    model.model.vision_tower.load_state_dict(
+        {key.removeprefix("vision_model."): weight for key, weight in weights.items()}
+    )
+
+
+def allow_cache_position(model):
+    """Let callers pass `cache_position`, as transformers 4.38 to 4.57 do, to a model whose forward does not know it."""
+    forward = model.forward
+    parameters = inspect.signature(forward).parameters.values()
+    if not any(p.name == "cache_position" or p.kind is p.VAR_KEYWORD for p in parameters):
+        model.forward = wraps(forward)(lambda *args, cache_position=None, **kwargs: forward(*args, **kwargs))
+    return model
+
+
+# prefixes that adapters for this architecture have been saved with -> the names that it has now
+ADAPTER_KEYS = [
+    (r"^(base_model\.model\.)+", ""),
+    (r"\.(base_layer|modules_to_save)\.", "."),
+    *ORIGINAL_KEYS.items(),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^(vision_tower|multi_modal_projector|language_model)\.", r"model.\1."),
+    (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
+]
+
+
+def load_adapter(model, processor, model_path: str, lora_path: str):
+    """Put a LoRA adapter on the model and prove that it is there; returns the PeftModel. Stops with the reason if not.
+
+    Keys of other layouts (older PEFT and transformers, LLaVA's own) are renamed. Embedding or head weights of another
+    number of rows are used as far as the model's own vocabulary goes. Proved are: every weight of the file found its
+    layer, no layer is left out, ranks are the configuration's, and the logits of a prompt move.
+    """
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    def refuse(reason: str) -> NoReturn:
+        stop(f"--lora_path {lora_path} cannot be used on {model_path}: {reason}.")
+
+    folder = Path(lora_path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
         try:
-            model = PeftModel.from_pretrained(model, lora_path)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            stop(f"--lora_path {lora_path} cannot be loaded: {str(error).splitlines()[0]} "
-                 "Give the folder of an adapter that was trained on this model.")  # fmt: skip
-    return model.eval(), processor
+            folder = Path(snapshot_download(lora_path, allow_patterns=["adapter_config.json", "*.safetensors"]))
+        except Exception as error:
+            refuse(f"it is no folder, and no adapter on the hub ({str(error).splitlines()[0]})")
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():
+        pickled = (folder / "adapter_model.bin").exists()
+        refuse("its weights are pickled (adapter_model.bin), which can run code when opened; convert them: python -c "
+               "\"import torch, safetensors.torch as s; s.save_file(torch.load('adapter_model.bin', weights_only=True), "
+               "'adapter_model.safetensors')\" in that folder" if pickled else "there is no adapter_model.safetensors in it")  # fmt: skip
+    try:
+        config = LoraConfig.from_pretrained(folder)
+        saved = load_file(file)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        refuse(f"{str(error).splitlines()[0]}")
+    if config.peft_type != "LORA":
+        refuse(f"it is a {config.peft_type} adapter, this reads LoRA")
+    modules = dict(model.named_modules())
+    rows, known = model.get_input_embeddings().weight.shape[0], processor.image_token_id
+    lora, whole, weights = set(), set(), {}
+    for key, weight in saved.items():
+        name = key
+        for pattern, replacement in ADAPTER_KEYS:
+            name = re.sub(pattern, replacement, name)
+        module, is_lora = re.split(r"\.lora_|\.(?:weight|bias)$", name)[0], ".lora_" in name
+        if module not in modules:
+            refuse(f"it has weights for {key}, and the model no layer of that name")
+        is_vocabulary = modules[module] in (model.get_input_embeddings(), model.get_output_embeddings())
+        if is_vocabulary and weight.shape[0] != rows and (not is_lora or "lora_B" in name):
+            if not is_lora:  # rows that the base knows come from the adapter, all others from the base
+                mine = modules[module].weight.detach().to(weight.device, weight.dtype).clone()
+            else:
+                mine = weight.new_zeros(rows, weight.shape[1])
+            if weight.shape[0] < known:
+                refuse(f"{key} has {weight.shape[0]:,} rows, fewer than the vocabulary's {known:,}")
+            mine[:known] = weight[:known]
+            console.print(f"{key} has {weight.shape[0]:,} rows, the base's vocabulary {known:,}: "
+                          f"the first {known:,} are used, {weight.shape[0] - known:,} left out")  # fmt: skip
+            weight = mine
+        expected = getattr(modules[module], "weight", None)
+        if not is_lora and expected is not None and name.endswith("weight") and weight.shape != expected.shape:
+            refuse(f"{key} is {tuple(weight.shape)}, the model's layer {tuple(expected.shape)}")
+        (lora if is_lora else whole).add(module)
+        weights[f"base_model.model.{name}"] = weight
+    if not lora:
+        refuse("its file holds no LoRA weights")
+    for suffix in sorted({module.split(".")[-1] for module in lora}):
+        layers = {
+            module
+            for module in modules
+            if module.startswith("model.language_model.layers.") and module.endswith("." + suffix)
+        }
+        left_out = sorted(layers - lora)
+        if layers & lora and left_out and not config.layers_to_transform and not config.layers_pattern:
+            refuse(f"it has no weights for {left_out[0]}, though for others of that name; the file is incomplete")
+    config.target_modules, config.exclude_modules, config.layers_to_transform = lora, None, None
+    config.modules_to_save, config.inference_mode = sorted(whole) or None, True
+    try:
+        adapted = get_peft_model(model, config)
+        report = set_peft_model_state_dict(adapted, weights)
+    except (RuntimeError, ValueError) as error:  # sizes of another base, or of another rank than in its configuration
+        refuse(f"its sizes do not fit: {' '.join(str(error).split())[:200]}")
+    lost = [key for key in report.missing_keys if "lora_" in key or "modules_to_save" in key] + list(
+        report.unexpected_keys
+    )
+    if lost:
+        refuse(f"{lost[0]} did not find its place")
+    if config.base_model_name_or_path and Path(str(config.base_model_name_or_path)).name != Path(model_path).name:
+        console.print(f"the adapter names {config.base_model_name_or_path} as its base, it is used on {model_path}")
+    if not (probe_logits(adapted, processor) - probe_logits(adapted, processor, adapter=False)).abs().max() > 0:
+        refuse("it changes nothing: the logits of a prompt are the same with it and without it")
+    return adapted.eval()
+
+
+@torch.no_grad()
+def probe_logits(model, processor, adapter: bool = True) -> torch.Tensor:
+    """Logits of a fixed prompt without a picture, (tokens, vocabulary) in float32, with the adapter on or off."""
+    ids = processor.tokenizer("[INST] Is there a cup in this image? [/INST]", return_tensors="pt").input_ids
+    with nullcontext() if adapter else model.disable_adapter():
+        return model.eval()(input_ids=ids.to(model.device)).logits[0].float()
+
+
+def merge_adapter(model, processor, lora_path: str, weights: str):
+    """Merge the adapter into the base; `weights` says into which: `trained` (what it was trained on) or `base`.
+
+    An adapter trained by QLoRA has learned to correct NF4's rounding, so `trained` rounds the linear layers as NF4 does
+    (dequantized, with double quantization) before it adds the update; whether it was is noted in the training summary
+    beside it. Prints how far apart the two choices are, in logits.
+    """
+    import bitsandbytes.functional as bnb
+
+    noted = Path(lora_path) / "training_summary.json"
+    if not noted.exists() or not json.loads(noted.read_text())["arguments"]["load_4bit"]:
+        return model.merge_and_unload()  # trained on the base's own weights
+
+    def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
+        return bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
+
+    def exchange(module, *_) -> None:  # a layer's rounded weights for the time of its own forward
+        module.whole, module.weight.data = module.weight.data, round_to_nf4(module.weight.data)
+
+    def give_back(module, *_) -> None:
+        module.weight.data = module.__dict__.pop("whole")
+
+    linear = [module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+              and ".language_model." in name and ".lora_" not in name]  # fmt: skip
+    on_base = probe_logits(model, processor)
+    hooks = [hook for module in linear for hook in
+             (module.register_forward_pre_hook(exchange), module.register_forward_hook(give_back))]  # fmt: skip
+    on_trained = probe_logits(model, processor)
+    for hook in hooks:
+        hook.remove()
+    if weights == "trained":
+        for module in linear:
+            module.weight.data = round_to_nf4(module.weight.data)
+    console.print(f"merged into the {'NF4 weights it was trained on' if weights == 'trained' else 'base weights'}; the other "
+                  f"choice differs by up to {(on_base - on_trained).abs().max():.4f} in a prompt's logits")  # fmt: skip
+    return model.merge_and_unload()
 
 
 @torch.no_grad()

@@ -67,3 +67,45 @@ def build_photo_llava(folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def photo_llava(tmp_path_factory) -> Path:
     return build_photo_llava(tmp_path_factory.mktemp("photo_llava"))
+
+
+def build_original_llava(folder: Path, language: str):
+    """A tiny checkpoint in the format of liuhaotian's, made by the original code (PyPI llava-torch); returns (folder, the
+    original code's model, its configuration). `language` is mistral or llama; the vision tower's own checkpoint lies
+    beside the folder."""
+    import importlib
+    import json
+
+    import torch
+    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+
+    name = f"Llava{language.capitalize()}"
+    module = importlib.import_module(f"llava.model.language_model.llava_{language}")
+    torch.manual_seed(0)
+    tower = folder.parent / "tower"
+    vision = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=336, patch_size=14
+    )
+    CLIPVisionModel(vision).save_pretrained(tower)
+    CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}).save_pretrained(tower)
+    settings = {
+        "vocab_size": 32000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 8192, "bos_token_id": 1, "eos_token_id": 2,
+        "tie_word_embeddings": False, "mm_vision_tower": str(tower), "mm_hidden_size": 64, "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "mm_patch_merge_type": "spatial_unpad",
+        "image_aspect_ratio": "anyres", "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "use_mm_proj": True,
+        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+        "tokenizer_padding_side": "right", "rope_theta": 1000000.0,
+    } | ({"sliding_window": None} if language == "mistral" else {})  # fmt: skip
+    original = getattr(module, f"{name}ForCausalLM")
+    config = original.config_class(**settings)
+    model = original(config).eval()
+    torch.nn.init.normal_(model.model.image_newline, std=0.1)
+    model.get_vision_tower().load_model()
+    model.save_pretrained(folder)
+    # as published: the base of the rotary embedding is a key of its own
+    written = json.loads((folder / "config.json").read_text())
+    written["rope_theta"] = written.pop("rope_parameters")["rope_theta"]
+    (folder / "config.json").write_text(json.dumps(written))
+    shutil.copy(files("mistral_common") / "data" / "tokenizer.model.v1", folder / "tokenizer.model")
+    return folder, model, config
