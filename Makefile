@@ -37,6 +37,7 @@ help: ## list the commands
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/eval.txt
 	@touch $@
 
-.venv/test.done: requirements/test.txt .venv/eval.done
+.venv/test.done: requirements/test.txt requirements/oracle.txt .venv/eval.done
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/test.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/oracle.txt
 	@touch $@

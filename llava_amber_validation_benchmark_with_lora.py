@@ -103,9 +103,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if args.query_file is None and args.annotation_file is None:
             args.query_file = MINIATURE / "amber" / "query" / "query_all.json"
             args.image_dir = args.image_dir or MINIATURE / "amber" / "image"
-            args.similarity_table = args.similarity_table or MINIATURE / "amber" / "similarity.json"
+            if args.spacy_model == parser.get_default("spacy_model"):
+                args.similarity_table = args.similarity_table or MINIATURE / "amber" / "similarity.json"
     if args.compare_base and not args.lora_path and not args.skip_inference:
         parser.error("--compare_base needs --lora_path: without an adapter there is nothing to compare")
+    if args.skip_inference and (args.limit or args.skip_evaluation):
+        parser.error("--skip_inference scores a file as it is: --limit and --skip_evaluation do not go with it")
+    if "scores.json" in (args.output_file.name, args.baseline_file and args.baseline_file.name):
+        parser.error("scores.json is where the scores go; give the answers another name")
     if args.compare_base and args.baseline_file:
         parser.error("--compare_base and --baseline_file both name what to compare with; give one")
     if not args.skip_inference and not (args.query_file and args.image_dir):
@@ -138,6 +143,7 @@ if __name__ == "__main__":
     parse_args()  # answers --help and refuses wrong flags before the heavy imports
 
 import base64
+import glob
 import hashlib
 import importlib.metadata
 import inspect
@@ -164,6 +170,7 @@ import torch
 from PIL import Image, ImageOps
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -467,8 +474,8 @@ def load_adapter(model, processor, model_path: str, lora_path: str):
     try:
         config = LoraConfig.from_pretrained(folder)
         saved = load_file(file)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        refuse(f"{str(error).splitlines()[0]}")
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        refuse(f"it cannot be read ({(str(error) or repr(error)).splitlines()[0]})")
     if config.peft_type != "LORA":
         refuse(f"it is a {config.peft_type} adapter, this reads LoRA")
     modules = dict(model.named_modules())
@@ -580,8 +587,11 @@ def merge_adapter(model, processor, lora_path: str, weights: str):
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that it is there whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 # Copied from llava_orpo_training.embed_picture
@@ -720,19 +730,25 @@ def start_vllm(model_path: str, processor, max_new_tokens: int) -> Callable:
     return answer
 
 
+def find_picture(image_dir: Path, name: str) -> Path:
+    """The path of a query's picture. Raises OSError if it lies outside `image_dir`, as written, or is no file."""
+    folder = os.path.abspath(image_dir)
+    path = Path(os.path.abspath(os.path.join(folder, name)))
+    if not path.is_relative_to(folder):
+        raise OSError(f"lies outside {image_dir}")
+    if not path.is_file():
+        raise OSError("is not there")
+    return path
+
+
 def open_group(group: list[dict], image_dir: Path, processor) -> tuple[list[dict], list, dict | None, list[dict]]:
     """Open the pictures of a group; returns what can be asked, its images, their pixels, and the failures."""
     good, images, failures = [], [], []
     for picture in group:
-        path = Path(os.path.normpath(image_dir / picture["image"]))
         try:
-            if not path.is_relative_to(os.path.normpath(image_dir)):
-                raise OSError(f"lies outside {image_dir}")
-            if not path.is_file():
-                raise OSError("is not there")
-            images.append(load_image(path))
+            images.append(load_image(find_picture(image_dir, picture["image"])))
             good.append(picture)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name that no path can have
             failures += [
                 {"id": query["id"], "image": picture["image"], "reason": str(error)} for query in picture["queries"]
             ]
@@ -751,7 +767,7 @@ def group_queries(queries: list[dict], size: int) -> list[list[dict]]:
 
 
 def digest_checkpoint(path: str) -> str:
-    """Identity of a checkpoint: SHA-256 over its configuration and 64 slices of each weight file; a hub id's commit."""
+    """Identity of a checkpoint: SHA-256 over its JSON files, tokenizer and 64 slices of each weight file; a hub id's commit."""
     folder = Path(path)
     if not folder.is_dir():
         from huggingface_hub import hf_hub_download
@@ -768,28 +784,30 @@ def digest_checkpoint(path: str) -> str:
                 for part in range(64):
                     stream.seek(part * max(size - 65_536, 0) // 63)
                     digest.update(stream.read(65_536))
-        elif file.name in ("config.json", "adapter_config.json"):
+        elif file.suffix in (".json", ".model") and "training" not in file.name:
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def journals_of(output_file: Path) -> list[Path]:
-    return sorted(output_file.parent.glob(f"{output_file.name}.journal-*.jsonl"))
+    return sorted(output_file.parent.glob(f"{glob.escape(output_file.name)}.journal-*.jsonl"))
 
 
 def read_journals(output_file: Path, fingerprint: dict) -> dict[int, dict]:
     """Answers of an earlier, unfinished run, by query id. Stops if they were given under other settings."""
     answers = {}
     for path in journals_of(output_file):
-        lines = read_jsonl(path)
-        before = lines[0].get("fingerprint", {}) if lines else fingerprint
+        first, *lines = read_jsonl(path) or [{"fingerprint": fingerprint}]
+        if not isinstance(first, dict) or "fingerprint" not in first:
+            stop(f"{path} is no journal of this script: its first line has no fingerprint; move it away.")
+        before = first["fingerprint"]
         changed = [f"{name} was {before.get(name)}, is {fingerprint[name]}" for name in fingerprint
                    if before.get(name) != fingerprint[name]]  # fmt: skip
         if changed:
             stop(
                 f"{path} holds answers of another run ({'; '.join(changed)}); name another --output_file or delete it."
             )
-        answers |= {line["id"]: line for line in lines[1:]}
+        answers |= {line["id"]: line for line in lines}
     return answers
 
 
@@ -841,10 +859,14 @@ def make_answerer(args, processor) -> tuple:
     return partial(answer_questions, model, processor, max_new_tokens=args.max_new_tokens), model
 
 
-def answer_benchmark(args, queries: list[dict]) -> list[dict]:
-    """Answer all queries, without the adapter too if asked, and write the answers; returns the failures."""
+def answer_benchmark(args, every_query: list[dict], queries: list[dict]) -> list[dict]:
+    """Answer `queries`, without the adapter too if asked; returns the failures.
+
+    Written are the answers to all of `every_query` that the journals have: a smaller --limit loses nothing.
+    """
     from accelerate import PartialState
     from accelerate.utils import gather_object
+    from filelock import FileLock, Timeout
 
     state = PartialState(cpu=not torch.cuda.is_available())
     processor = read_checkpoint(args.model_path)[1]
@@ -853,6 +875,7 @@ def answer_benchmark(args, queries: list[dict]) -> list[dict]:
         "model": digest_checkpoint(args.model_path),
         "prompt": hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16],
         "queries": hashlib.sha256(args.query_file.read_bytes()).hexdigest()[:16],
+        "image_dir": os.path.abspath(args.image_dir),
         "max_new_tokens": args.max_new_tokens,
         "precision": "4 bit" if args.load_4bit else "8 bit" if args.load_8bit else "whole",
         "merged": args.merge_lora,
@@ -864,6 +887,12 @@ def answer_benchmark(args, queries: list[dict]) -> list[dict]:
         passes.insert(0, (base_file(args.output_file), settings | {"adapter": None}))
     groups = group_queries(queries, args.batch_size)
     args.output_file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(args.output_file.with_name(f".{args.output_file.name}.lock"))
+    try:
+        if MAIN_PROCESS:
+            lock.acquire(timeout=0)
+    except Timeout:
+        stop(f"another run is writing {args.output_file}; wait for it, or name another --output_file.")
     answer, failures, earlier = None, [], []
     for output_file, fingerprint in passes:
         if output_file.exists() and not journals_of(output_file):
@@ -872,26 +901,31 @@ def answer_benchmark(args, queries: list[dict]) -> list[dict]:
         earlier.append(read_journals(output_file, fingerprint))
     state.wait_for_everyone()  # nobody writes before everybody has read
     for (output_file, fingerprint), answers in zip(passes, earlier, strict=True):
+        failed = []
         if any(query["id"] not in answers for query in queries):
             if answer is None:
                 answer, model = make_answerer(args, processor)
             off = args.lora_path and not fingerprint["adapter"]
             with model.disable_adapter() if off else nullcontext():
                 failed = fill_journal(state, args, output_file, groups, answers, fingerprint, answer, processor)
-            failures += gather_object(failed)
+            failed = gather_object(failed)
             state.wait_for_everyone()
         if MAIN_PROCESS:
             answers = read_journals(output_file, fingerprint)
-            results = [
-                {"id": query["id"], "response": answers[query["id"]]["response"]}
-                for query in queries
-                if query["id"] in answers
-            ]
+            lost = {query["id"] for query in queries} - answers.keys() - {failure["id"] for failure in failed}
+            if lost:
+                stop(
+                    f"{len(lost)} answers are neither in the journals of {output_file} nor failures; give the command again."
+                )
+            kept = [answers[query["id"]] for query in every_query if query["id"] in answers]
+            results = [{"id": line["id"], "response": line["response"]} for line in kept]
             write_whole(output_file, json.dumps(results, indent=1, ensure_ascii=False))
-            cut = sum(not answers[row["id"]]["complete"] for row in results)
+            cut = sum(not line["complete"] for line in kept)
             console.print(
-                f"{len(results):,} answers in {output_file}" + (f"; {cut:,} cut off at --max_new_tokens" if cut else "")
+                f"{len(results):,} answers in {output_file}{f'; {cut:,} cut off at --max_new_tokens' if cut else ''}"
             )
+        failures += failed
+    lock.release()
     return list({failure["id"]: failure for failure in failures}.values())
 
 
@@ -914,25 +948,32 @@ def read_json(path: Path, flag: str, kind: type = list):
     return content
 
 
-def read_queries(args, notes: dict | None) -> list[dict]:
-    """The queries that --evaluation_type and --limit leave, in the file's order: id, image, query."""
-    queries = read_json(args.query_file, "--query_file")
+def read_queries(path: Path) -> list[dict]:
+    """AMBER's queries: id, image, query."""
+    queries = read_json(path, "--query_file")
     kinds = {"id": int, "image": str, "query": str}
     for number, query in enumerate(queries):
         if not isinstance(query, dict) or any(not isinstance(query.get(key), kind) for key, kind in kinds.items()):
-            stop(f"--query_file {args.query_file}: entry {number} is {json.dumps(query)[:80]}; "
-                 "it must have an id (a whole number), an image and a query (texts).")  # fmt: skip
+            stop(f"--query_file {path}: entry {number} is {json.dumps(query)[:80]}; it must have an id (a whole number), an "
+                 "image and a query (texts).")  # fmt: skip
     twice = [number for number, count in Counter(query["id"] for query in queries).items() if count > 1]
     if twice:
-        stop(f"--query_file {args.query_file} has the id {twice[0]} twice; ids must differ.")
+        stop(f"--query_file {path} has the id {twice[0]} twice; ids must differ.")
+    return queries
+
+
+def select_queries(args, queries: list[dict], notes: dict | None) -> list[dict]:
+    """The queries that --evaluation_type and --limit leave, in the file's order."""
     if notes is not None:
         unknown = [query["id"] for query in queries if query["id"] not in notes]
         if unknown:
             stop(f"--annotation_file has no entry for query {unknown[0]}; it belongs to other queries.")
         sections = SECTIONS[args.evaluation_type]
         queries = [query for query in queries if section_of(notes[query["id"]]["type"]) in sections]
-    images = list(dict.fromkeys(query["image"] for query in queries))[: args.limit]
-    return [query for query in queries if query["image"] in set(images)]
+    if not queries:
+        stop(f"--query_file {args.query_file} has no query of --evaluation_type {args.evaluation_type}.")
+    images = set(list(dict.fromkeys(query["image"] for query in queries))[: args.limit])
+    return [query for query in queries if query["image"] in images]
 
 
 def find_file(args, flag: str, name: str) -> Path:
@@ -976,20 +1017,22 @@ def read_words(args, notes: dict[int, dict]) -> tuple[dict[str, list[str]], set[
                 stop(
                     f"--relation_file {path} lacks {word!r} of annotation {note['id']}; it belongs to other annotations."
                 )
-    safe_words = find_file(args, "safe_words_file", "safe_words.txt").read_text(encoding="utf-8").split("\n")
-    return relation, set(safe_words)
+    path = find_file(args, "safe_words_file", "safe_words.txt")
+    try:
+        return relation, set(path.read_text(encoding="utf-8").split("\n"))
+    except (OSError, ValueError) as error:
+        stop(f"--safe_words_file {path} cannot be read: {error}. Give a text file with a word a line.")
 
 
 def read_answers(path: Path, notes: dict[int, dict]) -> list[dict]:
-    """An answer file in AMBER's format, from here or elsewhere: a list of id and response."""
+    """An answer file in AMBER's format, from here or elsewhere: a list of id and response. No response (null) to a
+    yes/no question is a wrong answer."""
     rows = read_json(path, "the answer file")
     for number, row in enumerate(rows):
-        if (
-            not isinstance(row, dict)
-            or not isinstance(row.get("response"), str)
-            or not isinstance(row.get("id"), int)
-            or row["id"] not in notes
-        ):
+        known = isinstance(row, dict) and isinstance(row.get("id"), int) and row["id"] in notes
+        if known and row.get("response") is None and notes[row["id"]]["type"] != "generative" and "response" in row:
+            row["response"] = ""
+        if not known or not isinstance(row.get("response"), str):
             stop(f"the answer file {path}: entry {number} is {json.dumps(row)[:80]}; it must have the id of an annotation "
                  "and a response (text).")  # fmt: skip
     return rows
@@ -1003,6 +1046,13 @@ CAPTION_COUNTS = ["captions", "clean", "named", "hallucinated", "present", "cove
 ANSWER_COUNTS = ["asked", "correct", "no_true", "no_said", "no_right"]
 KINDS = ["existence", "state", "number", "action", "relation"]
 COUNTS = CAPTION_COUNTS + [f"{kind} {count}" for kind in KINDS for count in ANSWER_COUNTS]
+# section -> the counts that say how many answers it has; amber, whose one figure is the AMBER score, needs both tasks
+SECTION_COUNTS = {
+    "generative": ["captions"],
+    "discriminative": [f"{kind} asked" for kind in KINDS],
+    "attribute": ["state asked", "number asked", "action asked"],
+    **{kind: [f"{kind} asked"] for kind in KINDS},
+}
 YES_NO = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 
 
@@ -1079,7 +1129,7 @@ def make_similarity_table(spacy_model: str, name: str, vocabulary: list[str]) ->
         import spacy
 
         nlp = spacy.load(spacy_model)
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, TypeError, AttributeError) as error:
         stop(f"--spacy_model {spacy_model} cannot be loaded: {str(error).splitlines()[0]}")
     if not nlp.vocab.vectors.n_keys:
         console.print(f"{name} has no word vectors; its similarities are not those that AMBER means")
@@ -1098,12 +1148,16 @@ def load_similarity(args, vocabulary: set[str]) -> tuple[dict[str, set[str]], st
         digest = hashlib.sha256(json.dumps([digest, sorted(vocabulary)]).encode()).hexdigest()[:16]
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_amber"
         path = folder / f"{name}-{digest}.json"
-    if not path.exists():
+    if path.exists():
+        table = read_json(path, "--similarity_table", dict)
+    else:
         table = make_similarity_table(args.spacy_model, identify_vectors(args.spacy_model)[0], sorted(vocabulary))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(table))
-        console.print(f"word similarities of {table['spacy_model']} are in {path}")
-    table = read_json(path, "--similarity_table", dict)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(table))
+            console.print(f"word similarities of {table['spacy_model']} are in {path}")
+        except OSError as error:
+            console.print(f"word similarities of {table['spacy_model']} could not be kept in {path}: {error}")
     try:
         missing = vocabulary - set(table["words"])
         alike = {word: {word} for word in table["words"]}
@@ -1260,15 +1314,18 @@ def summarize(rows: list[dict], strict: np.ndarray, normalised: np.ndarray, note
     }  # fmt: skip
 
 
-def answered_sections(counts: np.ndarray, sections: list[str]) -> list[str]:
-    """Those of `sections` that have an answer in `counts`: AMBER's rules give the others figures too, of nothing.
+def count_section(section: str, sums: dict):
+    """How many answers a section has in `sums` of COUNTS; for amber, the smaller of the two tasks' numbers."""
+    if section == "amber":
+        return np.minimum(count_section("generative", sums), count_section("discriminative", sums))
+    return sum(sums[name] for name in SECTION_COUNTS[section])
 
-    `amber`, whose one figure is the AMBER score, has answers if both tasks have."""
-    asked = dict(zip(COUNTS, counts.sum(0), strict=True))
-    parts = {"generative": ["captions"], "attribute": ["state asked", "number asked", "action asked"],
-             "discriminative": [f"{kind} asked" for kind in KINDS]}  # fmt: skip
-    present = [name for name in sections if any(asked[column] for column in parts.get(name, [f"{name} asked"]))]
-    return present + ["amber"] * ({"generative", "discriminative"} <= set(present))
+
+def answered_sections(counts: np.ndarray, sections: list[str]) -> list[str]:
+    """Those of `sections` that have an answer in `counts`: AMBER's rules give the others figures too, of nothing."""
+    sums = dict(zip(COUNTS, counts.sum(0), strict=True))
+    whole = ["amber"] if {"generative", "discriminative"} <= set(sections) else []
+    return [section for section in [*sections, *whole] if count_section(section, sums)]
 
 
 def sum_by_image(rows: list[dict], counts: np.ndarray, image_of: dict[int, str]) -> np.ndarray:
@@ -1289,23 +1346,28 @@ def estimate(first: np.ndarray, second: np.ndarray | None, sections: list[str], 
     rng = np.random.default_rng(0)
     n = len(first)
 
-    def figures(sums: np.ndarray, other: np.ndarray | None) -> dict:
-        found = compute_figures(dict(zip(COUNTS, sums.T, strict=True)))
-        less = compute_figures(dict(zip(COUNTS, other.T, strict=True))) if other is not None else None
-        return {(s, f): found[s][f] - (less[s][f] if less else 0) for s in sections for f in found[s]}
+    def figures(*sides: np.ndarray) -> dict:
+        found = []
+        for sums in (dict(zip(COUNTS, side.T, strict=True)) for side in sides):
+            computed = compute_figures(sums)
+            # a draw that has no answer of a section says nothing about it
+            found.append({(section, name): np.where(count_section(section, sums) > 0, value, np.nan)
+                          for section in sections for name, value in computed[section].items()})  # fmt: skip
+        return {key: value - (found[1][key] if found[1:] else 0) for key, value in found[0].items()}
 
+    sides = [first] if second is None else [first, second]
     drawn, swapped = [], []
     for size in [500] * (draws // 500):
         weights = rng.multinomial(n, np.full(n, 1 / n), size=size).astype(float)
-        drawn.append(figures(weights @ first, weights @ second if second is not None else None))
+        drawn.append(figures(*(weights @ side for side in sides)))
         if second is not None:
             swap = rng.integers(0, 2, size=(size, n)).astype(float)
             moved = swap @ (second - first)
             swapped.append(figures(first.sum(0) + moved, second.sum(0) - moved))
-    observed = figures(first.sum(0)[None], second.sum(0)[None] if second is not None else None)
+    observed = figures(*(side.sum(0)[None] for side in sides))
     result: dict = {section: {} for section in sections}
     for (section, figure), value in observed.items():
-        low, high = np.percentile(np.concatenate([part[section, figure] for part in drawn]), [2.5, 97.5])
+        low, high = np.nanpercentile(np.concatenate([part[section, figure] for part in drawn]), [2.5, 97.5])
         entry = {"low": round(float(low), 2), "high": round(float(high), 2)}
         if second is not None:
             null = np.abs(np.concatenate([part[section, figure] for part in swapped]))
@@ -1317,39 +1379,50 @@ def estimate(first: np.ndarray, second: np.ndarray | None, sections: list[str], 
     return result
 
 
-def evaluate(args, notes: dict, failures: list[dict]) -> tuple[dict, list[dict]]:
-    """Score the answers, and the baseline's if there is one; returns what scores.json holds, and the captions to show."""
+def prepare_scoring(args, notes: dict) -> tuple[dict, Callable, str]:
+    """All that scoring needs but the answers; returns a baseline's file and answers by side, a function that counts
+    answers, and the spaCy model's name. It runs before anything is answered, so that what is missing shows at once."""
     relation, safe_words = read_words(args, notes)
     vocabulary = set(relation) | {word for words in relation.values() for word in words}
-    files = {"this": args.output_file}
-    if args.compare_base or args.baseline_file:
-        files["base"] = args.baseline_file or base_file(args.output_file)
-    labels = (
-        {"this": "adapter", "base": "base"} if args.compare_base else {side: path.stem for side, path in files.items()}
-    )
-    answers = {side: read_answers(path, notes) for side, path in files.items()}
-    queries = read_json(args.query_file, "--query_file") if args.query_file else []
-    image_of = {query["id"]: query["image"] for query in queries}
+    baseline = {"base": (args.baseline_file, read_answers(args.baseline_file, notes))} if args.baseline_file else {}
     alike, spacy_model = load_similarity(args, vocabulary)
     find = find_nouns(args.nouns, vocabulary)
-    judged = {side: count_answers(rows, notes, relation, safe_words, find, alike) for side, rows in answers.items()}
+    return baseline, lambda rows: count_answers(rows, notes, relation, safe_words, find, alike), spacy_model
+
+
+def evaluate(args, notes: dict, queries: list[dict], prepared: tuple, failures: list[dict]) -> tuple[dict, list[dict]]:
+    """Score the answers, and the baseline's if there is one; returns what scores.json holds, and the captions to show."""
+    baseline, count, spacy_model = prepared
+    files = {"this": (args.output_file, read_answers(args.output_file, notes))} | baseline
+    labels = {side: path.stem for side, (path, _) in files.items()}
+    if args.compare_base:
+        files["base"] = (base_file(args.output_file), read_answers(base_file(args.output_file), notes))
+        labels = {"this": "adapter", "base": "base"}
+    elif len(set(labels.values())) < len(labels):
+        labels = {side: f"{path.absolute().parent.name}/{path.stem}" for side, (path, _) in files.items()}
+    image_of = {query["id"]: query["image"] for query in queries}
+    answers = {side: rows for side, (_, rows) in files.items()}
+    judged = {side: count(rows) for side, rows in answers.items()}
     common = set.intersection(*({row["id"] for row in rows} for rows in answers.values()))
     if not common:
-        stop(f"--baseline_file {files['base']} answers none of the queries that {files['this']} answers.")
+        stop(f"--baseline_file {files['base'][0]} answers none of the queries that {args.output_file} answers.")
 
     def figures(side: str, ids: set) -> tuple[dict, np.ndarray]:
         kept = [place for place, row in enumerate(answers[side]) if row["id"] in ids]
-        rows, strict, normalised = (
-            [answers[side][place] for place in kept],
-            judged[side][0][kept],
-            judged[side][1][kept],
-        )
+        rows = [answers[side][place] for place in kept]
+        strict, normalised = judged[side][0][kept], judged[side][1][kept]
         by_image = sum_by_image(rows, strict, image_of)
         intervals = estimate(by_image, None, answered_sections(strict, SECTIONS[args.evaluation_type]))
         summary = summarize(rows, strict, normalised, notes, SECTIONS[args.evaluation_type])
-        return {"file": files[side].name} | summary | {"intervals": intervals}, by_image
+        return {"file": files[side][0].name} | summary | {"intervals": intervals}, by_image
 
-    scores = figures("this", set(notes))[0] | {"spacy_model": spacy_model, "nouns": args.nouns, "failures": failures}
+    known = common <= image_of.keys()
+    scores = figures("this", set(notes))[0] | {
+        "spacy_model": spacy_model,
+        "nouns": args.nouns,
+        "resampled_by": "picture" if known else "question, as --query_file does not name the pictures",
+        "failures": failures,
+    }
     if "base" in files:
         (this, by_image), (base, base_by_image) = figures("this", common), figures("base", common)
         difference = estimate(by_image, base_by_image, list(this["intervals"]))
@@ -1378,7 +1451,9 @@ def print_scores(scores: dict) -> None:
     comparison = scores.get("comparison")
     this, base = (comparison["this"], comparison["base"]) if comparison else (scores, None)
     estimates = comparison["difference"] if comparison else this["intervals"]
-    columns = [*comparison["labels"], "difference (95 %)", "p"] if comparison else ["score", "95 % interval"]
+    columns = (
+        [*map(escape, comparison["labels"]), "difference (95 %)", "p"] if comparison else ["score", "95 % interval"]
+    )
     official = "official scoring"
     if scores["nouns"] != "nltk":
         official = "found without a tagger: not the official scores"
@@ -1412,6 +1487,8 @@ def print_scores(scores: dict) -> None:
     console.print(
         f"{counts} answers of {lengths} words on average; nouns: {scores['nouns']}, alike by {scores['spacy_model']}"
     )
+    if scores["resampled_by"] != "picture":
+        console.print(f"intervals are by {scores['resampled_by']}: they are too narrow")
     empty = [section for section in this["strict"] if section not in estimates]
     if empty:
         console.print(f"no answers, so no figures: {', '.join(empty)}")
@@ -1482,8 +1559,10 @@ def write_gallery(shown: list[dict], image_dir: Path, path: Path, limit: int = 2
     pictures = []
     for entry in sorted(shown, key=change, reverse=True)[:limit]:
         address = ""
-        with suppress(OSError, TypeError):  # a baseline's picture may not be here: its captions are shown all the same
-            address = embed_picture(load_image(image_dir / entry["image"]))
+        with suppress(
+            OSError, TypeError, ValueError
+        ):  # a baseline's picture may not be here: its captions are shown all the same
+            address = embed_picture(load_image(find_picture(image_dir, entry["image"])))
         captions = []
         for side, text, wrong in entry["captions"]:
             words = "|".join(map(re.escape, sorted(set(wrong))))
@@ -1497,31 +1576,36 @@ def write_gallery(shown: list[dict], image_dir: Path, path: Path, limit: int = 2
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     notes = None if args.skip_evaluation and args.evaluation_type == "a" else read_annotations(args)
+    every_query = read_queries(args.query_file) if args.query_file else []
+    prepared = prepare_scoring(args, notes) if MAIN_PROCESS and not args.skip_evaluation else None
     failures_file = args.output_file.with_name(f"{args.output_file.stem}_failures.json")
+    nothing = False
     if args.skip_inference:
-        failures = json.loads(failures_file.read_text()) if failures_file.exists() else []
+        failures = read_json(failures_file, "the failures file") if failures_file.exists() else []
     else:
-        queries = read_queries(args, notes)
-        failures = answer_benchmark(args, queries)
+        queries = select_queries(args, every_query, notes)
+        failures = answer_benchmark(args, every_query, queries)
+        nothing = len(failures) == len(queries)
+    if not MAIN_PROCESS:
+        return
     if failures:
-        if MAIN_PROCESS:
-            write_whole(failures_file, json.dumps(failures, indent=1))
+        write_whole(failures_file, json.dumps(failures, indent=1))
         console.print(f"{len(failures):,} queries could not be answered and are listed in {failures_file}; "
                       f"the first: {failures[0]['image']} {failures[0]['reason']}")  # fmt: skip
-        if not args.skip_inference and len(failures) == len(queries):
-            raise SystemExit(3)
-    elif MAIN_PROCESS:
+    else:
         failures_file.unlink(missing_ok=True)
-    if MAIN_PROCESS and not args.skip_evaluation:
-        scores, captions = evaluate(args, notes, failures)
-        write_whole(args.output_file.with_name("scores.json"), json.dumps(scores, indent=1))
+    if not args.skip_evaluation and not nothing:
+        folder = args.output_file.absolute().parent
+        for name in ("scores.png", "gallery.html"):
+            (folder / name).unlink(missing_ok=True)
+        scores, captions = evaluate(args, notes, every_query, prepared, failures)
+        write_whole(folder / "scores.json", json.dumps(scores, indent=1))
         print_scores(scores)
-        draw_scores(scores, args.output_file.with_name("scores.png"))
+        if scores["intervals"]:
+            draw_scores(scores, folder / "scores.png")
         if captions:
-            write_gallery(captions, args.image_dir, args.output_file.with_name("gallery.html"))
-        console.print(
-            f"scores.json, scores.png{' and gallery.html' * bool(captions)} are in {args.output_file.absolute().parent}"
-        )
+            write_gallery(captions, args.image_dir, folder / "gallery.html")
+        console.print(f"scores.json, scores.png and gallery.html are in {folder}")
     if failures:
         raise SystemExit(3)
 
@@ -1533,3 +1617,5 @@ if __name__ == "__main__":
         stop("interrupted; the same command goes on after the last answer in the journal.", code=130)
     except torch.OutOfMemoryError:
         stop("the GPU's memory is full; use a smaller --batch_size, or --load_4bit.")
+    except OSError as error:  # a full disk, a folder that cannot be written
+        stop(f"{error}; answers that were given are in the journal, and the same command goes on after them.")

@@ -422,8 +422,8 @@ def load_adapter(model, processor, model_path: str, lora_path: str):
     try:
         config = LoraConfig.from_pretrained(folder)
         saved = load_file(file)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        refuse(f"{str(error).splitlines()[0]}")
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        refuse(f"it cannot be read ({(str(error) or repr(error)).splitlines()[0]})")
     if config.peft_type != "LORA":
         refuse(f"it is a {config.peft_type} adapter, this reads LoRA")
     modules = dict(model.named_modules())
@@ -552,8 +552,11 @@ def generate_answers(model, processor, images: list, questions: list[str], max_n
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that it is there whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------- data

@@ -166,6 +166,8 @@ def test_ten_kills_lose_nothing(tmp_path, unbroken):
         assert not output.exists()
         if stop == stops[4]:  # what a machine that loses its power leaves: half a line
             journal.write_bytes(journal.read_bytes()[:-7])
+        if lines > 1 and stop != stops[4]:  # an answer that was shown is in the file at once
+            assert len(journal.read_text().splitlines()) >= stop
     before = journal.read_text().splitlines()[1:-1]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0 and output.read_bytes() == unbroken.read_bytes()
@@ -189,7 +191,54 @@ def test_more_pictures_go_on_from_fewer(tmp_path, unbroken):
     assert (tmp_path / "results.json.journal-0.jsonl").read_text().startswith(first)
 
 
-@pytest.mark.parametrize("change", ["adapter", "max_new_tokens", "model", "queries", "prompt", "precision"])
+def test_a_smaller_run_loses_nothing(tmp_path, unbroken):
+    for path in unbroken.parent.iterdir():
+        shutil.copy(path, tmp_path)
+    for flags in (["--limit", "2"], ["--limit", "60", "--evaluation_type", "g"]):
+        amber.main([*MINI, "--skip_evaluation", *flags, "--output_file", str(tmp_path / "results.json")])
+        assert (tmp_path / "results.json").read_bytes() == unbroken.read_bytes()
+
+
+def test_two_runs_on_one_file_are_refused(tmp_path, capsys):
+    from filelock import FileLock
+
+    with FileLock(tmp_path / ".results.json.lock"), pytest.raises(SystemExit) as stopped:
+        amber.main([*MINI, "--limit", "2", "--output_file", str(tmp_path / "results.json")])
+    assert stopped.value.code == 2 and "another run is writing" in capsys.readouterr().err
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_a_name_with_brackets(tmp_path):
+    flags = [*MINI, "--limit", "2", "--output_file", str(tmp_path / "a[1]" / "[red]res*.json")]
+    amber.main(flags)
+    first = (tmp_path / "a[1]" / "[red]res*.json").read_bytes()
+    amber.main(flags)
+    assert (
+        len(json.loads(first)) == len(mini_queries(2)) and (tmp_path / "a[1]" / "[red]res*.json").read_bytes() == first
+    )
+
+
+def test_what_scoring_lacks_shows_before_anything_is_answered(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(amber, "answer_benchmark", lambda *_: pytest.fail("hours were spent first"))
+    for flags in (
+        ["--baseline_file", "nowhere.json"],
+        ["--relation_file", "nowhere.json"],
+        ["--spacy_model", "xx_not_there"],
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            amber.main([*MINI, *flags, "--output_file", str(tmp_path / "results.json")])
+        assert stopped.value.code == 2 and flags[1] in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+    command = [sys.executable, str(SCRIPT), *MINI, "--limit", "1", "--output_file", "/proc/nowhere/results.json"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "change", ["adapter", "max_new_tokens", "model", "queries", "prompt", "precision", "processor", "backend"]
+)
 def test_other_settings_are_refused(change, tmp_path, adapter, capsys, monkeypatch):
     folder = tmp_path / "benchmark"
     flags = [*copy_benchmark(folder, 2), "--skip_evaluation", "--output_file", str(tmp_path / "results.json")]
@@ -205,6 +254,14 @@ def test_other_settings_are_refused(change, tmp_path, adapter, capsys, monkeypat
         queries = mini_queries(2)
         queries[0]["query"] = "What is this?"
         (folder / "query" / "query_all.json").write_text(json.dumps(queries))
+    elif change == "backend":
+        flags += ["--backend", "vllm"]
+    elif change == "processor":
+        shutil.copytree(MINIATURE / "model", tmp_path / "model")
+        file = tmp_path / "model" / "processor_config.json"
+        file.write_text(file.read_text().replace("0.48145466", "0.5"))
+        flags[flags.index("--model_path") + 1] = str(tmp_path / "model")
+        change = "model"
     elif change == "prompt":
         original = amber.build_prompt
         monkeypatch.setattr(amber, "build_prompt", lambda *a: original(*a)[1:])
@@ -266,6 +323,10 @@ def test_bad_pictures_are_failures_and_never_answers(tmp_path, unbroken, capsys)
     assert read(tmp_path / "scores.json")["answers"]["generative"] == 15
     assert f"{len(failures)} queries could not be answered" in capsys.readouterr().err
 
+    with pytest.raises(SystemExit) as stopped:  # scored again, the failures are still said
+        amber.main([*flags, "--skip_inference"])
+    assert stopped.value.code == 3 and read(tmp_path / "scores.json")["failures"] == failures
+
     for name in names[:3]:  # mended, the same command answers what was left; the rest is still a failure
         shutil.copy(MINIATURE / "amber" / "image" / name, folder / "image" / name)
     with pytest.raises(SystemExit) as stopped:
@@ -275,6 +336,37 @@ def test_bad_pictures_are_failures_and_never_answers(tmp_path, unbroken, capsys)
     )
     answers = {row["id"]: row["response"] for row in read(tmp_path / "results.json")}
     assert all(expected[number] == text for number, text in answers.items()) and len(answers) > len(queries) * 0.8
+
+
+def test_a_picture_outside_is_refused_from_within_the_folder_too(tmp_path, monkeypatch):
+    folder = tmp_path / "benchmark"
+    flags = [*copy_benchmark(folder, 2), "--output_file", str(tmp_path / "results.json")]
+    queries = mini_queries(2)
+    shutil.copy(folder / "image" / queries[0]["image"], folder / "secret.webp")
+    queries[0]["image"] = "../secret.webp"
+    (folder / "query" / "query_all.json").write_text(json.dumps(queries))
+    monkeypatch.chdir(folder / "image")
+    flags[flags.index("--image_dir") + 1] = "."
+    with pytest.raises(SystemExit) as stopped:
+        amber.main(flags)
+    assert stopped.value.code == 3 and read(tmp_path / "results_failures.json")[0]["id"] == queries[0]["id"]
+    (tmp_path / "results.json").write_text(json.dumps([{"id": queries[0]["id"], "response": "A tree."}]))
+    with pytest.raises(SystemExit):
+        amber.main([*flags, "--skip_inference"])
+    assert "data:image" not in (tmp_path / "gallery.html").read_text()
+
+
+def test_two_processes_and_a_missing_picture(tmp_path):
+    """The scores are there although the run fails; torchrun turns the 3 into its own 1."""
+    folder = tmp_path / "benchmark"
+    flags = [*copy_benchmark(folder, 8), "--batch_size", "2", "--output_file", str(tmp_path / "results.json")]
+    (folder / "image" / mini_queries(1)[0]["image"]).unlink()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29633"]
+    done = subprocess.run(
+        [*torchrun, str(SCRIPT), *flags], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1 and "exitcode  : 3" in done.stderr
+    assert read(tmp_path / "scores.json")["failures"] and (tmp_path / "gallery.html").exists()
 
 
 def test_no_picture_at_all(tmp_path, capsys):
@@ -297,7 +389,7 @@ def test_cut_off_answers_are_counted(tmp_path, capsys):
 # ---------------------------------------------------------------------------- vLLM, real photos, flags
 
 
-def test_vllm_is_given_bos_and_one_image_token(tmp_path, monkeypatch):
+def test_vllm_is_given_bos_and_one_image_token(tmp_path, monkeypatch, capsys):
     """What vLLM is asked, with an engine that only listens; its answers go the same way as all others."""
     asked = {}
 
@@ -308,8 +400,11 @@ def test_vllm_is_given_bos_and_one_image_token(tmp_path, monkeypatch):
         def generate(self, prompts, parameters, use_tqdm):
             asked.setdefault("prompts", []).extend(prompts)
             asked["parameters"] = parameters
-            output = types.SimpleNamespace(text=" Yes ", finish_reason="stop")
-            return [types.SimpleNamespace(outputs=[output]) for _ in prompts]
+            reasons = ["length"] + ["stop"] * (len(prompts) - 1)
+            return [
+                types.SimpleNamespace(outputs=[types.SimpleNamespace(text=" Yes ", finish_reason=reason)])
+                for reason in reasons
+            ]
 
     stand_in = types.SimpleNamespace(LLM=Engine, SamplingParams=lambda **options: options)
     monkeypatch.setitem(sys.modules, "vllm", stand_in)
@@ -324,6 +419,7 @@ def test_vllm_is_given_bos_and_one_image_token(tmp_path, monkeypatch):
         str(tmp_path / "results.json"),
     ]
     amber.main(flags)
+    assert "1 cut off" in " ".join(capsys.readouterr().err.split())
     queries = mini_queries(5)
     assert asked["options"]["enable_prefix_caching"] and asked["options"]["limit_mm_per_prompt"] == {"image": 1}
     assert asked["parameters"] == {"temperature": 0, "max_tokens": 1024}
@@ -370,6 +466,8 @@ def test_help_is_quick_and_lists_every_flag():
      ([*MINI, "--backend", "vllm", "--lora_path", "x"], "merge"), ([*MINI, "--backend", "vllm", "--load_4bit"], "quantized"),
      ([*MINI, "--lora_path", "x", "--compare_base", "--baseline_file", "y"], "give one"),
      ([*MINI, "--model_path", "nowhere"], "--model_path nowhere"), ([*MINI, "--lora_path", "nowhere"], "--lora_path nowhere"),
+     ([*MINI, "--skip_inference", "--limit", "3"], "do not go with it"), ([*MINI, "--output_file", "scores.json"], "another name"),
+     ([*MINI, "--lora_path", "x", "--compare_base", "--merge_lora"], "excludes"),
      (["--model_path", "x", "--query_file", "nowhere.json", "--image_dir", "."], "nowhere.json")],
 )  # fmt: skip
 def test_bad_flags_are_one_sentence(flags, words, tmp_path, capsys):

@@ -504,6 +504,87 @@ def test_comparison_with_a_file_that_has_fewer_answers(tmp_path):
     assert page.count("<section>") == 24 and "<mark>tree</mark>" in page and "data:image/png" in page
 
 
+def test_intervals_are_by_picture(tmp_path, cache):
+    """Answers that agree within a picture: by question, as without a query file, the interval would be half as wide."""
+    queries = json.loads((MINIATURE / "amber" / "query" / "query_all.json").read_text())
+    image_of = {query["id"]: query["image"] for query in queries}
+    right = {image: number % 2 for number, image in enumerate(dict.fromkeys(image_of.values()))}
+    rows = mini_rows(
+        lambda note: note["truth"].capitalize() if note["type"] != "generative" and right[image_of[note["id"]]] else ""
+    )
+    lists = (
+        "--annotation_file",
+        MINIATURE / "amber" / "annotations.json",
+        "--similarity_table",
+        MINIATURE / "amber" / "similarity.json",
+    )
+    width = {}
+    for name, flags in (("picture", MINI), ("question", ("--nouns", "vocabulary", *lists))):
+        scores = score(tmp_path, rows, *flags)
+        assert scores["resampled_by"].startswith(name)
+        edges = scores["intervals"]["discriminative"]["accuracy"]
+        width[name] = edges["high"] - edges["low"]
+    n = len(right)
+    assert (
+        width["picture"] == pytest.approx(2 * 1.96 * 100 * 0.5 / n**0.5, rel=0.1)
+        and width["question"] < width["picture"] / 2
+    )
+
+
+def test_a_difference_is_drawn_from_the_same_pictures():
+    """Two files that differ in the same way on every picture: the difference has no spread, whatever the figures have."""
+    place = [amber.COUNTS.index(name) for name in ("state asked", "state correct")]
+    first, second = np.zeros((2, 60, len(amber.COUNTS)))
+    first[:, place[0]] = second[:, place[0]] = 10
+    second[:, place[1]] = np.arange(60) % 9
+    first[:, place[1]] = second[:, place[1]] + 1
+    found = amber.estimate(first, second, ["state"])["state"]["accuracy"]
+    assert found["low"] == found["high"] == found["difference"] == 10.0
+    alone = amber.estimate(first, None, ["state"])["state"]["accuracy"]
+    assert alone["high"] - alone["low"] > 5
+
+
+def test_a_rare_section_is_not_drawn_as_nothing():
+    counts = np.zeros((30, len(amber.COUNTS)))
+    counts[:, amber.COUNTS.index("captions")] = 1
+    for name in ("action asked", "action correct"):
+        counts[4, amber.COUNTS.index(name)] = 4
+    found = amber.estimate(counts, None, ["action"])["action"]["accuracy"]
+    assert found["low"] >= 99.9  # not 0, as draws without that picture would have it
+
+
+@pytest.mark.parametrize(("kind", "answered"), [("g", "discriminative"), ("d", "generative")])
+def test_a_task_without_answers_has_scores_and_no_chart(kind, answered, tmp_path):
+    (tmp_path / "scores.png").write_text("of an earlier run")
+    rows = [row for row in mini_rows(lambda note: "No") if (row["id"] <= 240) == (answered == "generative")]
+    scores = score(tmp_path, rows, *MINI, "--evaluation_type", kind)
+    assert scores["intervals"] == {} and scores["strict"] and not (tmp_path / "scores.png").exists()
+
+
+def test_odd_answers_are_scored(tmp_path):
+    rows = [{"id": 1, "response": "a tree \ud83d and a bus"}, {"id": 241, "response": None}]
+    scores = score(tmp_path, rows, *MINI)
+    assert scores["answers"] == {"generative": 1, "discriminative": 1} and (tmp_path / "gallery.html").exists()
+
+
+def test_two_files_of_one_name_have_two_labels(tmp_path):
+    rows = mini_rows(lambda note: "No")
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "results.json").write_text(json.dumps(rows))
+    scores = score(tmp_path / "now", rows, *MINI, "--baseline_file", tmp_path / "earlier" / "results.json")
+    assert scores["comparison"]["labels"] == ["earlier/results", "now/results"]
+
+
+def test_a_table_that_cannot_be_kept_is_used_all_the_same(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    vectors = build_vectors(tmp_path / "vectors", read_lists(MINIATURE / "amber")[3])
+    assert (
+        score(tmp_path / "run", mini_rows(lambda note: "No"), *MINI, "--spacy_model", vectors)["spacy_model"]
+        == "vectors-0.0.0"
+    )
+
+
 def test_html_in_an_answer_is_shown_and_not_run(tmp_path):
     score(
         tmp_path,
