@@ -538,10 +538,20 @@ def load_adapter(model, processor, model_path: str, lora_path: str):
 # Copied from llava_orpo_training.probe_logits
 @torch.no_grad()
 def probe_logits(model, processor, adapter: bool = True) -> torch.Tensor:
-    """Logits of a fixed prompt without a picture, (tokens, vocabulary) in float32, with the adapter on or off."""
-    ids = processor.tokenizer("[INST] Is there a cup in this image? [/INST]", return_tensors="pt").input_ids
+    """Logits of a fixed prompt with a picture, (its last 16 tokens, vocabulary), float32, with the adapter on or off."""
+    image = Image.linear_gradient("L").convert("RGB").resize((64, 64))
+    pixels = processor.image_processor(image, return_tensors="pt")
     with nullcontext() if adapter else model.disable_adapter():
-        return model.eval()(input_ids=ids.to(model.device)).logits[0].float()
+        return (
+            model.eval()(
+                input_ids=torch.tensor([build_prompt(processor, "Is there a cup?", image.size)], device=model.device),
+                pixel_values=pixels["pixel_values"].to(model.device, model.dtype),
+                image_sizes=pixels["image_sizes"].to(model.device),
+                logits_to_keep=16,
+            )
+            .logits[0]
+            .float()
+        )
 
 
 # Copied from llava_orpo_training.merge_adapter

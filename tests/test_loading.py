@@ -215,6 +215,13 @@ def test_an_adapter_is_applied_switched_off_and_merged(tmp_path):
     assert torch.allclose(training.probe_logits(merged, processor), expected, atol=1e-4)
 
 
+def test_an_adapter_on_the_projector_alone(tmp_path):
+    folder, expected = make_adapter(tmp_path / "adapter", target_modules=r".*multi_modal_projector\.linear_[12]")
+    rename(folder, r"model\.multi_modal_projector", "multi_modal_projector")
+    model, processor = load(MINIATURE / "model", str(folder))
+    assert torch.equal(training.probe_logits(model, processor), expected)
+
+
 @pytest.mark.parametrize(
     ("pattern", "replacement"),
     [(r"model\.language_model\.layers", "language_model.model.layers"), (r"model\.language_model\.layers", "model.layers"),
