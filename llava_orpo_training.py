@@ -209,7 +209,7 @@ def check_weights(folder: Path) -> None:
         if not file.exists() and not index.exists() and list(folder.glob("*.bin")):
             stop(f"--model_path {folder} holds pickled weights (.bin), which can run code when they are opened; convert them: "
                  "python -c \"import glob, torch, safetensors.torch as s; s.save_file({k: v.clone() for f in "
-                 "glob.glob('*.bin') for k, v in torch.load(f, weights_only=True).items()}, 'model.safetensors', "
+                 "glob.glob('pytorch_model*.bin') for k, v in torch.load(f, weights_only=True).items()}, 'model.safetensors', "
                  "{'format': 'pt'})\" in that folder")  # fmt: skip
         try:
             with safe_open(file, "pt") as opened:
@@ -228,16 +228,17 @@ def read_original(model_path: str, original: dict) -> tuple:
     from transformers import AutoConfig, CLIPVisionConfig, LlamaTokenizer, LlavaNextConfig, LlavaNextProcessor
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-    wanted = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "mm_projector_type": "mlp2x_gelu"}
+    wanted = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "mm_projector_type": "mlp2x_gelu",
+              "mm_vision_select_feature": "patch", "mm_use_im_start_end": False, "vocab_size": 32000}  # fmt: skip
     for name, value in wanted.items():
-        if original.get(name) != value:
+        if original.get(name, value) != value or (isinstance(value, str) and name not in original):
             stop(f"--model_path {model_path} has {name} {original.get(name)!r} in its config.json, LLaVA-1.6 has {value!r}; "
                  "this reads LLaVA-1.6 only.")  # fmt: skip
     tower, layer = original["mm_vision_tower"], original["mm_vision_select_layer"]
     vision = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
                               image_size=336, patch_size=14, projection_dim=768)  # fmt: skip
     if tower != "openai/clip-vit-large-patch14-336":  # the one of all published checkpoints, spelled out above
-        vision = AutoConfig.from_pretrained(tower)
+        vision = AutoConfig.from_pretrained(tower, trust_remote_code=False)
         vision = getattr(vision, "vision_config", vision)
     ours = ("mm_", "image_", "tokenizer_", "unfreeze_", "tune_", "use_mm_", "freeze_")
     text = {
@@ -291,9 +292,14 @@ def read_checkpoint(model_path: str) -> tuple:
         if kind != "llava_next":
             stop(f"--model_path {model_path} {f'is a {kind} checkpoint' if found else 'has no config.json'}; this reads LLaVA-1.6: "
                  "llava_next, or llava_mistral and llava_llama in LLaVA's own format.")  # fmt: skip
-        return None, AutoProcessor.from_pretrained(model_path, backend="pil"), None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        stop(f"--model_path {model_path} cannot be read: {(str(error) or repr(error)).splitlines()[0]} "
+        processor = AutoProcessor.from_pretrained(model_path, backend="pil", trust_remote_code=False)
+        if re.search("im_start|start_header", processor.chat_template or ""):
+            stop(
+                f"--model_path {model_path} has a prompt template of another language model; this knows Mistral's and Vicuna's."
+            )
+        return None, processor, None
+    except Exception as error:  # configurations can be wrong in more ways than libraries foresee
+        stop(f"--model_path {model_path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}). "
              "Give a hub id or a folder with a LLaVA-1.6 checkpoint in safetensors.")  # fmt: skip
 
 
@@ -333,11 +339,14 @@ def load_llava(
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
         missing = sorted(report["missing_keys"])
-        if tower and any("vision_tower" in key for key in missing):
+        vision = {key for key in model.state_dict() if "vision_tower" in key}
+        if tower and vision <= set(missing):  # a part of a tower is no tower: it stays missing
             load_tower(model, tower)
-            missing = [key for key in missing if "vision_tower" not in key]
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        stop(f"--model_path {model_path} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}")
+            missing = [key for key in missing if key not in vision]
+    except Exception as error:
+        stop(
+            f"--model_path {model_path} cannot be loaded ({type(error).__name__}: {(str(error) or '?').splitlines()[0]})."
+        )
     wrong = [f"{key} is missing" for key in missing]
     wrong += [f"{key} has no place" for key in sorted(report["unexpected_keys"])]
     wrong += [f"{key} is {tuple(a)} in place of {tuple(b)}" for key, a, b in sorted(report["mismatched_keys"])]
@@ -398,37 +407,39 @@ def load_adapter(model, processor, model_path: str, lora_path: str):
 
     Keys of other layouts (older PEFT and transformers, LLaVA's own) are renamed. Embedding or head weights of another
     number of rows are used as far as the model's own vocabulary goes. Proved are: every weight of the file found its
-    layer, no layer is left out, ranks are the configuration's, and the logits of a prompt move.
+    layer, no layer that the configuration names is left out, and the logits of a prompt move.
     """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
 
     def refuse(reason: str) -> NoReturn:
         stop(f"--lora_path {lora_path} cannot be used on {model_path}: {reason}.")
 
-    folder = Path(lora_path)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(lora_path, allow_patterns=["adapter_config.json", "*.safetensors"]))
-        except Exception as error:
-            refuse(f"it is no folder, and no adapter on the hub ({str(error).splitlines()[0]})")
+    folder = adapter_folder(lora_path)
     file = folder / "adapter_model.safetensors"
     if not file.exists():
         pickled = (folder / "adapter_model.bin").exists()
         refuse("its weights are pickled (adapter_model.bin), which can run code when opened; convert them: python -c "
                "\"import torch, safetensors.torch as s; s.save_file(torch.load('adapter_model.bin', weights_only=True), "
                "'adapter_model.safetensors')\" in that folder" if pickled else "there is no adapter_model.safetensors in it")  # fmt: skip
+    if (folder / "non_lora_trainables.bin").exists():
+        refuse("LLaVA's own training left more trained weights in non_lora_trainables.bin, which are not read; merge it with "
+               "that code first")  # fmt: skip
     try:
         config = LoraConfig.from_pretrained(folder)
         saved = load_file(file)
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        refuse(f"it cannot be read ({(str(error) or repr(error)).splitlines()[0]})")
+    except Exception as error:
+        refuse(f"it cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})")
     if config.peft_type != "LORA":
         refuse(f"it is a {config.peft_type} adapter, this reads LoRA")
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian":
+        refuse(f"it was made with init_lora_weights={config.init_lora_weights!r}, which changes the base's weights too; convert "
+               "it with PEFT's path_initial_model_for_weight_conversion")  # fmt: skip
     modules = dict(model.named_modules())
+    vocabulary = {name for name, module in modules.items() if module in (model.get_input_embeddings(), model.lm_head)}
     rows, known = model.get_input_embeddings().weight.shape[0], processor.image_token_id
-    lora, whole, weights = set(), set(), {}
+    lora, whole, weights, ranks, alphas = set(), set(), {}, {}, {}
     for key, weight in saved.items():
         name = key
         for pattern, replacement in ADAPTER_KEYS:
@@ -436,44 +447,66 @@ def load_adapter(model, processor, model_path: str, lora_path: str):
         module, is_lora = re.split(r"\.lora_|\.(?:weight|bias)$", name)[0], ".lora_" in name
         if module not in modules:
             refuse(f"it has weights for {key}, and the model no layer of that name")
-        is_vocabulary = modules[module] in (model.get_input_embeddings(), model.get_output_embeddings())
-        if is_vocabulary and weight.shape[0] != rows and (not is_lora or "lora_B" in name):
-            if not is_lora:  # rows that the base knows come from the adapter, all others from the base
-                mine = modules[module].weight.detach().to(weight.device, weight.dtype).clone()
-            else:
-                mine = weight.new_zeros(rows, weight.shape[1])
+        if not weight.isfinite().all():
+            refuse(f"{key} is not finite")
+        if name.endswith(".bias") and config.bias != "none":
+            refuse(f"it trained biases too (bias={config.bias!r}), which are not read")
+        if ".base_layer." in key and torch.equal(weight[:known].float(), modules[module].weight[:known].float().cpu()):
+            continue  # PEFT saves the base's own embedding beside an update of it
+        if module in vocabulary and weight.shape[0] != rows and (not is_lora or "lora_B" in name):
             if weight.shape[0] < known:
                 refuse(f"{key} has {weight.shape[0]:,} rows, fewer than the vocabulary's {known:,}")
+            # rows that the base's tokens have come from the adapter, all others from the base
+            mine = (
+                weight.new_zeros(rows, weight.shape[1])
+                if is_lora
+                else modules[module].weight.detach().to(weight).clone()
+            )
             mine[:known] = weight[:known]
             console.print(f"{key} has {weight.shape[0]:,} rows, the base's vocabulary {known:,}: "
                           f"the first {known:,} are used, {weight.shape[0] - known:,} left out")  # fmt: skip
             weight = mine
-        expected = getattr(modules[module], "weight", None)
-        if not is_lora and expected is not None and name.endswith("weight") and weight.shape != expected.shape:
-            refuse(f"{key} is {tuple(weight.shape)}, the model's layer {tuple(expected.shape)}")
+        if not is_lora and weight.shape != (own := getattr(modules[module], name.split(".")[-1])).shape:
+            refuse(f"{key} is {tuple(weight.shape)}, the model's layer {tuple(own.shape)}")
         (lora if is_lora else whole).add(module)
         weights[f"base_model.model.{name}"] = weight
-    if not lora:
-        refuse("its file holds no LoRA weights")
-    for suffix in sorted({module.split(".")[-1] for module in lora}):
-        layers = {
-            module
-            for module in modules
-            if module.startswith("model.language_model.layers.") and module.endswith("." + suffix)
-        }
-        left_out = sorted(layers - lora)
-        if layers & lora and left_out and not config.layers_to_transform and not config.layers_pattern:
-            refuse(f"it has no weights for {left_out[0]}, though for others of that name; the file is incomplete")
-    config.target_modules, config.exclude_modules, config.layers_to_transform = lora, None, None
-    config.modules_to_save, config.inference_mode = sorted(whole) or None, True
+        if is_lora:  # patterns are written for the names that the adapter was saved with
+            before = re.sub(r"^(base_model\.model\.)+", "", key).split(".lora_")[0]
+            ranks[module] = config.rank_pattern.get(get_pattern_key(config.rank_pattern, before), config.r)
+            alphas[module] = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, before), config.lora_alpha)
+    if not lora or lora & whole:
+        refuse(
+            f"its file holds {f'both an update of {min(lora & whole)} and other weights for it' if lora else 'no LoRA weights'}"
+        )
+    for module in sorted(modules):
+        part = next(
+            (part for part in ("language_model", "multi_modal_projector", "vision_tower") if f".{part}." in module),
+            None,
+        )
+        spellings = {module, module.removeprefix("model."), re.sub(r"^model\.language_model\.", "model.", module),
+                     re.sub(r"^model\.language_model\.", "language_model.model.", module)}  # fmt: skip
+        if (isinstance(modules[module], torch.nn.Linear) and module not in lora and config.target_modules != "all-linear"
+                and any(f".{part}." in other for other in lora)
+                and any(check_target_module_exists(config, spelling) for spelling in spellings)):  # fmt: skip
+            refuse(f"it has no weights for {module}, which its configuration names; the file is incomplete")
+    for name in config.modules_to_save or []:
+        if not any(module.split(".")[-1] == name.split(".")[-1] for module in lora | whole):
+            refuse(f"it has no weights for {name}, which its configuration names; the file is incomplete")
+    config.target_modules, config.exclude_modules, config.layers_to_transform, config.layers_pattern = (
+        lora,
+        None,
+        None,
+        None,
+    )
+    config.rank_pattern = {re.escape(module): rank for module, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = {re.escape(module): alpha for module, alpha in alphas.items() if alpha != config.lora_alpha}
+    config.modules_to_save, config.inference_mode, config.init_lora_weights = sorted(whole) or None, True, True
     try:
         adapted = get_peft_model(model, config)
         report = set_peft_model_state_dict(adapted, weights)
-    except (RuntimeError, ValueError) as error:  # sizes of another base, or of another rank than in its configuration
-        refuse(f"its sizes do not fit: {' '.join(str(error).split())[:200]}")
-    lost = [key for key in report.missing_keys if "lora_" in key or "modules_to_save" in key] + list(
-        report.unexpected_keys
-    )
+    except Exception as error:  # sizes of another base or another rank, values that are no numbers
+        refuse(f"it does not fit ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+    lost = [key for key in report.missing_keys if "lora_" in key or "modules_to_save" in key] + report.unexpected_keys
     if lost:
         refuse(f"{lost[0]} did not find its place")
     if config.base_model_name_or_path and Path(str(config.base_model_name_or_path)).name != Path(model_path).name:
@@ -481,6 +514,18 @@ def load_adapter(model, processor, model_path: str, lora_path: str):
     if not (probe_logits(adapted, processor) - probe_logits(adapted, processor, adapter=False)).abs().max() > 0:
         refuse("it changes nothing: the logits of a prompt are the same with it and without it")
     return adapted.eval()
+
+
+def adapter_folder(lora_path: str) -> Path:
+    """Where an adapter's files lie; from the hub, they are fetched first."""
+    if Path(lora_path).is_dir():
+        return Path(lora_path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(lora_path, allow_patterns=["*.json", "adapter_model.safetensors"]))
+    except Exception as error:
+        stop(f"--lora_path {lora_path} is no folder, and no adapter on the hub ({str(error).splitlines()[0]}).")
 
 
 @torch.no_grad()
@@ -502,17 +547,28 @@ def probe_logits(model, processor, adapter: bool = True) -> torch.Tensor:
 
 
 def merge_adapter(model, processor, lora_path: str, weights: str):
-    """Merge the adapter into the base; `weights` says into which: `trained` (what it was trained on) or `base`.
+    """Merge the adapter into the base; `weights` says into which: `trained` (what it was trained on), `nf4` or `base`.
 
-    An adapter trained by QLoRA has learned to correct NF4's rounding, so `trained` rounds the linear layers as NF4 does
-    (dequantized, with double quantization) before it adds the update; whether it was is noted in the training summary
-    beside it. Prints how far apart the two choices are, in logits.
+    An adapter trained by QLoRA has learned to correct NF4's rounding, so there `trained` rounds the linear layers as NF4
+    does (dequantized, with double quantization) before it adds the update. Whether it was is noted in the run's
+    arguments.json, beside the adapter or its checkpoint. Prints how far apart the two choices are, in logits.
     """
     import bitsandbytes.functional as bnb
 
-    noted = Path(lora_path) / "training_summary.json"
-    if not noted.exists() or not json.loads(noted.read_text())["arguments"]["load_4bit"]:
-        return model.merge_and_unload()  # trained on the base's own weights
+    if getattr(model.get_base_model(), "is_quantized", False):
+        stop("an adapter is merged into whole weights; load the base without --load_4bit and --load_8bit.")
+    folder, noted = adapter_folder(lora_path), None
+    for file in (folder / "arguments.json", folder / "training_summary.json", folder.parent / "arguments.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            content = json.loads(file.read_text())
+            noted = str(content.get("arguments", content)["load_4bit"]) == "True"
+            break
+    if noted is None and weights == "trained":
+        console.print(
+            f"nothing beside {lora_path} says what it was trained on; it is merged into the base's own weights"
+        )
+    if not noted and weights != "nf4":
+        return model.merge_and_unload()
 
     def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
         return bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
@@ -531,10 +587,10 @@ def merge_adapter(model, processor, lora_path: str, weights: str):
     on_trained = probe_logits(model, processor)
     for hook in hooks:
         hook.remove()
-    if weights == "trained":
+    if weights != "base":
         for module in linear:
             module.weight.data = round_to_nf4(module.weight.data)
-    console.print(f"merged into the {'NF4 weights it was trained on' if weights == 'trained' else 'base weights'}; the other "
+    console.print(f"merged into the {'base weights' if weights == 'base' else 'NF4-rounded weights'}; the other "
                   f"choice differs by up to {(on_base - on_trained).abs().max():.4f} in a prompt's logits")  # fmt: skip
     return model.merge_and_unload()
 

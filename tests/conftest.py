@@ -77,6 +77,7 @@ def build_original_llava(folder: Path, language: str):
     import json
 
     import torch
+    from safetensors.torch import load_file, save_file
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
     name = f"Llava{language.capitalize()}"
@@ -103,7 +104,13 @@ def build_original_llava(folder: Path, language: str):
     torch.nn.init.normal_(model.model.image_newline, std=0.1)
     model.get_vision_tower().load_model()
     model.save_pretrained(folder)
-    # as published: the base of the rotary embedding is a key of its own
+    # as published: the tower's keys have one level more, the base of the rotary embedding is a key of its own
+    weights = load_file(folder / "model.safetensors")
+    longer = {
+        key.replace("vision_tower.vision_tower.", "vision_tower.vision_tower.vision_model."): weights[key]
+        for key in weights
+    }
+    save_file(longer, folder / "model.safetensors", {"format": "pt"})
     written = json.loads((folder / "config.json").read_text())
     written["rope_theta"] = written.pop("rope_parameters")["rope_theta"]
     (folder / "config.json").write_text(json.dumps(written))

@@ -5,10 +5,12 @@ import json
 import random
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import MINIATURE, build_original_llava
+from conftest import MINIATURE, ROOT, build_original_llava
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -146,6 +148,8 @@ def test_four_bits_of_the_original_format(original):
     model, _ = load(original[0], load_4bit=True)
     assert type(model.model.language_model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     assert type(model.lm_head) is torch.nn.Linear and model.lm_head.weight.shape[0] == 32064
+    whole = [*model.model.vision_tower.modules(), *model.model.multi_modal_projector.modules()]
+    assert all(type(module) is torch.nn.Linear for module in whole if isinstance(module, torch.nn.Linear))
 
 
 # ---------------------------------------------------------------------------- cache_position
@@ -254,9 +258,10 @@ def test_an_adapter_that_cannot_be_right_is_refused(fault, tmp_path, capsys):
     folder, _ = make_adapter(tmp_path / "adapter")
     file = folder / "adapter_model.safetensors"
     weights = load_file(file)
-    words = {"foreign": "no layer of that name", "missing": "incomplete", "rank": "sizes", "other base": "sizes",
+    words = {"foreign": "no layer of that name", "missing": "incomplete", "rank": "does not fit", "other base": "does not fit",
              "zero": "changes nothing", "pickled": "convert", "empty": "no adapter_model.safetensors", "no config": "adapter_config",
-             "IA3": "IA3", "cut": "adapter"}[fault]  # fmt: skip
+             "IA3": "IA3", "cut": "adapter", "whole target": "down_proj, which", "saved module": "lm_head, which",
+             "not a number": "not finite", "more beside": "non_lora_trainables", "pissa": "pissa", "odd rank": "fit"}[fault]  # fmt: skip
     if fault == "foreign":
         rename(folder, r"self_attn\.q_proj", "attention.wq")
     elif fault == "missing":
@@ -276,12 +281,55 @@ def test_an_adapter_that_cannot_be_right_is_refused(fault, tmp_path, capsys):
         file.unlink()
     elif fault == "no config":
         (folder / "adapter_config.json").unlink()
+    elif fault == "whole target":
+        save_file({key: weight for key, weight in weights.items() if "down_proj" not in key}, file, {"format": "pt"})
+    elif fault == "saved module":
+        change_config(folder, modules_to_save=["lm_head"])
+    elif fault == "not a number":
+        save_file({key: weight * float("nan") for key, weight in weights.items()}, file, {"format": "pt"})
+    elif fault == "more beside":
+        (folder / "non_lora_trainables.bin").write_bytes(b"")
+    elif fault == "pissa":
+        change_config(folder, init_lora_weights="pissa")
+    elif fault == "odd rank":
+        change_config(folder, r="x")
     elif fault == "IA3":
         change_config(folder, peft_type="IA3", feedforward_modules=[])
     else:
         file.write_bytes(file.read_bytes()[:-1000])
     sentence = refused(capsys, MINIATURE / "model", str(folder))
     assert "--lora_path" in sentence and words in sentence
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"target_modules": r".*language_model.layers.[12].*\.(q_proj|v_proj)"}, {"target_modules": r".*vision_tower.*\.(q_proj|v_proj)"},
+     {"target_modules": ["language_model.layers.1.self_attn.q_proj", "language_model.layers.2.self_attn.v_proj"]},
+     {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*(vision_tower|layers\.0\.mlp).*"}, {"use_rslora": True},
+     {"use_dora": True}, {"layers_to_transform": [0, 2], "target_modules": ["up_proj"]}, {"target_modules": ["gate_proj", "lm_head"]},
+     {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"language_model.layers.1.self_attn.q_proj": 64}}],
+    ids=["some layers", "vision", "full names", "excluded", "rslora", "dora", "layers", "head", "patterns"],
+)  # fmt: skip
+def test_every_kind_of_lora_is_applied_as_it_was_trained(options, tmp_path):
+    folder, expected = make_adapter(tmp_path / "adapter", **options)
+    model, processor = load(MINIATURE / "model", str(folder))
+    assert torch.equal(training.probe_logits(model, processor), expected)
+    assert torch.equal(
+        training.probe_logits(model, processor, adapter=False),
+        training.probe_logits(load(MINIATURE / "model")[0], processor),
+    )
+
+
+def test_patterns_of_an_older_layout_keep_their_scale(tmp_path):
+    layer = "model.language_model.layers.1.self_attn.q_proj"
+    folder, expected = make_adapter(tmp_path / "adapter", alpha_pattern={layer: 64}, rank_pattern={layer: 2})
+    rename(folder, r"model\.language_model\.layers", "language_model.model.layers")
+    older = layer.replace("model.language_model", "language_model.model")
+    change_config(
+        folder, alpha_pattern={older: 64}, rank_pattern={older: 2}, target_modules=["q_proj", "v_proj", "down_proj"]
+    )
+    model, processor = load(MINIATURE / "model", str(folder))
+    assert torch.equal(training.probe_logits(model, processor), expected)
 
 
 @pytest.mark.parametrize("rows", [513, 577])
@@ -326,6 +374,18 @@ def test_a_qlora_adapter_is_merged_into_what_it_was_trained_on(tmp_path, capsys)
     assert apart > 0.02
     assert (merged["trained"] - expected).abs().max() < apart / 10
     assert torch.allclose(merged["base"], on_base, atol=1e-4)
+    (tmp_path / "adapter" / "training_summary.json").unlink()
+    (tmp_path / "arguments.json").write_text(
+        json.dumps({"load_4bit": "True"})
+    )  # as a run writes it above its checkpoints
+    again = training.probe_logits(load(MINIATURE / "model", str(folder), merge_lora="trained")[0], processor)
+    (tmp_path / "arguments.json").unlink()
+    assert torch.equal(again, merged["trained"])
+    capsys.readouterr()
+    unknown = training.probe_logits(load(MINIATURE / "model", str(folder), merge_lora="trained")[0], processor)
+    assert torch.allclose(unknown, on_base, atol=1e-4) and "nothing beside" in capsys.readouterr().err
+    forced = training.probe_logits(load(MINIATURE / "model", str(folder), merge_lora="nf4")[0], processor)
+    assert torch.equal(forced, merged["trained"])
     printed = [float(number) for number in re.findall(r"up to ([\d.]+)", said)]
     assert len(printed) == 2 and all(number == pytest.approx(apart.item(), rel=0.1) for number in printed)
 
@@ -334,7 +394,8 @@ def test_a_qlora_adapter_is_merged_into_what_it_was_trained_on(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("fault", ["pickled", "missing shard", "truncated", "index", "layers", "width", "missing key", "extra key",
-                                   "other model", "llava 1.5", "tokenizer", "no config", "code"])  # fmt: skip
+                                   "other model", "llava 1.5", "tokenizer", "no config", "code", "tower code", "part of a tower",
+                                   "other vocabulary", "odd value"])  # fmt: skip
 def test_a_bad_checkpoint_is_one_sentence(fault, original, tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(original[0], folder)
@@ -375,6 +436,23 @@ def test_a_bad_checkpoint_is_one_sentence(fault, original, tmp_path, capsys):
         words = "--model_path"
     elif fault == "no config":
         (folder / "config.json").unlink()
+    elif fault == "tower code":
+        shutil.copytree(config["mm_vision_tower"], tmp_path / "tower")
+        (tmp_path / "tower" / "config.json").write_text(
+            '{"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}'
+        )
+        (tmp_path / "tower" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+        config["mm_vision_tower"], words = str(tmp_path / "tower"), "cannot be read"
+    elif fault == "part of a tower":
+        weights = load_file(file)
+        save_file(
+            {key: weight for key, weight in weights.items() if "post_layernorm.bias" not in key}, file, {"format": "pt"}
+        )
+        words = "post_layernorm.bias is missing"
+    elif fault == "other vocabulary":
+        config["vocab_size"], words = 64000, "vocab_size 64000"
+    elif fault == "odd value":
+        config["hidden_act"], words = "zz", "zz"
     else:
         config["model_type"], config["auto_map"] = "evil", {"AutoConfig": "evil.Config"}
         (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
@@ -385,12 +463,49 @@ def test_a_bad_checkpoint_is_one_sentence(fault, original, tmp_path, capsys):
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_command_for_pickled_weights_works(original, tmp_path, capsys):
-    import subprocess
-    import sys
+def test_a_processor_with_code_is_refused_whatever_is_typed(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(MINIATURE / "model", folder)
+    (folder / "processor_config.json").write_text(
+        '{"processor_class": "Evil", "auto_map": {"AutoProcessor": "evil.Evil"}}'
+    )
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    code = f"import llava_orpo_training as t; t.load_llava({str(folder)!r}, device='cpu')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, input="y\ny\n", capture_output=True, text=True)
+    assert done.returncode != 0 and not (tmp_path / "ran").exists() and "Traceback" not in done.stderr
 
+
+def test_the_tower_of_all_published_checkpoints_is_spelled_out_right(original):
+    from transformers import LlavaNextConfig
+
+    written = json.loads((original[0] / "config.json").read_text()) | {
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336"
+    }
+    config = training.read_original(str(original[0]), written)[0]
+    published = LlavaNextConfig().vision_config
+    for name in (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "image_size",
+        "patch_size",
+        "hidden_act",
+    ):
+        assert getattr(config.vision_config, name) == getattr(published, name)
+
+
+def test_a_prompt_template_that_is_not_known_is_refused(tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(MINIATURE / "model", folder)
+    (folder / "chat_template.jinja").write_text("<|im_start|>user\n{{ messages[0]['content'] }}<|im_end|>")
+    assert "prompt template" in refused(capsys, folder)
+
+
+def test_the_command_for_pickled_weights_works(original, tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(original[0], folder)
+    torch.save({"not": "weights", "but": object}, folder / "training_args.bin")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     command = re.search(r'python -c "(.*)" in that folder', refused(capsys, folder))[1]
