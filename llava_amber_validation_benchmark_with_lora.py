@@ -64,7 +64,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=int,
     )
     add(model, "--max_new_tokens", "tokens an answer may have; answers cut off are counted", type=int, default=1024)
-    add(model, "--test_mode", "use the embedded miniature where model and benchmark are not given", action="store_true")
+    add(
+        model,
+        "--test_mode",
+        "use the embedded miniature where model and benchmark are not given (without NLTK's data: --nouns vocabulary)",
+        action="store_true",
+    )
 
     data = parser.add_argument_group("benchmark")
     add(data, "--query_file", "AMBER's queries, for example data/query/query_all.json", type=Path)
@@ -135,6 +140,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--image_dir {args.image_dir} is no folder; name the one with AMBER's pictures")
     if args.output_file.is_dir():
         parser.error(f"--output_file {args.output_file} is a folder; name a file in it")
+    if args.skip_inference and not args.output_file.is_file():
+        parser.error(
+            f"--output_file {args.output_file} is no file; with --skip_inference it names the answers to score"
+        )
     args.batch_size = args.batch_size or (64 if args.backend == "vllm" else 8)
     return args
 
@@ -332,6 +341,8 @@ def read_checkpoint(model_path: str) -> tuple:
 
     if Path(model_path).is_dir():
         check_weights(Path(model_path))
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model_path):
+        stop(f"--model_path {model_path} is no folder, and no hub id, which is owner/name.")
     try:
         found = PreTrainedConfig.get_config_dict(model_path)[0]
         kind = found.get("model_type")
@@ -573,6 +584,8 @@ def adapter_folder(lora_path: str) -> Path:
     """Where an adapter's files lie; from the hub, they are fetched first."""
     if Path(lora_path).is_dir():
         return Path(lora_path)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", lora_path):
+        stop(f"--lora_path {lora_path} is no folder, and no hub id, which is owner/name.")
     from huggingface_hub import snapshot_download
 
     try:
@@ -618,11 +631,13 @@ def merge_adapter(model, processor, lora_path: str, weights: str):
             content = json.loads(file.read_text())
             noted = str(content.get("arguments", content)["load_4bit"]) == "True"
             break
-    if noted is None and weights == "trained":
-        console.print(
-            f"nothing beside {lora_path} says what it was trained on; it is merged into the base's own weights"
-        )
     if not noted and weights != "nf4":
+        why = (
+            "on which it was trained"
+            if noted is False
+            else f"as nothing beside {lora_path} says what it was trained on"
+        )
+        console.print(f"merged into the base's own weights, {why}")
         return model.merge_and_unload()
 
     def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
@@ -777,7 +792,7 @@ def start_vllm(model_path: str, processor, max_new_tokens: int) -> Callable:
         from vllm import LLM, SamplingParams
     except ImportError as error:
         stop(
-            f"--backend vllm cannot be loaded ({error}); install it into an environment of its own: pip install vllm==0.32.0"
+            f"--backend vllm cannot be loaded ({error}); install it into an environment of its own: pip install vllm==0.32.0 peft accelerate rich matplotlib jinja2"
         )
     engine = LLM(model=model_path, enable_prefix_caching=True, limit_mm_per_prompt={"image": 1})
     greedy = SamplingParams(temperature=0, max_tokens=max_new_tokens)
@@ -1484,7 +1499,9 @@ def evaluate(args, notes: dict, queries: list[dict], prepared: tuple, failures: 
         return {"file": files[side][0].name} | summary | {"intervals": intervals}, by_image
 
     known = common <= image_of.keys()
+    asked = Counter("generative" if note["type"] == "generative" else "discriminative" for note in notes.values())
     scores = figures("this", set(notes))[0] | {
+        "asked": {"generative": asked["generative"], "discriminative": asked["discriminative"]},
         "spacy_model": spacy_model,
         "nouns": args.nouns,
         "resampled_by": "picture" if known else "question, as --query_file does not name the pictures",
@@ -1494,6 +1511,7 @@ def evaluate(args, notes: dict, queries: list[dict], prepared: tuple, failures: 
         (this, by_image), (base, base_by_image) = figures("this", common), figures("base", common)
         difference = estimate(by_image, base_by_image, list(this["intervals"]))
         scores["comparison"] = {
+            "left_out": len({row["id"] for rows in answers.values() for row in rows} - common),
             "labels": [labels["base"], labels["this"]],
             "base": base,
             "this": this,
@@ -1523,7 +1541,7 @@ def print_scores(scores: dict) -> None:
     )
     official = "official scoring"
     if scores["nouns"] != "nltk":
-        official = "found without a tagger: not the official scores"
+        official = "nouns looked up without a tagger, so not the official scores"
     elif not scores["spacy_model"].startswith("en_core_web_lg"):
         official = "official rules with another spaCy model than en_core_web_lg"
     table = Table("", *columns, "normalised", title=f"AMBER: {official}", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -1549,11 +1567,13 @@ def print_scores(scores: dict) -> None:
         before = base["amber_score"] if comparison else None
         add_figure("[bold]AMBER score ↑", this["amber_score"], before, estimates["amber"]["score"], None, 2)
     console.print(table)
-    counts = " and ".join(f"{count:,} {name}" for name, count in this["answers"].items() if count)
+    counts = ", ".join(f"{count:,} of {scores['asked'][name]:,} {name}" for name, count in this["answers"].items())
     lengths = " and ".join(str(words) for words in this["mean_words"].values())
     console.print(
-        f"{counts} answers of {lengths} words on average; nouns: {scores['nouns']}, alike by {scores['spacy_model']}"
+        f"answers: {counts}, of {lengths} words on average; nouns: {scores['nouns']}, alike by {scores['spacy_model']}"
     )
+    if comparison and comparison["left_out"]:
+        console.print(f"compared are the answers that both files have; {comparison['left_out']:,} are in one file only")
     if scores["resampled_by"] != "picture":
         console.print(f"intervals are by {scores['resampled_by']}: they are too narrow")
     empty = [section for section in this["strict"] if section not in estimates]
@@ -1561,8 +1581,6 @@ def print_scores(scores: dict) -> None:
         console.print(f"no answers, so no figures: {', '.join(empty)}")
     if this["neither_yes_nor_no"]:
         console.print(f"{this['neither_yes_nor_no']} % of the discriminative answers begin with neither yes nor no")
-    if comparison and this["answers"] != scores["answers"]:
-        console.print("compared are the answers that both files have; all answers' figures are in scores.json")
 
 
 def draw_scores(scores: dict, path: Path) -> None:
@@ -1606,7 +1624,8 @@ GALLERY = jinja2.Template(
 section{display:grid;grid-template-columns:15rem 1fr;gap:1.5rem;border-top:1px solid #ddd;padding:1.5rem 0}
 img{width:100%;border-radius:6px}mark{background:#f8c9c4;padding:0 .15em;border-radius:3px}h2{font-size:.9rem;color:#555;
 margin:0 0 .2rem}p{margin:0 0 1rem}@media(max-width:45rem){section{grid-template-columns:1fr}}</style>
-<h1>{{ heading }}</h1><p>Marked: words for things that are not in the picture, by AMBER's annotation.</p>
+<h1>{{ heading }}</h1><p>Marked: words for things that are not in the picture, by
+AMBER's annotation. Colours, numbers and repetitions are not judged.</p>
 {% for picture in pictures %}<section><img src="{{ picture.address }}" alt="{{ picture.image }}"><div>
 {% for label, pieces, count in picture.captions %}<h2>{{ label }}: {{ count }} hallucinated</h2><p>
 {% for piece in pieces %}{% if loop.index0 is odd %}<mark>{{ piece }}</mark>{% else %}{{ piece }}{% endif %}{% endfor %}</p>

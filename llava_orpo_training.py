@@ -284,6 +284,8 @@ def read_checkpoint(model_path: str) -> tuple:
 
     if Path(model_path).is_dir():
         check_weights(Path(model_path))
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model_path):
+        stop(f"--model_path {model_path} is no folder, and no hub id, which is owner/name.")
     try:
         found = PreTrainedConfig.get_config_dict(model_path)[0]
         kind = found.get("model_type")
@@ -520,6 +522,8 @@ def adapter_folder(lora_path: str) -> Path:
     """Where an adapter's files lie; from the hub, they are fetched first."""
     if Path(lora_path).is_dir():
         return Path(lora_path)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", lora_path):
+        stop(f"--lora_path {lora_path} is no folder, and no hub id, which is owner/name.")
     from huggingface_hub import snapshot_download
 
     try:
@@ -563,11 +567,13 @@ def merge_adapter(model, processor, lora_path: str, weights: str):
             content = json.loads(file.read_text())
             noted = str(content.get("arguments", content)["load_4bit"]) == "True"
             break
-    if noted is None and weights == "trained":
-        console.print(
-            f"nothing beside {lora_path} says what it was trained on; it is merged into the base's own weights"
-        )
     if not noted and weights != "nf4":
+        why = (
+            "on which it was trained"
+            if noted is False
+            else f"as nothing beside {lora_path} says what it was trained on"
+        )
+        console.print(f"merged into the base's own weights, {why}")
         return model.merge_and_unload()
 
     def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:

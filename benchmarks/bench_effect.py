@@ -123,8 +123,7 @@ def main(argv=None):
         spread[key] = {"base": base[key], "runs": values, "mean": statistics.mean(values), "sd": sd}
         shown = [f"{value:.1f}" for value in (base[key], *values)]
         table.add_row(title, *shown, f"{spread[key]['mean']:.1f} ± {sd:.1f}")
-    if len(runs) > 1:
-        Console(width=None if sys.stdout.isatty() else 120).print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
     last = args.output_dir / f"seed{args.seeds[-1]}"
     figure = args.figure or args.output_dir / "effect.png"
     draw_effect(spread, figure)

@@ -434,6 +434,7 @@ def test_layout_and_extras(tmp_path):
     assert scores["mean_words"] == {"generative": 5.0, "discriminative": 1.0}
     chair, f1 = scores["strict"]["generative"]["chair"], scores["strict"]["discriminative"]["f1"]
     assert scores["amber_score"] == round((100 - chair + f1) / 2, 2)
+    assert scores["asked"] == scores["answers"] == {"generative": 240, "discriminative": 2281}
     interval = scores["intervals"]["amber"]["score"]
     assert interval["low"] < scores["amber_score"] < interval["high"]
     assert scores["nouns"] == "vocabulary" and scores["spacy_model"] == "en_glove_100d_50k"
@@ -494,7 +495,7 @@ def test_comparison_with_a_file_that_has_fewer_answers(tmp_path):
     assert scores["answers"]["discriminative"] == 2281
     comparison = scores["comparison"]
     assert comparison["base"]["answers"] == comparison["this"]["answers"] == {"generative": 240, "discriminative": 1760}
-    assert comparison["labels"] == ["earlier", "results"]
+    assert comparison["labels"] == ["earlier", "results"] and comparison["left_out"] == 521
     for section, figure, sign in (("generative", "chair", -1), ("discriminative", "accuracy", 1)):
         found = comparison["difference"][section][figure]
         sides = [comparison[side]["strict"][section][figure] for side in ("base", "this")]
