@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SCRIPTS := llava_*.py miniature benchmarks tests
 
-demo: .venv/eval.done ## align the miniature model with ORPO and show on AMBER what it changed (about two minutes, no GPU)
+demo: .venv/eval.done ## align the miniature model with ORPO and show on AMBER what it changed (two to five minutes, no GPU)
 	$(BIN)/python benchmarks/bench_effect.py --seeds 0 --output_dir outputs/demo
 
 test: .venv/test.done ## everything that continuous integration runs
