@@ -64,6 +64,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=int,
     )
     add(model, "--max_new_tokens", "tokens an answer may have; answers cut off are counted", type=int, default=1024)
+    add(model, "--verify", "candidates drawn for an answer that names objects; the one that a check confirms best is kept: "
+        "--clip_model's, or the model's own yes/no answers", type=int, default=1)  # fmt: skip
+    add(model, "--clip_model", "CLIP checkpoint that --verify checks with: hub id or folder")
     add(
         model,
         "--test_mode",
@@ -99,7 +102,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(scoring, "--nouns", "nltk: AMBER's way; vocabulary: look its words up, needs no data, is not official",
         default="nltk", choices=["nltk", "vocabulary"])  # fmt: skip
     args = parser.parse_args(argv)
-    for name in ("batch_size", "max_new_tokens", "limit"):
+    for name in ("batch_size", "max_new_tokens", "limit", "verify"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name} is {getattr(args, name)}; it must be above 0")
     if args.test_mode:
@@ -132,6 +135,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--merge_lora needs --lora_path, and excludes --compare_base, --load_4bit and --load_8bit")
     if args.backend == "vllm" and args.lora_path:
         parser.error("--backend vllm takes no --lora_path; merge the adapter first and give the merged --model_path")
+    if args.clip_model and args.verify == 1:
+        parser.error("--clip_model is what --verify checks with; give --verify 4 too")
+    if args.backend == "vllm" and args.verify > 1:
+        parser.error("--verify is for --backend transformers")
     if args.backend == "vllm" and (args.load_4bit or args.load_8bit):
         parser.error("--backend vllm takes a quantized checkpoint as it is; leave --load_4bit and --load_8bit out")
     if args.backend == "vllm" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -159,8 +166,10 @@ import inspect
 import io
 import json
 import logging
+import random
 import re
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
@@ -206,10 +215,16 @@ def stop(message: str, code: int = 2) -> NoReturn:
 
 # Copied from llava_orpo_training.load_image
 def load_image(source: str | Path | bytes) -> Image.Image:
-    """Open a picture from a path or from a file's bytes: upright (EXIF), RGB. Raises OSError if it is none."""
+    """Open a picture from a path or from a file's bytes: upright (EXIF), RGB, what is transparent on white; of several
+    frames the first. Raises OSError if it is none."""
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        return ImageOps.exif_transpose(image).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
+        if image.mode.startswith("I"):  # 16 bits a pixel, of which convert() would clip all above 255
+            return Image.fromarray((np.asarray(image) / 257).astype("uint8")).convert("RGB")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
     except Exception as error:  # a broken file makes Pillow's parsers raise almost anything
         raise OSError(str(error)) from error
 
@@ -565,6 +580,8 @@ def load_adapter(model, processor, model_path: str, lora_path: str):
     config.alpha_pattern = {re.escape(module): alpha for module, alpha in alphas.items() if alpha != config.lora_alpha}
     config.modules_to_save, config.inference_mode, config.init_lora_weights = sorted(whole) or None, True, True
     try:
+        named = config.base_model_name_or_path
+        config.base_model_name_or_path = None  # compared below; PEFT would warn of any other path
         adapted = get_peft_model(model, config)
         report = set_peft_model_state_dict(adapted, weights)
     except Exception as error:  # sizes of another base or another rank, values that are no numbers
@@ -572,8 +589,8 @@ def load_adapter(model, processor, model_path: str, lora_path: str):
     lost = [key for key in report.missing_keys if "lora_" in key or "modules_to_save" in key] + report.unexpected_keys
     if lost:
         refuse(f"{lost[0]} did not find its place")
-    if config.base_model_name_or_path and Path(str(config.base_model_name_or_path)).name != Path(model_path).name:
-        console.print(f"the adapter names {config.base_model_name_or_path} as its base, it is used on {model_path}")
+    if named and Path(str(named)).name != Path(model_path).name:
+        console.print(f"the adapter names {named} as its base, it is used on {model_path}")
     if not (probe_logits(adapted, processor) - probe_logits(adapted, processor, adapter=False)).abs().max() > 0:
         refuse("it changes nothing: the logits of a prompt are the same with it and without it")
     return adapted.eval()
@@ -696,16 +713,43 @@ def read_jsonl(path: Path) -> list[dict]:
 # ---------------------------------------------------------------------------- answers
 
 
+def pick_tokens(logits: torch.Tensor, temperatures: list[float], top_ps: list[float], dice: list) -> list[int]:
+    """The next token of each row of `logits` (rows, vocabulary): the likeliest where the temperature is 0, else one drawn
+    from the smallest set of tokens whose probabilities sum to top-p (nucleus sampling, Holtzman et al. 2020, section 3.1).
+
+    Each row has its own `random.Random`, so what is drawn for it does not depend on the other rows.
+    """
+    tokens = logits.argmax(-1).tolist()
+    hot = [row for row, temperature in enumerate(temperatures) if temperature > 0]
+    if hot:
+        heat, top_p, throw = (
+            torch.tensor([[value] for value in values], device=logits.device)
+            for values in (
+                [temperatures[row] for row in hot],
+                [top_ps[row] for row in hot],
+                [dice[row].random() for row in hot],
+            )
+        )
+        chances, order = (logits[hot].float() / heat).softmax(-1).sort(descending=True)
+        reach = chances.cumsum(-1)
+        nucleus = torch.where(reach - chances < top_p, chances, 0).sum(-1, keepdim=True)
+        place = torch.searchsorted(reach, throw * nucleus).clamp(max=reach.shape[-1] - 1)
+        for row, token in zip(hot, order.gather(-1, place)[:, 0].tolist(), strict=True):
+            tokens[row] = token
+    return tokens
+
+
 @torch.inference_mode()
 def answer_questions(
-    model, processor, images: list, pixels, questions: list[list[str]], max_new_tokens: int
+    model, processor, images: list, pixels, questions: list[list[str]], max_new_tokens: int, temperature: float = 0
 ) -> Iterator:
-    """Answer every question about every picture greedily; yields (picture, question, answer, complete) as each one ends.
+    """Answer every question about every picture; yields (picture, question, answer, complete) as each one ends.
 
     A picture and its questions are one row, `picture | question 1 | question 2 | …`: all questions see the picture, none
     sees another, and each one's positions follow the picture's. So a picture goes through the model once, whatever is
     asked about it; generation adds a token to every unfinished question of every row at a time. `pixels` is the image
-    processor's output for the `images`.
+    processor's output for the `images`. Temperature 0 is greedy; above it, an answer depends on its picture, its question
+    and its place among the picture's questions alone.
     """
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     ends = core.generation_config.eos_token_id
@@ -714,13 +758,15 @@ def answer_questions(
     for row, (image, asked) in enumerate(zip(images, questions, strict=True)):
         prompts = [build_prompt(processor, question, image.size) for question in asked]
         shared = len(prompts[0]) - prompts[0][::-1].index(processor.image_token_id)
+        seed = zlib.crc32(image.tobytes())
         ids, owners, positions = list(prompts[0][:shared]), [0] * shared, list(range(shared))
         for number, prompt in enumerate(prompts):
             ids += prompt[shared:]
             owners += [number + 1] * (len(prompt) - shared)
             positions += range(shared, len(prompt))
             branches.append({"row": row, "picture": row, "question": number, "position": len(prompt),
-                             "column": len(ids) - 1, "tokens": []})  # fmt: skip
+                             "column": len(ids) - 1, "tokens": [],
+                             "dice": random.Random(f"{seed} {number} {asked[number]}")})  # fmt: skip
         rows.append((ids, owners, positions))
     longest = max(len(row[0]) for row in rows)
     for branch in branches:
@@ -743,7 +789,9 @@ def answer_questions(
     cache = output.past_key_values
     while True:
         places = torch.tensor([[branch["row"], branch["column"]] for branch in branches], device=core.device)
-        tokens = core.lm_head(output.last_hidden_state[places[:, 0], places[:, 1]]).argmax(-1).tolist()
+        logits = core.lm_head(output.last_hidden_state[places[:, 0], places[:, 1]])
+        count = len(branches)
+        tokens = pick_tokens(logits, [temperature] * count, [1.0] * count, [branch["dice"] for branch in branches])
         unfinished = []
         for branch, token in zip(branches, tokens, strict=True):
             branch["tokens"].append(token)
@@ -780,6 +828,95 @@ def answer_questions(
             past_key_values=cache,
             use_cache=True,
         )
+
+
+class Clip:
+    """A CLIP checkpoint in safetensors, which says how well texts fit a picture."""
+
+    def __init__(self, model_path: str, device):
+        from transformers import AutoProcessor, CLIPModel
+
+        try:
+            self.processor = AutoProcessor.from_pretrained(model_path, backend="pil", trust_remote_code=False)
+            self.model = CLIPModel.from_pretrained(model_path, use_safetensors=True).to(device).eval()
+        except Exception as error:  # configurations can be wrong in more ways than libraries foresee
+            stop(f"--clip_model {model_path} cannot be loaded ({type(error).__name__}: {(str(error) or '?').splitlines()[0]}); "
+                 "give a hub id or a folder with a CLIP checkpoint, such as openai/clip-vit-large-patch14-336.")  # fmt: skip
+
+    @torch.inference_mode()
+    def compare(self, image: Image.Image, texts: list[str]) -> list[float]:
+        """Cosine similarity of the picture and each text; of a text beyond CLIP's 77 tokens, the head is read."""
+        inputs = self.processor(images=image, text=texts, return_tensors="pt", padding=True, truncation=True)
+        output = self.model(**inputs.to(self.model.device))
+        return (output.text_embeds @ output.image_embeds[0]).tolist()  # both have length 1
+
+
+def find_doubtful(
+    model, processor, images: list, pixels, words: list[list[str]], clip: Clip | None = None
+) -> list[set]:
+    """Those of each picture's `words` that a check does not confirm to be in it.
+
+    With CLIP, a word is confirmed if "a photo of a …" fits the picture better than "a photo"; else if the model answers
+    "Is there a … in this image?" with Yes.
+    """
+    named = [[f"{'an' if word[0] in 'aeiou' else 'a'} {word}" for word in part] for part in words]
+    doubtful = [set() for _ in words]
+    if clip:
+        for picture, (image, part) in enumerate(zip(images, words, strict=True)):
+            plain, *fits = clip.compare(image, ["a photo", *[f"a photo of {name}" for name in named[picture]]])
+            doubtful[picture] = {word for word, fit in zip(part, fits, strict=True) if fit <= plain}
+    elif any(words):
+        questions = [[f"Is there {name} in this image?" for name in part] for part in named]
+        for picture, number, text, _ in answer_questions(model, processor, images, pixels, questions, 2):
+            if not text.lower().startswith("yes"):
+                doubtful[picture].add(words[picture][number])
+    return doubtful
+
+
+def choose_candidate(objects: list[list[str]], doubtful: set, fits: list[float] | None = None) -> int:
+    """The candidate that its check confirms best: the one that CLIP finds to fit the picture best, or by the objects that
+    each one names, the one with the fewest doubtful ones, then with the most confirmed ones; the first of equals."""
+    if fits:
+        return max(range(len(fits)), key=fits.__getitem__)
+    wrong = [len(set(named) & doubtful) for named in objects]
+    right = [len(set(named) - doubtful) for named in objects]
+    return min(range(len(objects)), key=lambda number: (wrong[number], -right[number]))
+
+
+VERIFY_TEMPERATURE = 0.7  # at which --verify draws candidates beside the greedy answer
+
+
+def verify_answers(
+    model, processor, images: list, pixels, questions: list[list[str]], max_new_tokens: int, *,
+    candidates: int, find: Callable, clip: Clip | None,
+) -> Iterator:  # fmt: skip
+    """Answer as answer_questions does; in place of a greedy answer that names objects, the best of `candidates` is given:
+    itself and others drawn at VERIFY_TEMPERATURE, checked by CLIP or by the model's own yes/no answers."""
+    drawn: dict = {}
+    open_ended = [[] for _ in images]  # the questions of each picture that are checked; "Yes" names no object
+    for picture, number, text, complete in answer_questions(
+        model, processor, images, pixels, questions, max_new_tokens
+    ):
+        if find(text):
+            open_ended[picture].append(number)
+            drawn[picture, number] = [(text, complete)]
+        else:
+            yield picture, number, text, complete
+    if not drawn:
+        return
+    asked = [[questions[picture][number] for number in part for _ in range(candidates - 1)]
+             for picture, part in enumerate(open_ended)]  # fmt: skip
+    for picture, place, text, complete in answer_questions(
+        model, processor, images, pixels, asked, max_new_tokens, VERIFY_TEMPERATURE
+    ):
+        drawn[picture, open_ended[picture][place // (candidates - 1)]].append((text, complete))
+    objects = {key: [[word for _, word in find(text)] for text, _ in texts] for key, texts in drawn.items()}
+    words = [sorted({word for number in part for named in objects[picture, number] for word in named})
+             for picture, part in enumerate(open_ended)]  # fmt: skip
+    doubtful = [set()] * len(images) if clip else find_doubtful(model, processor, images, pixels, words)
+    for (picture, number), texts in drawn.items():
+        fits = clip.compare(images[picture], [text for text, _ in texts]) if clip else None
+        yield picture, number, *texts[choose_candidate(objects[picture, number], doubtful[picture], fits)]
 
 
 def start_vllm(model_path: str, processor, max_new_tokens: int) -> Callable:
@@ -938,7 +1075,16 @@ def make_answerer(args, processor) -> tuple:
     model, processor = load_llava(
         args.model_path, args.lora_path, device, args.load_4bit, args.load_8bit, args.merge_lora
     )
-    return partial(answer_questions, model, processor, max_new_tokens=args.max_new_tokens), model
+    if args.verify == 1:
+        return partial(answer_questions, model, processor, max_new_tokens=args.max_new_tokens), model
+    vocabulary = None
+    if args.nouns == "vocabulary":
+        relation = read_words(args, {})[0]
+        vocabulary = set(relation).union(*relation.values())
+    find = find_nouns(args.nouns, vocabulary)
+    clip = Clip(args.clip_model, model.device) if args.clip_model else None
+    return partial(verify_answers, model, processor, max_new_tokens=args.max_new_tokens, candidates=args.verify,
+                   find=find, clip=clip), model  # fmt: skip
 
 
 def answer_benchmark(args, every_query: list[dict], queries: list[dict]) -> list[dict]:
@@ -962,6 +1108,9 @@ def answer_benchmark(args, every_query: list[dict], queries: list[dict]) -> list
         "precision": "4 bit" if args.load_4bit else "8 bit" if args.load_8bit else "whole",
         "merged": args.merge_lora,
         "backend": f"{args.backend} on {args.device}",
+        "verify": args.verify,
+        "clip": digest_checkpoint(args.clip_model) if args.clip_model else None,
+        "nouns": args.nouns if args.verify > 1 else None,
     }
     adapter = digest_checkpoint(args.lora_path) if args.lora_path else None
     passes = [(args.output_file, settings | {"adapter": adapter})]
@@ -1149,10 +1298,18 @@ def section_of(kind: str) -> str:
     }.get(kind, "relation")
 
 
-def find_nouns(kind: str, vocabulary: set[str]) -> Callable[[str], list[tuple[str, str]]]:
-    """A function from a text to its nouns in AMBER's vocabulary, in order: (as written, as in the vocabulary).
+# WordNet's files of things that a picture can show, and words in them that are about pictures
+THINGS = {f"noun.{name}" for name in ("animal", "artifact", "body", "food", "object", "person", "plant", "substance")}
+NO_OBJECTS = set(
+    "image picture photo photograph scene view background foreground side top bottom line shape object".split()
+)
 
-    `nltk` is AMBER's way: tokens tagged NN*, their WordNet lemma. `vocabulary` looks words and regular plurals up.
+
+def find_nouns(kind: str, vocabulary: set[str] | None) -> Callable[[str], list[tuple[str, str]]]:
+    """A function from a text to its nouns in the vocabulary, in order: (as written, as in the vocabulary).
+
+    `nltk` is AMBER's way: tokens tagged NN*, their WordNet lemma; without a vocabulary, those that WordNet files as things
+    to be seen. `vocabulary` looks words and regular plurals up.
     """
     if kind == "vocabulary":
         plurals = {"child": "children", "mouse": "mice", "goose": "geese"}
@@ -1177,7 +1334,13 @@ def find_nouns(kind: str, vocabulary: set[str]) -> Callable[[str], list[tuple[st
         def tag_nouns(text: str) -> list[tuple[str, str]]:
             tagged = nltk.pos_tag(nltk.word_tokenize(text))
             nouns = [(word, lemmatizer.lemmatize(word)) for word, tag in tagged if tag.startswith("NN")]
-            return [(word, lemma) for word, lemma in nouns if lemma in vocabulary]
+            if vocabulary is not None:
+                return [(word, lemma) for word, lemma in nouns if lemma in vocabulary]
+            return [(word, lemma) for word, lemma in nouns if is_thing(lemma)]
+
+        def is_thing(lemma: str) -> bool:
+            senses = nltk.corpus.wordnet.synsets(lemma, "n")[:2]
+            return lemma not in NO_OBJECTS and any(sense.lexname() in THINGS for sense in senses)
 
         tag_nouns("Two dogs.")
         return tag_nouns

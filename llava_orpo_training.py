@@ -153,10 +153,16 @@ def stop(message: str, code: int = 2) -> NoReturn:
 
 
 def load_image(source: str | Path | bytes) -> Image.Image:
-    """Open a picture from a path or from a file's bytes: upright (EXIF), RGB. Raises OSError if it is none."""
+    """Open a picture from a path or from a file's bytes: upright (EXIF), RGB, what is transparent on white; of several
+    frames the first. Raises OSError if it is none."""
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        return ImageOps.exif_transpose(image).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
+        if image.mode.startswith("I"):  # 16 bits a pixel, of which convert() would clip all above 255
+            return Image.fromarray((np.asarray(image) / 257).astype("uint8")).convert("RGB")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
     except Exception as error:  # a broken file makes Pillow's parsers raise almost anything
         raise OSError(str(error)) from error
 
@@ -504,6 +510,8 @@ def load_adapter(model, processor, model_path: str, lora_path: str):
     config.alpha_pattern = {re.escape(module): alpha for module, alpha in alphas.items() if alpha != config.lora_alpha}
     config.modules_to_save, config.inference_mode, config.init_lora_weights = sorted(whole) or None, True, True
     try:
+        named = config.base_model_name_or_path
+        config.base_model_name_or_path = None  # compared below; PEFT would warn of any other path
         adapted = get_peft_model(model, config)
         report = set_peft_model_state_dict(adapted, weights)
     except Exception as error:  # sizes of another base or another rank, values that are no numbers
@@ -511,8 +519,8 @@ def load_adapter(model, processor, model_path: str, lora_path: str):
     lost = [key for key in report.missing_keys if "lora_" in key or "modules_to_save" in key] + report.unexpected_keys
     if lost:
         refuse(f"{lost[0]} did not find its place")
-    if config.base_model_name_or_path and Path(str(config.base_model_name_or_path)).name != Path(model_path).name:
-        console.print(f"the adapter names {config.base_model_name_or_path} as its base, it is used on {model_path}")
+    if named and Path(str(named)).name != Path(model_path).name:
+        console.print(f"the adapter names {named} as its base, it is used on {model_path}")
     if not (probe_logits(adapted, processor) - probe_logits(adapted, processor, adapter=False)).abs().max() > 0:
         refuse("it changes nothing: the logits of a prompt are the same with it and without it")
     return adapted.eval()
