@@ -154,6 +154,7 @@ console = Console(stderr=True, quiet=not MAIN_PROCESS)
 MAX_FILE = 20  # megabytes of a picture's file
 MAX_PIXELS = 50_000_000  # of a picture; the model sees at most 1,008 x 336 or 672 x 672 of them
 MAX_QUESTION = 4_000  # characters
+PROMPT_TOKENS = 12_000  # of prompts that are read at once, while the answers of others wait
 
 
 # ---------------------------------------------------------------------------- blocks copied from earlier scripts
@@ -941,11 +942,16 @@ class Engine:
         self.waiting = deque()
         self.checks, self.comparisons = [], []
         self.wake = threading.Condition()
-        self.closed = False
+        self.closed, self.adapter_on = False, True
         self.thread = threading.Thread(target=self.run, daemon=True, name="engine")
         self.thread.start()
 
     # ---- called from other threads
+
+    @property
+    def active(self) -> int:
+        """How many answers are growing."""
+        return sum(len(batch.rows) for batch in self.batches.values())
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises ValueError if it can never have a place."""
@@ -1006,6 +1012,7 @@ class Engine:
 
     # ---- the engine's own thread
 
+    @torch.inference_mode()
     def run(self) -> None:
         while True:
             with self.wake:
@@ -1020,11 +1027,12 @@ class Engine:
                 mine = [request for request in newcomers if request.adapter is adapter]
                 try:
                     self.leave(batch)
-                    with torch.inference_mode(), nullcontext() if adapter else self.without_adapter():
-                        if batch.rows:
-                            self.step(batch)
-                        if mine:
-                            self.join(batch, mine)
+                    if batch.rows or mine:
+                        self.switch(adapter)
+                    if batch.rows:
+                        self.step(batch)
+                    if mine:
+                        self.join(batch, mine)
                 except Exception as error:  # such as a full GPU: these answers are lost, the server is not
                     console.print(f"a batch of {len(batch.rows)} answers failed: {type(error).__name__}: {error}")
                     for request in {*batch.rows, *mine}:
@@ -1045,11 +1053,11 @@ class Engine:
                 continue
             pictures, words, _, futures = zip(*mine, strict=True)
             try:
-                with nullcontext() if adapter else self.without_adapter():
-                    images = [picture.image for picture in pictures]
-                    doubtful = find_doubtful(
-                        self.model, self.processor, images, self.stack(pictures), list(words), self.clip
-                    )
+                self.switch(adapter)
+                images = [picture.image for picture in pictures]
+                doubtful = find_doubtful(
+                    self.model, self.processor, images, self.stack(pictures), list(words), self.clip
+                )
                 for future, found in zip(futures, doubtful, strict=True):
                     future.set_result(found)
             except Exception as error:
@@ -1075,19 +1083,25 @@ class Engine:
             "image_sizes": torch.cat([part["image_sizes"] for part in pixels]).to(self.core.device),
         }
 
-    def without_adapter(self):
-        return self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
+    def switch(self, adapter: bool) -> None:
+        """Turn the adapter on or off, if there is one. PEFT's own disable_adapter takes longer than a small model's step."""
+        if adapter is not self.adapter_on and self.model is not self.core:
+            layers = self.model.base_model
+            layers.enable_adapter_layers() if adapter else layers.disable_adapter_layers()
+            self.adapter_on = adapter
 
     def admit(self) -> list[Request]:
-        """Those who waited longest and for whom there is room; at most eight, for others want their next token."""
+        """Those who waited longest and for whom there is room; no more than is read quickly, as others want their tokens."""
         rows = [*self.batches[True].rows, *self.batches[False].rows]
         newcomers = []
-        while self.waiting and len(newcomers) < 8 and len(rows) < self.max_num_seqs:
+        while self.waiting and len(rows) < self.max_num_seqs:
             if self.waiting[0].done:  # stopped while it waited
                 self.finish(self.waiting.popleft())
                 continue
             rows.append(self.waiting[0])
-            if len(rows) * max(len(row.ids) + row.max_new_tokens for row in rows) > self.room and len(rows) > 1:
+            longest = max(len(row.ids) + row.max_new_tokens for row in rows)
+            prompts = sum(len(row.ids) for row in newcomers) + len(rows[-1].ids)
+            if (len(rows) > 1 and len(rows) * longest > self.room) or (newcomers and prompts > PROMPT_TOKENS):
                 break
             newcomers.append(self.waiting.popleft())
             newcomers[-1].state = "running"
@@ -1344,16 +1358,17 @@ class Host:
         self.clip = Clip(args.clip_model, model.device) if args.clip_model else None
         self.candidates = args.verify
         self.find = choose_nouns()
-        self.base = Path(args.model_path).name
-        self.adapter = Path(args.lora_path).name if args.lora_path else None
+        self.base = "/".join(Path(args.model_path).parts[-2:])
+        self.adapter = "/".join(Path(args.lora_path).parts[-2:]) if args.lora_path else None
         self.engine = Engine(model, self.processor, args.max_num_seqs, self.clip)
 
     async def answer(
-        self, picture: Picture, prompts: dict[bool, list[int]], session: str, **sampling
+        self, picture: Picture, prompts: dict[bool, list[int]], session: str, mark: bool, **sampling
     ) -> AsyncIterator[dict]:
         """Answer once with each of `prompts` (adapter on or off -> prompt ids), as they grow: {adapter: Answer}.
 
         Whoever stops reading stops the generation. With candidates to choose from, the first is shown while they grow.
+        `mark` has the doubtful objects of the finished answers found.
         """
         loop, changed, ended = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
         groups = {}
@@ -1385,11 +1400,13 @@ class Host:
                 changed.clear()
                 yield {adapter: self.describe(group[0]) for adapter, group in groups.items()}
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(ended.wait(), 0.05)
+                    await asyncio.wait_for(
+                        ended.wait(), 0.05 + 0.01 * self.engine.active
+                    )  # sending costs the server time
             failed = next((request for request in requests if request.error), None)
             if failed:
                 raise ValueError(failed.error)
-            yield await self.check(picture, groups)
+            yield await self.check(picture, groups, mark)
         finally:
             for request in requests:
                 self.engine.stop(request)
@@ -1413,8 +1430,8 @@ class Host:
         parts += {"cut": ["cut off at the answer length"], "stopped": ["stopped"]}.get(request.state, [])
         return Answer(text, tokens, " · ".join(parts))
 
-    async def check(self, picture: Picture, groups: dict[bool, list[Request]]) -> dict[bool, Answer]:
-        """The answers with their doubtful objects marked; of several candidates the one that its check confirms best."""
+    async def check(self, picture: Picture, groups: dict[bool, list[Request]], mark: bool) -> dict[bool, Answer]:
+        """The answers, of several candidates the one that its check confirms best; with their doubtful objects if asked."""
         if any(request.state == "stopped" for group in groups.values() for request in group):
             return {adapter: self.describe(group[0]) for adapter, group in groups.items()}
         answers = {}
@@ -1432,7 +1449,7 @@ class Host:
                 best = choose_candidate(named, doubtful, fits)
                 drawn[best].line += f" · candidate {best + 1} of {len(drawn)}"
             answers[adapter] = drawn[best]
-        words = sorted({word for answer in answers.values() for word in answer.objects.values()})
+        words = sorted({word for answer in answers.values() for word in answer.objects.values() if mark})
         doubtful = await self.doubt(picture, words, adapter=False)
         for answer in answers.values():
             answer.doubtful = doubtful & set(answer.objects.values())
@@ -1508,7 +1525,7 @@ class BodyLimit:
 COLUMN = jinja2.Template(
     """\
 <section class="column" aria-label="{{ title }}">
-  {% if title %}<h3>{{ title }}</h3>{% endif %}
+  <h3>{{ title }}</h3>
   {% for question, pieces, line, note in turns %}
   <div class="turn"><p class="question">{{ question }}</p>
     <p class="answer" aria-live="polite">
@@ -1529,7 +1546,9 @@ CSS = """
   white-space: pre-wrap; overflow-wrap: anywhere; color: var(--body-text-color) }
 .column .answer { font-size: 1.06rem; line-height: 1.55; margin: .6em .2em; min-height: 1.6em; white-space: pre-wrap;
   overflow-wrap: anywhere; color: var(--body-text-color) }
-.column .cost, .column .empty, .legend, .status { color: var(--body-text-color-subdued); font-size: .82rem; margin: 0 0 1em }
+.column .cost, .column .empty, .legend, .status { color: var(--body-text-color); opacity: .72; font-size: .82rem;
+  margin: 0 0 1em; overflow-wrap: anywhere }
+#examples .gallery-item { height: 92px } #examples .gallery-item * { height: 100%; object-fit: contain }
 .column mark { background: #ffe08a; color: #222; border-radius: 3px; padding: 0 .1em }
 .column u, .legend u { text-decoration: underline wavy #d33 1.5px; text-underline-offset: 3px }
 .legend mark { background: #ffe08a; color: #222; border-radius: 3px; padding: 0 .3em }
@@ -1643,7 +1662,7 @@ def pack_pair(image: Image.Image, titles: dict[bool, str], turn: dict, settings:
 
 def build_page(host: Host, args) -> gr.Blocks:
     """The page and its API."""
-    titles = {False: host.base, True: f"{host.base} + {host.adapter}"}
+    titles = {False: "Base: adapter off" if host.adapter else "Answers", True: "Aligned: adapter on"}
     views = [BOTH, ALIGNED, BASE] if host.adapter else [BASE]
     remember_default = not args.test_mode  # the miniature learned from single questions
 
@@ -1689,7 +1708,13 @@ def build_page(host: Host, args) -> gr.Blocks:
                 prompts = {side: build_chat(host.processor, picture.image.size, asked, []) for side in sides}
             yield show(True)
             async for answers in host.answer(
-                picture, prompts, request.session_hash, temperature=temperature, top_p=top_p, max_new_tokens=int(length)
+                picture,
+                prompts,
+                request.session_hash,
+                True,
+                temperature=temperature,
+                top_p=top_p,
+                max_new_tokens=int(length),
             ):
                 turn["answers"] = answers
                 yield show(True)
@@ -1753,6 +1778,7 @@ def build_page(host: Host, args) -> gr.Blocks:
                 picture,
                 prompts,
                 request.session_hash or "",
+                False,
                 temperature=temperature,
                 top_p=top_p,
                 max_new_tokens=int(max_new_tokens),
@@ -1763,15 +1789,15 @@ def build_page(host: Host, args) -> gr.Blocks:
 
     with gr.Blocks(title="LLaVA, aligned", analytics_enabled=False, delete_cache=(60, 300)) as page:
         state = gr.State([], time_to_live=3600)
-        gr.Markdown(f"## LLaVA-1.6 with and without its alignment\nBase **{host.base}**"
-                    + (f", adapter **{host.adapter}**." if host.adapter else ", no adapter.")
-                    + " Upload a picture, ask, and compare.")  # fmt: skip
+        names = f"Base `{host.base}`" + (f" · adapter `{host.adapter}`" if host.adapter else "")
+        gr.Markdown(f"# LLaVA-1.6 before and after alignment\nGive a picture, ask about it, compare. {names}")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 photo = picture_box(label="Picture", sources=["upload", "clipboard", "webcam"], height=340, elem_id="picture",
                                             buttons=["fullscreen"])  # fmt: skip
                 examples = sorted((MINIATURE / "amber" / "image").glob("*.webp"))[:6]
-                gr.Examples([[str(path)] for path in examples], photo, label="Examples", examples_per_page=6)
+                with gr.Column(elem_id="examples"):
+                    gr.Examples([[str(path)] for path in examples], photo, label="Examples", examples_per_page=6)
                 with gr.Accordion("Settings", open=False):
                     view = gr.Radio(views, value=views[0], label="Answers", visible=len(views) > 1)
                     temperature = gr.Slider(
