@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: demo test quality fix-copies help
+.PHONY: demo page test quality fix-copies help
 PYTHON ?= python3
 BIN := .venv/bin
 SCRIPTS := llava_*.py miniature benchmarks tests
@@ -7,7 +7,10 @@ SCRIPTS := llava_*.py miniature benchmarks tests
 demo: .venv/eval.done ## align the miniature model with ORPO and show on AMBER what it changed (two to five minutes, no GPU)
 	$(BIN)/python benchmarks/bench_effect.py --seeds 0 --output_dir outputs/demo
 
-test: .venv/test.done ## everything that continuous integration runs
+page: .venv/host.done ## serve the miniature, before and after alignment, at http://127.0.0.1:7860
+	$(BIN)/python llava_gradio_lora_host.py --test_mode
+
+test: .venv/test.done .venv/browser.done ## everything that continuous integration runs
 	$(BIN)/ruff format --check $(SCRIPTS)
 	$(BIN)/ruff check $(SCRIPTS)
 	$(BIN)/python tests/check_copies.py
@@ -37,7 +40,16 @@ help: ## list the commands
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/eval.txt
 	@touch $@
 
-.venv/test.done: requirements/test.txt requirements/oracle.txt .venv/eval.done
+.venv/host.done: requirements/host.txt .venv/train.done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/host.txt
+	@touch $@
+
+.venv/test.done: requirements/test.txt requirements/oracle.txt .venv/eval.done .venv/host.done
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/test.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/oracle.txt
+	@touch $@
+
+.venv/browser.done: .venv/test.done # for the tests of the page, which are skipped without one (not on CI, where they fail)
+	@command -v chromium chromium-browser google-chrome >/dev/null || (apt-get -qq update && apt-get -qq install -y chromium) \
+		|| $(BIN)/python -m playwright install chromium || echo "no Chromium: the tests of the page will be skipped"
 	@touch $@

@@ -134,7 +134,9 @@ for name, value in {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a kernel that nothing here needs
 
 import gradio as gr
+import gradio.component_meta
 import jinja2
+import matplotlib
 import numpy as np
 import torch
 from gradio.data_classes import ImageData
@@ -1463,54 +1465,57 @@ class Host:
 # ---------------------------------------------------------------------------- the page
 
 
-def read_upload(payload: ImageData | None) -> bytes | None:
-    """A picture's file as the browser sent it, as a data: address or as an upload, which is deleted."""
-    if payload is None or not (payload.url or payload.path):
-        return None
-    if (payload.url or "").startswith("data:"):
-        with suppress(ValueError):
-            return base64.b64decode(payload.url.partition(",")[2])
-        return b""
-    path = Path(payload.path)  # Gradio has made sure that it is an uploaded file
-    data = path.read_bytes()
-    path.unlink()
-    return data
+gradio.component_meta.create_or_modify_pyi = lambda *_: None  # it would write a .pyi file beside this script
 
 
-def embed_upload(value: bytes | str | None) -> ImageData | None:
-    """A picture's file (or its path) as the browser keeps it."""
-    if value is None:
-        return None
-    data = value if isinstance(value, bytes) else Path(value).read_bytes()
-    kind = Image.open(io.BytesIO(data)).get_format_mimetype()
-    return ImageData(url=f"data:{kind};base64,{base64.b64encode(data).decode()}")
+class InlinePicture(gr.Image):
+    """A picture that lives in the browser: its file is deleted once read, and the page carries it as a data: address."""
+
+    is_template = True  # to Gradio's frontend, it is an Image
+
+    def preprocess(self, payload: ImageData | None) -> bytes | None:
+        """The picture's file, as the page's data: address or as an upload."""
+        if payload is None or not (payload.url or payload.path):
+            return None
+        if (payload.url or "").startswith("data:"):
+            with suppress(ValueError):
+                return base64.b64decode(payload.url.partition(",")[2])
+            return b""
+        path = Path(payload.path)  # Gradio has made sure that it is in UPLOADS
+        data = path.read_bytes()
+        path.unlink()
+        return data
+
+    def postprocess(self, value: bytes | str | None) -> ImageData | None:
+        """A picture's file, or the path of an example, as a data: address."""
+        if value is None:
+            return None
+        data = value if isinstance(value, bytes) else Path(value).read_bytes()
+        kind = Image.open(io.BytesIO(data)).get_format_mimetype()
+        return ImageData(url=f"data:{kind};base64,{base64.b64encode(data).decode()}")
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: str | None) -> str | None:
+        """Leave an uploaded file where it is; never fetch one from elsewhere."""
+        if url_or_file_path and re.match(r"\w+://", str(url_or_file_path)):
+            raise gr.Error("This server fetches no pictures from addresses; upload the file.", print_exception=False)
+        return url_or_file_path
 
 
-async def refuse_address(path: str | None) -> str | None:
-    """Leave an uploaded file where it is; never fetch one from elsewhere."""
-    if path and re.match(r"\w+://", str(path)):
-        raise gr.Error("This server fetches no pictures from addresses; upload the file.", print_exception=False)
-    return path
-
-
-def picture_box(**options) -> gr.Image:
-    """An Image of Gradio's whose picture stays in the browser: no file of it is on the server once it is read."""
-    box = gr.Image(**options)
-    box.preprocess, box.postprocess, box.async_move_resource_to_block_cache = read_upload, embed_upload, refuse_address
-    return box
-
-
-class BodyLimit:
-    """Turns requests away whose body is larger than a picture and a question can be."""
+class Gate:
+    """Turns away requests with a body larger than a picture and a question can be, and any for an uploaded file: a picture
+    is for the model, and the browser that sent it has it."""
 
     def __init__(self, app):
         self.app, self.limit = app, MAX_FILE * 10**6 * 3 // 2  # as base64, and some text
 
     async def __call__(self, scope, receive, send) -> None:
-        length = dict(scope.get("headers", [])).get(b"content-length", b"0")
-        if scope["type"] == "http" and (not length.isdigit() or int(length) > self.limit):
-            answer = PlainTextResponse(f"A request may have {self.limit:,} bytes.", 413)
-            return await answer(scope, receive, send)
+        if scope["type"] == "http":
+            length = dict(scope["headers"]).get(b"content-length", b"0")
+            if not length.isdigit() or int(length) > self.limit:
+                answer = PlainTextResponse(f"A request may have {self.limit:,} bytes.", 413)
+                return await answer(scope, receive, send)
+            if UPLOADS in os.path.normpath(scope["path"]):
+                return await PlainTextResponse("Uploaded pictures are not served.", 404)(scope, receive, send)
         read = 0
 
         async def receive_some():
@@ -1541,6 +1546,7 @@ COLUMN = jinja2.Template(
 )
 
 CSS = """
+.column .turn { margin-bottom: 1.6em }
 .column h3 { margin: 0 0 .6em; font-size: 1rem }
 .column .question { background: var(--background-fill-secondary); border-radius: 8px; padding: .5em .8em; margin: 0;
   white-space: pre-wrap; overflow-wrap: anywhere; color: var(--body-text-color) }
@@ -1602,7 +1608,8 @@ def render_column(title: str, turns: list[dict], adapter: bool) -> str:
 def draw_pair(image: Image.Image, titles: dict[bool, str], turn: dict) -> bytes:
     """A turn as a picture for a report, PNG: the picture, the question, the answers side by side with their marks."""
     width, gap = 1200, 40
-    fonts = {size: ImageFont.load_default(size) for size in (17, 22, 24)}
+    file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # Pillow's own font has fewer letters
+    fonts = {size: ImageFont.truetype(file, size) for size in (16, 21, 23)}
     names = [name for name in (False, True) if name in turn["answers"]]
     column = (width - gap * (len(names) + 1)) // len(names)
     picture = ImageOps.contain(image, (width - 2 * gap, 480))
@@ -1630,17 +1637,17 @@ def draw_pair(image: Image.Image, titles: dict[bool, str], turn: dict) -> bytes:
                 x += long
         return y + height
 
-    top = write([(turn["question"], False, False)], gap, gap * 2 + picture.height, width - 2 * gap, 24, "black") + 16
+    top = write([(turn["question"], False, False)], gap, gap * 2 + picture.height, width - 2 * gap, 23, "black") + 16
     ends = []
     for place, name in enumerate(names):
         left = gap + place * (column + gap)
-        y = write([(titles[name], False, False)], left, top, column, 17, "#666666") + 4
+        y = write([(titles[name], False, False)], left, top, column, 16, "#666666") + 4
         answer = turn["answers"][name]
-        y = write(mark_pieces(answer, turn["answers"].get(not name)), left, y, column, 22, "black") + 8
-        ends.append(write([(answer.line, False, False)], left, y, column, 17, "#666666"))
+        y = write(mark_pieces(answer, turn["answers"].get(not name)), left, y, column, 21, "black") + 8
+        ends.append(write([(answer.line, False, False)], left, y, column, 16, "#666666"))
     legend = [("differs", True, False), ("  from the other answer    ", False, False), ("doubtful", False, True),
               ("  object: the check does not confirm it", False, False)]  # fmt: skip
-    bottom = write(legend, gap, max(ends) + 16, width - 2 * gap, 17, "#444444")
+    bottom = write(legend, gap, max(ends) + 16, width - 2 * gap, 16, "#444444")
     buffer = io.BytesIO()
     sheet.crop((0, 0, width, min(bottom + gap, sheet.height))).save(buffer, "PNG")
     return buffer.getvalue()
@@ -1648,7 +1655,7 @@ def draw_pair(image: Image.Image, titles: dict[bool, str], turn: dict) -> bytes:
 
 def pack_pair(image: Image.Image, titles: dict[bool, str], turn: dict, settings: dict) -> str:
     """A turn as a zip file of pair.png and pair.json, in base64."""
-    answers = [{"model": titles[name], "adapter": name, "answer": answer.text, "tokens": len(answer.tokens), "cost": answer.line,
+    answers = [{"title": titles[name], "adapter": name, "answer": answer.text, "tokens": len(answer.tokens), "cost": answer.line,
                 "objects": sorted(set(answer.objects.values())), "doubtful": sorted(answer.doubtful)}
                for name, answer in sorted(turn["answers"].items())]  # fmt: skip
     content = {"question": turn["question"], **settings, "picture": {"width": image.width, "height": image.height,
@@ -1793,7 +1800,7 @@ def build_page(host: Host, args) -> gr.Blocks:
         gr.Markdown(f"# LLaVA-1.6 before and after alignment\nGive a picture, ask about it, compare. {names}")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                photo = picture_box(label="Picture", sources=["upload", "clipboard", "webcam"], height=340, elem_id="picture",
+                photo = InlinePicture(label="Picture", sources=["upload", "clipboard", "webcam"], height=340, elem_id="picture",
                                             buttons=["fullscreen"])  # fmt: skip
                 examples = sorted((MINIATURE / "amber" / "image").glob("*.webp"))[:6]
                 with gr.Column(elem_id="examples"):
@@ -1871,7 +1878,7 @@ def build_page(host: Host, args) -> gr.Blocks:
             None, packed, None, js=DOWNLOAD, **private
         )
         page.unload(leave)
-        api_inputs = [picture_box(label="image", visible=False), gr.Textbox(label="question", visible=False),
+        api_inputs = [InlinePicture(label="image", visible=False), gr.Textbox(label="question", visible=False),
                       gr.Checkbox(True, label="adapter", visible=False), gr.Number(args.temperature, label="temperature", visible=False),
                       gr.Number(1, label="top_p", visible=False),
                       gr.Number(args.max_new_tokens, precision=0, label="max_new_tokens", visible=False)]  # fmt: skip
@@ -1881,17 +1888,22 @@ def build_page(host: Host, args) -> gr.Blocks:
     return page.queue(max_size=args.queue_size)
 
 
+def launch_page(page: gr.Blocks, args, port: int | None) -> None:
+    """Let the page listen, in threads of its own. Raises OSError if the address or the port cannot be had."""
+    page.launch(
+        server_name=args.host, server_port=port, share=args.share, auth=args.users, max_file_size=MAX_FILE * 10**6,
+        show_error=True, run_history=False, ssr_mode=False, enable_monitoring=False, quiet=True, footer_links=["api"],
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]), css=CSS,
+        app_kwargs={"middleware": [Middleware(Gate)]}, prevent_thread_lock=True,
+    )  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     host = Host(args)
     page = build_page(host, args)
     try:
-        page.launch(
-            server_name=args.host, server_port=args.port, share=args.share, auth=args.users, max_file_size=MAX_FILE * 10**6,
-            show_error=True, run_history=False, ssr_mode=False, enable_monitoring=False, quiet=True, footer_links=["api"],
-            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]), css=CSS,
-            app_kwargs={"middleware": [Middleware(BodyLimit)]}, prevent_thread_lock=True,
-        )  # fmt: skip
+        launch_page(page, args, args.port)
     except OSError as error:
         stop(f"--host {args.host} --port {args.port}: {error}. Name another --port, or stop what listens there.")
     console.print(f"serving {args.model_path}{f' with {args.lora_path}' if args.lora_path else ''} at {page.local_url}"

@@ -1,0 +1,222 @@
+"""The Gradio host's page in a browser: streaming, side by side, Stop, Regenerate, Clear, Save, and what it refuses."""
+
+import io
+import json
+import os
+import shutil
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import MINIATURE
+from PIL import Image
+from playwright.sync_api import Error, expect, sync_playwright
+from test_host import PICTURES, encode, files_of, plain
+
+import llava_gradio_lora_host as llava_host
+
+SCREENSHOTS = os.environ.get("SCREENSHOTS")  # a folder to keep pictures of the page in
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The host and its page's address."""
+    args = llava_host.parse_args(["--test_mode", "--max_new_tokens", "900"])
+    host = llava_host.Host(args)
+    page = llava_host.build_page(host, args)
+    llava_host.launch_page(page, args, port=None)
+    yield host, page.local_url
+    page.close()
+    host.engine.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        except Error:
+            if "CI" in os.environ:
+                raise
+            pytest.skip("no Chromium here: apt-get install chromium, or playwright install chromium")
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(server, browser):
+    page = browser.new_page(viewport={"width": 1360, "height": 900})
+    page.problems, page.requested = [], []
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("dialog", lambda dialog: (page.problems.append("a script ran"), dialog.dismiss()))
+    page.on("request", lambda request: page.requested.append(request.url))
+    page.goto(server[1])
+    expect(page.locator("#send")).to_be_visible()
+    yield page
+    page.close()
+    assert not page.problems
+
+
+def give(page, picture):
+    """Upload a picture's file, from a path or as (name, type, bytes)."""
+    if not isinstance(picture, Path):
+        picture = dict(zip(("name", "mimeType", "buffer"), picture, strict=True))
+    page.locator("#picture input[type=file]").set_input_files(picture)
+
+
+def ask(page, question):
+    page.locator("#question textarea").fill(question)
+    page.locator("#send").click()
+
+
+def finished(page, turns=1):
+    expect(page.locator("#again")).to_be_enabled(timeout=30_000)
+    expect(page.locator("#base .answer")).to_have_count(turns)
+
+
+def shown(page, column):
+    return page.locator(f"#{column} .answer").last.inner_text()
+
+
+def test_two_columns_stream_and_mark_what_differs(server, page):
+    host, _ = server
+    give(page, PICTURES[3])
+    expect(page.locator("#picture img")).to_be_visible()
+    page.evaluate(
+        """() => { window.seen = []; new MutationObserver(() => window.seen.push(document.querySelector('#base .answer')?.innerText || ''))
+                   .observe(document.querySelector('#base'), {childList: true, subtree: true, characterData: true}) }"""
+    )
+    page.get_by_text("Describe this image.").click()
+    expect(page.locator("#question textarea")).to_have_value("Describe this image.")
+    page.locator("#question textarea").press("Enter")
+    finished(page)
+    base, aligned = (plain(host, PICTURES[3], "Describe this image.", adapter) for adapter in (False, True))
+    assert base != aligned and (shown(page, "base"), shown(page, "aligned")) == (base, aligned)
+    partial = [text for text in dict.fromkeys(page.evaluate("window.seen")) if text and text != base]
+    assert len(partial) > 1 and all(base.startswith(text) for text in partial)  # it streamed
+    marked = page.locator("#base mark").all_inner_texts()
+    assert "car" in marked and "The" not in marked and page.locator("#aligned mark").count()
+    assert "car" in page.locator("#base u").all_inner_texts()
+    line = page.locator("#aligned .cost").inner_text()
+    for words in ("s to first token", "tokens/s", "88 image tokens", "miniature/model + miniature/adapter"):
+        assert words in line
+    assert all(url.startswith((server[1], "data:", "blob:")) for url in page.requested)  # nothing goes anywhere else
+    assert not files_of(Path(llava_host.UPLOADS))  # and nothing is kept
+    if SCREENSHOTS:
+        page.screenshot(path=Path(SCREENSHOTS) / "host.png")
+
+    with page.expect_download() as download:
+        page.locator("#save").click()
+    with zipfile.ZipFile(download.value.path()) as saved:
+        pair = json.loads(saved.read("pair.json"))
+        picture = Image.open(io.BytesIO(saved.read("pair.png")))
+    assert [answer["answer"] for answer in pair["answers"]] == [base, aligned] and "car" in pair["answers"][0][
+        "doubtful"
+    ]
+    assert pair["question"] == "Describe this image." and picture.width == 1200 and picture.height > 500
+    colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
+    assert {(255, 224, 138), (221, 51, 51)} <= colours  # the marks of differences and of doubts
+    if SCREENSHOTS:
+        picture.save(Path(SCREENSHOTS) / "host_pair.png")
+
+    ask(page, "Is there a car in this image?")
+    finished(page, turns=2)
+    assert shown(page, "aligned") in ("Yes", "No") and "(kept)" in page.locator("#aligned .cost").last.inner_text()
+    page.locator("#clear").click()
+    expect(page.locator("#base .answer")).to_have_count(0)
+    expect(page.locator("#picture img")).to_have_count(0)
+    expect(page.locator("#save")).to_be_disabled()
+
+
+def test_regenerate_settings_views_and_examples(server, page):
+    page.locator("#examples .gallery-item").nth(3).click()
+    expect(page.locator("#picture img")).to_be_visible()
+    page.get_by_text("Settings").click()
+    page.get_by_label("With the adapter").check()
+    expect(page.locator("#base .column")).to_be_hidden()
+    page.get_by_label("number input for Temperature").fill("1.5")
+    page.get_by_label("number input for Temperature").blur()
+    ask(page, "Describe this image.")
+    expect(page.locator("#again")).to_be_enabled(timeout=30_000)
+    texts = {shown(page, "aligned")}
+    for _ in range(3):
+        page.locator("#again").click()
+        expect(page.locator("#again")).to_be_disabled()
+        expect(page.locator("#again")).to_be_enabled(timeout=30_000)
+        expect(page.locator("#aligned .answer")).to_have_count(1)  # in place of the last one
+        texts.add(shown(page, "aligned"))
+    assert len(texts) > 1
+    page.get_by_label("number input for Temperature").fill("0")
+    page.get_by_label("number input for Answer length").fill("5")
+    page.get_by_label("number input for Answer length").blur()
+    page.locator("#again").click()
+    expect(page.locator("#aligned .cost")).to_contain_text("cut off at the answer length")
+    assert plain(server[0], PICTURES[3], "Describe this image.").startswith(shown(page, "aligned"))
+
+
+def test_stop_and_leaving_end_the_generation(server, page, browser, monkeypatch):
+    engine = server[0].engine
+    monkeypatch.setattr(engine, "ends", {-1})  # an answer grows until it is stopped
+    give(page, PICTURES[0])
+    expect(page.locator("#picture img")).to_be_visible()
+    page.get_by_text("Settings").click()
+    page.get_by_label("number input for Answer length").fill("900")
+    page.get_by_label("number input for Answer length").blur()
+    ask(page, "Describe this image.")
+    expect(page.locator("#stop")).to_be_visible()
+    expect(page.locator("#base .answer")).to_contain_text("The image")
+    started = time.monotonic()
+    page.locator("#stop").click()
+    while engine.active:
+        time.sleep(0.01)
+    assert time.monotonic() - started < 1
+    finished(page)
+    assert "stopped" in page.locator("#base .cost").inner_text() and "The image" in shown(page, "aligned")
+
+    other = browser.new_page()
+    other.goto(server[1])
+    other.locator("#examples .gallery-item").first.click()
+    expect(other.locator("#picture img")).to_be_visible()
+    other.get_by_text("Settings").click()
+    other.get_by_label("number input for Answer length").fill("900")
+    other.get_by_label("number input for Answer length").blur()
+    ask(other, "Describe this image.")
+    expect(other.locator("#base .answer")).to_contain_text("The image")
+    assert engine.active == 2
+    other.close()
+    deadline = time.monotonic() + 5
+    while engine.active and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert engine.active == 0
+
+
+@pytest.mark.parametrize(
+    ("picture", "words"),
+    [(("a.png", "image/png", b""), "empty"), (("a.jpg", "image/jpeg", b"no picture"), "no picture that can be read"),
+     (("a.png", "image/png", encode(Image.new("1", (10_000, 10_000)))), "50 megapixels")],
+)  # fmt: skip
+def test_a_bad_picture_gets_a_sentence_and_the_page_goes_on(server, page, picture, words):
+    give(page, picture)
+    expect(page.locator(".notice, .toast-body").first).to_contain_text(words, timeout=15_000)
+    assert not files_of(Path(llava_host.UPLOADS))
+    page.locator("#examples .gallery-item").first.click()
+    expect(page.locator("#picture img")).to_be_visible()
+    ask(page, "Is there a cup in this image?")
+    finished(page)
+    expect(page.locator(".notice")).to_have_count(0)
+
+
+def test_what_is_missing_is_said_and_html_is_never_run(server, page):
+    page.locator("#send").click()
+    expect(page.locator(".notice")).to_contain_text("There is no picture yet")
+    give(page, ("a.gif", "image/gif", encode(Image.open(MINIATURE / "amber" / "image" / PICTURES[0].name), "GIF")))
+    expect(page.locator("#picture img")).to_have_attribute("src", llava_host.re.compile("^data:image/png"))
+    page.locator("#send").click()
+    expect(page.locator(".notice")).to_contain_text("There is no question yet")
+    evil = "<img src=x onerror=alert(1)> <script>alert(2)</script> **cup**?"
+    ask(page, evil)
+    finished(page)
+    assert page.locator("#base .question").inner_text() == evil
+    assert page.locator("#base img, #base script").count() == 0
