@@ -834,14 +834,20 @@ class Clip:
     """A CLIP checkpoint in safetensors, which says how well texts fit a picture."""
 
     def __init__(self, model_path: str, device):
-        from transformers import AutoProcessor, CLIPModel
+        from transformers import AutoProcessor, CLIPModel, PreTrainedConfig
 
         try:
+            kind = PreTrainedConfig.get_config_dict(model_path)[0].get("model_type")
+            if kind != "clip":
+                raise ValueError(f"its model_type is {kind}, not clip")
             self.processor = AutoProcessor.from_pretrained(model_path, backend="pil", trust_remote_code=False)
-            self.model = CLIPModel.from_pretrained(model_path, use_safetensors=True).to(device).eval()
+            self.model, report = CLIPModel.from_pretrained(model_path, use_safetensors=True, output_loading_info=True)
+            if report["missing_keys"]:
+                raise ValueError(f"it lacks {sorted(report['missing_keys'])[0]}")
         except Exception as error:  # configurations can be wrong in more ways than libraries foresee
             stop(f"--clip_model {model_path} cannot be loaded ({type(error).__name__}: {(str(error) or '?').splitlines()[0]}); "
                  "give a hub id or a folder with a CLIP checkpoint, such as openai/clip-vit-large-patch14-336.")  # fmt: skip
+        self.model = self.model.to(device).eval()
 
     @torch.inference_mode()
     def compare(self, image: Image.Image, texts: list[str]) -> list[float]:

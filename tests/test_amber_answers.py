@@ -237,7 +237,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", ["adapter", "max_new_tokens", "model", "queries", "prompt", "precision", "processor", "backend"]
+    "change", ["adapter", "max_new_tokens", "model", "queries", "prompt", "precision", "processor", "backend", "verify"]
 )
 def test_other_settings_are_refused(change, tmp_path, adapter, capsys, monkeypatch):
     folder = tmp_path / "benchmark"
@@ -254,6 +254,8 @@ def test_other_settings_are_refused(change, tmp_path, adapter, capsys, monkeypat
         queries = mini_queries(2)
         queries[0]["query"] = "What is this?"
         (folder / "query" / "query_all.json").write_text(json.dumps(queries))
+    elif change == "verify":
+        flags += ["--verify", "3"]
     elif change == "backend":
         flags += ["--backend", "vllm"]
     elif change == "processor":
@@ -468,6 +470,8 @@ def test_help_is_quick_and_lists_every_flag():
      ([*MINI, "--model_path", "nowhere"], "--model_path nowhere"), ([*MINI, "--lora_path", "nowhere"], "--lora_path nowhere"),
      ([*MINI, "--skip_inference", "--limit", "3"], "do not go with it"), ([*MINI, "--output_file", "scores.json"], "another name"),
      ([*MINI, "--lora_path", "x", "--compare_base", "--merge_lora"], "excludes"),
+     ([*MINI, "--verify", "0"], "above 0"), ([*MINI, "--clip_model", "x"], "--verify"),
+     ([*MINI, "--backend", "vllm", "--verify", "2"], "transformers"),
      (["--model_path", "x", "--query_file", "nowhere.json", "--image_dir", "."], "nowhere.json")],
 )  # fmt: skip
 def test_bad_flags_are_one_sentence(flags, words, tmp_path, capsys):

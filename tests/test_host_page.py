@@ -72,8 +72,8 @@ def ask(page, question):
 
 
 def finished(page, turns=1):
+    expect(page.locator("#base .answer")).to_have_count(turns, timeout=30_000)  # begun
     expect(page.locator("#again")).to_be_enabled(timeout=30_000)
-    expect(page.locator("#base .answer")).to_have_count(turns)
 
 
 def shown(page, column):

@@ -1,0 +1,187 @@
+"""Checked generation: --verify keeps the candidate that its check confirms best, in the AMBER script, with and without CLIP."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import MINIATURE, SHARED
+
+import llava_amber_validation_benchmark_with_lora as amber
+
+MINI = ["--test_mode", "--nouns", "vocabulary", "--evaluation_type", "g"]
+WORDS = {
+    "cup",
+    "cups",
+    "mug",
+    "ball",
+    "car",
+    "bus",
+    "star",
+    "tree",
+    "house",
+    "tent",
+    "lamp",
+    "lamps",
+    "kite",
+    "boat",
+    "fish",
+}
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return amber.load_llava(str(MINIATURE / "model"), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def some(llava):
+    """Six pictures, their pixels, and two questions about each."""
+    images = [amber.load_image(path) for path in sorted((MINIATURE / "amber" / "image").glob("*.webp"))[:6]]
+    return (
+        images,
+        llava[1].image_processor(images, return_tensors="pt"),
+        [["Describe this image.", "Is there a cup in this image?"]] * 6,
+    )
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A tiny CLIP of random weights whose tokenizer knows letters."""
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [*"abcdefghijklmnopqrstuvwxyz.,"]
+    pieces = [*letters, *[letter + "</w>" for letter in letters], "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(
+        vocab={piece: number for number, piece in enumerate(pieces)}, merges=[], model_max_length=77
+    )
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(text_config=small | {"vocab_size": len(pieces), "eos_token_id": len(pieces) - 1, "bos_token_id": len(pieces) - 2},
+                        vision_config=small | {"image_size": 32, "patch_size": 8}, projection_dim=16)  # fmt: skip
+    CLIPModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_drawn_answers_depend_on_picture_question_and_place_alone(llava, some):
+    images, pixels, _ = some
+    asked = [["Describe this image."] * 3] * 6
+
+    def draw(numbers, max_new_tokens=40, temperature=1.0):
+        part = {name: value[numbers] for name, value in pixels.items()}
+        found = amber.answer_questions(
+            *llava, [images[n] for n in numbers], part, [asked[n] for n in numbers], max_new_tokens, temperature
+        )
+        return {(numbers[picture], place): text for picture, place, text, _ in found}
+
+    together = draw([0, 1, 2, 3, 4, 5])
+    assert together == {key: text for number in range(6) for key, text in draw([number]).items()}
+    assert sum(len({together[number, place] for place in range(3)}) > 1 for number in range(6)) >= 4
+    greedy = draw([0], temperature=0)
+    assert len(set(greedy.values())) == 1
+
+
+def test_the_best_candidate_is_kept(llava, some):
+    images, pixels, questions = some
+    find = amber.find_nouns("vocabulary", WORDS)
+    greedy = {
+        (i, j): (text, whole) for i, j, text, whole in amber.answer_questions(*llava, images, pixels, questions, 60)
+    }
+    kept = {(i, j): (text, whole) for i, j, text, whole in amber.verify_answers(
+        *llava, images, pixels, questions, 60, candidates=5, find=find, clip=None)}  # fmt: skip
+    assert kept.keys() == greedy.keys()
+    drawn = {(i, j): text for i, j, text, _ in amber.answer_questions(
+        *llava, images, pixels, [["Describe this image."] * 4] * 6, 60, amber.VERIFY_TEMPERATURE)}  # fmt: skip
+    changed = 0
+    for picture in range(6):
+        assert kept[picture, 1] == greedy[picture, 1]  # yes or no: nothing to check
+
+        def wrong(text, picture=picture):
+            words = sorted({word for _, word in find(text)})
+            asked = [f"Is there {'an' if word[0] in 'aeiou' else 'a'} {word} in this image?" for word in words]
+            part = {name: value[[picture]] for name, value in pixels.items()}
+            said = [text for *_, text, _ in amber.answer_questions(*llava, [images[picture]], part, [asked], 5)]
+            return said.count("No"), -said.count("Yes")
+
+        candidates = [greedy[picture, 0][0], *[drawn[picture, place] for place in range(4)]]
+        assert kept[picture, 0][0] == min(candidates, key=wrong)  # of equals the first
+        changed += kept[picture, 0] != greedy[picture, 0]
+    assert changed >= 2
+
+
+def test_clip_says_what_the_plain_model_says(clip_folder, some):
+    from transformers import CLIPModel, CLIPProcessor
+
+    image, texts = some[0][0], ["a cup", "a ball and a cup", "a " * 200]
+    found = amber.Clip(str(clip_folder), "cpu").compare(image, texts)
+    model, processor = CLIPModel.from_pretrained(clip_folder), CLIPProcessor.from_pretrained(clip_folder, backend="pil")
+    with torch.inference_mode():
+        features = [model(**processor(images=image, text=text, return_tensors="pt", truncation=True)) for text in texts]
+    cosines = [torch.cosine_similarity(f.text_embeds, f.image_embeds).item() for f in features]
+    assert found == pytest.approx(cosines, abs=1e-5) and len(set(found)) == 3
+
+
+def test_clip_chooses_and_doubts(llava, some, clip_folder):
+    images, pixels, questions = some
+    clip = amber.Clip(str(clip_folder), "cpu")
+    find = amber.find_nouns("vocabulary", WORDS)
+    words = [["cup", "ball"], [], ["star"], ["tree", "house", "tent"], ["car"], ["orange"]]
+    doubtful = amber.find_doubtful(*llava, images, pixels, words, clip)
+    for picture, part in enumerate(words):
+        for word in part:
+            name = f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+            plain, fit = clip.compare(images[picture], ["a photo", f"a photo of {name}"])
+            assert (word in doubtful[picture]) == (fit <= plain)
+    kept = {(i, j): text for i, j, text, _ in amber.verify_answers(
+        *llava, images, pixels, questions, 60, candidates=4, find=find, clip=clip)}  # fmt: skip
+    drawn = Counter()
+    greedy = {(i, j): text for i, j, text, _ in amber.answer_questions(*llava, images, pixels, questions, 60)}
+    others = {(i, j): text for i, j, text, _ in amber.answer_questions(
+        *llava, images, pixels, [["Describe this image."] * 3] * 6, 60, amber.VERIFY_TEMPERATURE)}  # fmt: skip
+    for picture in range(6):
+        candidates = [greedy[picture, 0], *[others[picture, place] for place in range(3)]]
+        fits = clip.compare(images[picture], candidates)
+        assert kept[picture, 0] == candidates[int(np.argmax(fits))]
+        drawn[int(np.argmax(fits))] += 1
+    assert len(drawn) > 1
+
+
+def test_its_effect_on_chair_is_in_the_scores(tmp_path):
+    for verify in ("1", "4"):
+        amber.main(
+            [*MINI, "--limit", "100", "--verify", verify, "--output_file", str(tmp_path / verify / "results.json")]
+        )
+    before, after = (json.loads((tmp_path / verify / "scores.json").read_text()) for verify in ("1", "4"))
+    chair = [scores["strict"]["generative"]["chair"] for scores in (before, after)]
+    cover = [scores["strict"]["generative"]["cover"] for scores in (before, after)]
+    assert chair[1] < chair[0] - 2 and abs(cover[1] - cover[0]) < 4, (chair, cover)
+
+
+def test_a_clip_model_that_is_none_is_one_sentence(tmp_path, clip_folder, capsys):
+    flags = [*MINI, "--limit", "2", "--verify", "2", "--output_file", str(tmp_path / "results.json"), "--clip_model"]
+    for folder in (tmp_path / "nowhere", MINIATURE / "model"):
+        with pytest.raises(SystemExit) as stopped:
+            amber.main([*flags, str(folder)])
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stopped.value.code == 2 and f"error: --clip_model {folder}" in error
+    flags[flags.index("--output_file") + 1] = str(tmp_path / "good.json")
+    amber.main([*flags, str(clip_folder)])
+    assert len(json.loads((tmp_path / "good.json").read_text())) == 2
+
+
+@pytest.mark.skipif(not (SHARED / "nltk_data").is_dir(), reason="NLTK's data are not here")
+def test_without_a_vocabulary_things_are_found_and_other_nouns_are_not(monkeypatch):
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [str(SHARED / "nltk_data")])
+    find = amber.find_nouns("nltk", None)
+    found = find(
+        "The image shows two men at a wooden table with cups of coffee, a dog and a bus; the mood of the scene is calm."
+    )
+    assert [word for _, word in found] == ["men", "table", "cup", "coffee", "dog", "bus"] or [word for _, word in found] == [
+        "man", "table", "cup", "coffee", "dog", "bus"]  # fmt: skip
+    assert found[2] == ("cups", "cup")
