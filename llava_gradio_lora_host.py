@@ -962,11 +962,12 @@ class Engine:
         return sum(len(batch.rows) for batch in self.batches.values())
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises ValueError if it can never have a place."""
-        if len(request.ids) + request.max_new_tokens > min(self.context, self.room):
-            raise ValueError(f"Picture, question and answer need {len(request.ids) + request.max_new_tokens:,} tokens, and the "
-                             f"model here takes {min(self.context, self.room):,}; shorten the question, lower the answer "
-                             "length, or press Clear.")  # fmt: skip
+        """Queue a request; its answer ends where the model's context does. Raises ValueError if there is none left."""
+        limit = min(self.context, self.room) - len(request.ids)
+        if limit <= 0:
+            raise ValueError(f"Picture and question need {len(request.ids):,} tokens, and the model here takes "
+                             f"{len(request.ids) + limit:,}; shorten the question, or press Clear.")  # fmt: skip
+        request.max_new_tokens = min(request.max_new_tokens, limit)
         request.asked = time.monotonic()
         with self.wake:
             self.waiting.append(request)
@@ -1628,9 +1629,12 @@ def draw_pair(image: Image.Image, titles: dict[bool, str], turn: dict) -> bytes:
         font, x, y = fonts[size], left, top
         height = int(size * 1.5)
         for text, differs, doubtful in pieces:
-            for part in re.findall(r"\n|[^\S\n]+|\S+", text):
-                long = draw.textlength(part, font)
-                if part == "\n" or (x + long > left + room and x > left):
+            parts = re.findall(r"\n|[^\S\n]+|\S+", text)
+            if any(draw.textlength(part, font) > room for part in parts if part != "\n"):
+                parts = list(text)  # a language without spaces
+            for part in parts:
+                long = draw.textlength(part, font) if part != "\n" else 0
+                if part == "\n" or (x + long > left + room and x > left and re.match(r"[\w<(\[]", part)):
                     x, y = left, y + height
                 if part.isspace() and x == left:
                     continue

@@ -204,9 +204,13 @@ def test_memory_bounds(host, monkeypatch):
     assert list(engine.kept) == [("kept3", True), ("kept4", True)]  # the last two, for which there is room
     engine.forget("kept4")
     assert ("kept4", True) not in engine.kept
+    monkeypatch.setattr(engine, "room", 110)
+    question = "Is there a cup in this image? " * 5
+    with pytest.raises(ValueError, match="the model here takes 110; shorten the question"):
+        asyncio.run(ask(host, PICTURES[0], question))
+    states, _ = asyncio.run(ask(host, PICTURES[0], QUESTIONS[0]))
+    assert 1 < len(states[True].tokens) < 14 and "cut off" in states[True].line  # where the context ends
     monkeypatch.setattr(engine, "room", 300)
-    with pytest.raises(ValueError, match="takes 300; shorten the question"):
-        asyncio.run(ask(host, PICTURES[0], QUESTIONS[0], max_new_tokens=250))
 
     async def two():  # of 200 tokens each in room for 300: one after the other
         return await asyncio.gather(*[ask(host, PICTURES[n], QUESTIONS[0], f"b{n}") for n in range(2)])
@@ -484,6 +488,20 @@ def test_a_curl_user_who_leaves_costs_nothing_more(endless, address):
     while endless.engine.active and time.monotonic() < deadline:
         time.sleep(0.1)
     assert endless.engine.active == 0
+
+
+def test_the_readmes_examples_work(host, address, tmp_path):
+    blocks = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    Image.open(PICTURES[0]).convert("RGB").save(tmp_path / "photo.jpg", quality=100, subsampling=0)
+    expected = plain(host, tmp_path / "photo.jpg", QUESTIONS[0])
+    for language, words in (("python", "gradio_client"), ("bash", "call/answer")):
+        text = next(text for kind, text in blocks if kind == language and words in text)
+        assert "http://127.0.0.1:7860" in text
+        command = [sys.executable, "-c"] if language == "python" else ["bash", "-euc"]
+        run = subprocess.run([*command, text.replace("http://127.0.0.1:7860", address)], cwd=tmp_path, capture_output=True, text=True,
+                             timeout=60)  # fmt: skip
+        lines = [line for line in run.stdout.splitlines() if line.strip()]
+        assert run.returncode == 0 and expected in lines[-1] and len(lines) > 4, run
 
 
 def start(tmp_path, *flags):
