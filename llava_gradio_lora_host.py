@@ -117,10 +117,10 @@ import threading
 import time
 import zipfile
 import zlib
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
-from contextlib import nullcontext, suppress
+from contextlib import aclosing, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import NoReturn
@@ -156,6 +156,7 @@ console = Console(stderr=True, quiet=not MAIN_PROCESS)
 MAX_FILE = 20  # megabytes of a picture's file
 MAX_PIXELS = 50_000_000  # of a picture; the model sees at most 1,008 x 336 or 672 x 672 of them
 MAX_QUESTION = 4_000  # characters
+KEPT_SECONDS = 900  # that a user's cache waits for the next question
 PROMPT_TOKENS = 12_000  # of prompts that are read at once, while the answers of others wait
 
 
@@ -890,7 +891,8 @@ class Picture:
 
 @dataclass(eq=False)
 class Request:
-    """One answer to generate. Its user fills the upper part, the engine the lower; `ids` are the whole prompt's."""
+    """One answer to generate. Its user fills the upper part, the engine's thread alone the lower; `ids` are the whole
+    prompt's. Without a session, no cache is kept."""
 
     ids: list[int]
     picture: Picture
@@ -901,6 +903,7 @@ class Request:
     top_p: float = 1
     dice: random.Random = field(default_factory=random.Random)
     notify: Callable = lambda: None
+    stopped: bool = False
 
     tokens: list[int] = field(default_factory=list)
     state: str = "waiting"  # then running; then complete, cut (too long), stopped or failed
@@ -947,9 +950,10 @@ class Engine:
         self.kept_room = int(0.15 * free)  # bytes
         self.batches = {True: Batch(), False: Batch()}
         self.kept: OrderedDict = OrderedDict()  # (session, adapter) -> (picture's digest, ids, [(keys, values)])
-        self.waiting = deque()
+        self.waiting: list[Request] = []
+        self.open: list[Request] = []  # all that are not done
         self.checks, self.comparisons = [], []
-        self.wake = threading.Condition()
+        self.wake = threading.Condition()  # its lock may be taken again by who holds it
         self.closed, self.adapter_on = False, True
         self.thread = threading.Thread(target=self.run, daemon=True, name="engine")
         self.thread.start()
@@ -971,6 +975,7 @@ class Engine:
         request.asked = time.monotonic()
         with self.wake:
             self.waiting.append(request)
+            self.open.append(request)
             self.wake.notify()
 
     def check(self, picture: Picture, words: list[str], adapter: bool) -> Future:
@@ -988,28 +993,23 @@ class Engine:
             self.wake.notify()
         return future
 
-    def stop(self, request: Request) -> None:
-        """End a request before its next token."""
-        if not request.done:
-            request.state = "stopped"
-            request.notify()
-            with self.wake:
-                self.wake.notify()
-
-    def stop_session(self, session: str) -> list[Request]:
-        """End all that a session asked for; returns it."""
+    def stop(self, requests: list[Request]) -> None:
+        """End requests before their next token."""
         with self.wake:
-            rows = [*self.waiting, *self.batches[True].rows, *self.batches[False].rows]
-        mine = [request for request in rows if request.session == session]
-        for request in mine:
-            self.stop(request)
-        return mine
+            for request in requests:
+                request.stopped = True
+            self.wake.notify()
+
+    def stop_session(self, session: str) -> None:
+        """End all that a session asked for."""
+        self.stop([request for request in self.open if request.session == session])
 
     def forget(self, session: str) -> None:
         """End all that a session asked for, and drop what is kept for it."""
-        for request in self.stop_session(session):
-            request.session = ""
+        self.stop_session(session)
         with self.wake:
+            for request in self.open:
+                request.session = "" if request.session == session else request.session
             for key in [key for key in self.kept if key[0] == session]:
                 del self.kept[key]
 
@@ -1027,7 +1027,8 @@ class Engine:
             with self.wake:
                 busy = any(batch.rows for batch in self.batches.values())
                 while not (self.closed or self.waiting or self.checks or self.comparisons or busy):
-                    self.wake.wait()
+                    self.wake.wait(60)
+                    self.expire()
                 if self.closed:
                     return
                 newcomers = self.admit()
@@ -1043,21 +1044,22 @@ class Engine:
                     if mine:
                         self.join(batch, mine)
                 except Exception as error:  # such as a full GPU: these answers are lost, the server is not
-                    console.print(f"a batch of {len(batch.rows)} answers failed: {type(error).__name__}: {error}")
+                    console.print(
+                        f"a batch of {len(batch.rows)} answers failed: {type(error).__name__}: {error}", markup=False
+                    )
                     for request in {*batch.rows, *mine}:
                         request.error = "The model failed on this question; ask again, or something shorter."
                         self.finish(request, "failed")
                     self.batches[adapter] = Batch()
-                    self.kept.clear()
+                    with self.wake:
+                        self.kept.clear()
                     if torch.cuda.is_available():
                         torch.cuda.empty_cache()
 
     def run_checks(self) -> None:
-        """Do up to eight of the checks that were asked for."""
+        """Do up to eight of the checks that were asked for, of either side, and the comparisons."""
         for adapter in self.batches:
-            with self.wake:
-                mine = [check for check in self.checks if check[2] is adapter][:8]
-                self.checks = [check for check in self.checks if check not in mine]
+            mine = self.take(self.checks, lambda item, adapter=adapter: item[2] is adapter)
             if not mine:
                 continue
             pictures, words, _, futures = zip(*mine, strict=True)
@@ -1072,12 +1074,19 @@ class Engine:
             except Exception as error:
                 for future in futures:
                     future.set_exception(error)
-        while self.comparisons:
-            picture, texts, future = self.comparisons.pop(0)
+        for picture, texts, future in self.take(self.comparisons, lambda _: True):
             try:
                 future.set_result(self.clip.compare(picture.image, texts))
             except Exception as error:
                 future.set_exception(error)
+
+    def take(self, queue: list, wanted: Callable) -> list:
+        """Up to eight of a queue's items, without those that nobody waits for any more."""
+        with self.wake:
+            taken = [item for item in queue if wanted(item)][:8]
+            for item in taken:
+                queue.remove(item)
+        return [item for item in taken if item[-1].set_running_or_notify_cancel()]
 
     def stack(self, pictures: list[Picture]) -> dict:
         """The pixels of pictures as one batch, tiles padded to the largest count."""
@@ -1101,18 +1110,18 @@ class Engine:
 
     def admit(self) -> list[Request]:
         """Those who waited longest and for whom there is room; no more than is read quickly, as others want their tokens."""
+        for request in [request for request in self.waiting if request.stopped]:
+            self.waiting.remove(request)
+            self.finish(request, "stopped")
         rows = [*self.batches[True].rows, *self.batches[False].rows]
         newcomers = []
         while self.waiting and len(rows) < self.max_num_seqs:
-            if self.waiting[0].done:  # stopped while it waited
-                self.finish(self.waiting.popleft())
-                continue
             rows.append(self.waiting[0])
             longest = max(len(row.ids) + row.max_new_tokens for row in rows)
             prompts = sum(len(row.ids) for row in newcomers) + len(rows[-1].ids)
             if (len(rows) > 1 and len(rows) * longest > self.room) or (newcomers and prompts > PROMPT_TOKENS):
                 break
-            newcomers.append(self.waiting.popleft())
+            newcomers.append(self.waiting.pop(0))
             newcomers[-1].state = "running"
         return newcomers
 
@@ -1122,7 +1131,7 @@ class Engine:
         for request in newcomers:
             key = request.session, request.adapter
             with self.wake:
-                digest, ids, layers = self.kept.get(key, (None, [], None))
+                digest, ids, layers, _ = self.kept.get(key, (None, [], None, 0))
                 if layers:
                     self.kept.move_to_end(key)
             same = next(
@@ -1156,7 +1165,7 @@ class Engine:
             use_cache=True,
         )  # fmt: skip
         index = [number for number, group in enumerate(fresh.values()) for _ in group]
-        output.past_key_values.batch_select_indices(torch.tensor(index, device=self.core.device))
+        output.past_key_values.batch_select_indices(torch.tensor(index))
         output.last_hidden_state = output.last_hidden_state[index]
         self.add(batch, [request for group in fresh.values() for request in group], [pads[i] for i in index], output)
 
@@ -1197,8 +1206,8 @@ class Engine:
         tokens = pick_tokens(self.core.lm_head(hidden), [row.temperature for row in rows], [row.top_p for row in rows],
                              [row.dice for row in rows])  # fmt: skip
         for row, token in zip(rows, tokens, strict=True):
-            if row.done:
-                continue  # stopped: what it has stays as it is
+            if row.stopped:
+                continue
             row.tokens.append(token)
             if not row.first:
                 row.first = time.monotonic()
@@ -1208,41 +1217,53 @@ class Engine:
             row.notify()
 
     def leave(self, batch: Batch) -> None:
-        """Take what is done out of the batch, and the padding that nobody needs any more."""
-        if not any(row.done for row in batch.rows):
+        """Take what is done or stopped out of the batch, and the padding that nobody needs any more."""
+        gone = [number for number, row in enumerate(batch.rows) if row.done or row.stopped]
+        if not gone:
             return
-        for number, row in enumerate(batch.rows):
-            if row.done:
-                self.keep(row, batch, number)
-                self.finish(row)
-        stay = [number for number, row in enumerate(batch.rows) if not row.done]
+        for number in gone:
+            self.keep(batch, number)
+            self.finish(batch.rows[number], "stopped")
+        stay = [number for number in range(len(batch.rows)) if number not in gone]
         batch.rows = [batch.rows[number] for number in stay]
         if not stay:
             batch.cache, batch.pads = None, []
             return
-        batch.cache.batch_select_indices(torch.tensor(stay, device=self.core.device))
+        batch.cache.batch_select_indices(torch.tensor(stay))
         spare = min(batch.pads[number] for number in stay)
         batch.pads = [batch.pads[number] - spare for number in stay]
         for layer in batch.cache.layers:
             layer.keys, layer.values = layer.keys[:, :, spare:], layer.values[:, :, spare:]
 
-    def keep(self, row: Request, batch: Batch, number: int) -> None:
-        """Keep an ended answer's cache for its user's next question; the least recently used go when there are too many."""
+    def keep(self, batch: Batch, number: int) -> None:
+        """Keep a row's cache for its user's next question."""
+        row, pad = batch.rows[number], batch.pads[number]
         if not row.session:
             return
-        pad = batch.pads[number]
         layers = [(layer.keys[number : number + 1, :, pad:].clone(), layer.values[number : number + 1, :, pad:].clone())
                   for layer in batch.cache.layers]  # fmt: skip
         ids = (row.ids + row.tokens)[: layers[0][0].shape[2]]
         with self.wake:
-            self.kept[row.session, row.adapter] = (row.picture.digest, ids, layers)
-            self.kept.move_to_end((row.session, row.adapter))
-            while sum(len(ids) for _, ids, _ in self.kept.values()) * self.token_bytes > self.kept_room:
-                self.kept.popitem(last=False)
+            if row.session:  # its user is still there
+                self.kept[row.session, row.adapter] = (row.picture.digest, ids, layers, time.monotonic())
+                self.kept.move_to_end((row.session, row.adapter))
+            self.expire()
 
-    def finish(self, request: Request, state: str | None = None) -> None:
-        request.state = state or request.state
+    def expire(self) -> None:
+        """Drop what was kept long ago, and the least recently used of what is too much."""
+        while self.kept:
+            used = sum(len(ids) for _, ids, _, _ in self.kept.values()) * self.token_bytes
+            if used <= self.kept_room and time.monotonic() - next(iter(self.kept.values()))[3] < KEPT_SECONDS:
+                return
+            self.kept.popitem(last=False)
+
+    def finish(self, request: Request, state: str) -> None:
+        """Close a request; `state` is the end of one that was still growing."""
+        request.state = request.state if request.done else state
         request.ended = request.ended or time.monotonic()
+        with self.wake:
+            if request in self.open:
+                self.open.remove(request)
         request.notify()
 
 
@@ -1369,6 +1390,7 @@ class Host:
         self.find = choose_nouns()
         self.base = "/".join(Path(args.model_path).parts[-2:])
         self.adapter = "/".join(Path(args.lora_path).parts[-2:]) if args.lora_path else None
+        self.clears = Counter()  # how often each session was cleared
         self.engine = Engine(model, self.processor, args.max_num_seqs, self.clip)
 
     async def answer(
@@ -1376,7 +1398,8 @@ class Host:
     ) -> AsyncIterator[dict]:
         """Answer once with each of `prompts` (adapter on or off -> prompt ids), as they grow: {adapter: Answer}.
 
-        Whoever stops reading stops the generation. With candidates to choose from, the first is shown while they grow.
+        Whoever stops reading stops the generation. With candidates to choose from, the first is shown while they grow. Raises
+        ValueError with a sentence for a user who cannot be answered.
         `mark` has the doubtful objects of the finished answers found.
         """
         loop, changed, ended = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
@@ -1417,8 +1440,7 @@ class Host:
                 raise ValueError(failed.error)
             yield await self.check(picture, groups, mark)
         finally:
-            for request in requests:
-                self.engine.stop(request)
+            self.engine.stop(requests)
 
     def describe(self, request: Request) -> Answer:
         """A request as it stands."""
@@ -1683,7 +1705,8 @@ def build_page(host: Host, args) -> gr.Blocks:
     views = [BOTH, ALIGNED, BASE] if host.adapter else [BASE]
     remember_default = not args.test_mode  # the miniature learned from single questions
 
-    def prepare(data, question, earlier, wanted: dict[bool, list]) -> tuple:
+    def prepare(data, question, wanted: dict[bool, list]) -> tuple:
+        """The picture, the question and the prompts that follow `wanted`, earlier turns for adapter on or off."""
         picture = open_picture(data, host.processor)
         question = check_question(question)
         prompts = {
@@ -1716,25 +1739,21 @@ def build_page(host: Host, args) -> gr.Blocks:
                 save: gr.Button(interactive=not running and bool(turns)),
             }
 
+        clears = host.clears[request.session_hash]
         try:
             earlier = {side: [(old["asked"], old["answers"][side].tokens) for old in turns if side in old["answers"]] if remember else []
                        for side in sides}  # fmt: skip
-            picture, asked, prompts = await asyncio.to_thread(prepare, data, question, turns, earlier)
+            picture, asked, prompts = await asyncio.to_thread(prepare, data, question, earlier)
             if turns and turns[-1]["digest"] != picture.digest:  # another picture, another conversation
                 turns = []
                 prompts = {side: build_chat(host.processor, picture.image.size, asked, []) for side in sides}
-            yield show(True)
-            async for answers in host.answer(
-                picture,
-                prompts,
-                request.session_hash,
-                True,
-                temperature=temperature,
-                top_p=top_p,
-                max_new_tokens=int(length),
-            ):
-                turn["answers"] = answers
-                yield show(True)
+            sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": int(length)}
+            async with aclosing(host.answer(picture, prompts, request.session_hash, True, **sampling)) as growing:
+                async for turn["answers"] in growing:
+                    if host.clears[request.session_hash] != clears:  # in the meantime
+                        yield blank()
+                        return
+                    yield show(True)
             turns = [*turns, turn | {"asked": asked, "digest": picture.digest}]
             yield show(False, asked=False) | {question_box: ""}
         except ValueError as error:
@@ -1759,20 +1778,26 @@ def build_page(host: Host, args) -> gr.Blocks:
             sentence = jinja2.filters.escape(str(error))
             return {photo: None, notices: gr.HTML(f'<p class="notice" role="alert">{sentence}</p>', visible=True)}
 
-    def clear(request: gr.Request):
-        host.engine.forget(request.session_hash)
+    def blank() -> dict:
+        """The page without a conversation."""
         return {
-            photo: None, question_box: "", state: [], left: render_column(titles[False], [], False),
+            question_box: "", state: [], left: render_column(titles[False], [], False),
             right: render_column(titles[True], [], True), notices: gr.HTML("", visible=False),
             send: gr.Button(visible=True), halt: gr.Button(visible=False),
             again: gr.Button(interactive=False), save: gr.Button(interactive=False),
         }  # fmt: skip
+
+    def clear(request: gr.Request):
+        host.clears[request.session_hash] += 1
+        host.engine.forget(request.session_hash)
+        return blank() | {photo: None}
 
     def stop_session(request: gr.Request):
         host.engine.stop_session(request.session_hash)
 
     def leave(request: gr.Request):
         host.engine.forget(request.session_hash)
+        host.clears.pop(request.session_hash, None)
 
     def pack(data, turns, temperature, top_p, length):
         if not data or not turns:
@@ -1781,26 +1806,18 @@ def build_page(host: Host, args) -> gr.Blocks:
                     "max_new_tokens": int(length), "candidates": args.verify, "check": args.clip_model or "yes/no questions"}  # fmt: skip
         return pack_pair(load_image(data), titles, turns[-1], settings)
 
-    async def answer_api(
-        image, question: str, adapter: bool, temperature: float, top_p: float, max_new_tokens: int, request: gr.Request
-    ):
+    async def answer_api(image, question: str, adapter: bool, temperature: float, top_p: float, max_new_tokens: int):
         """Ask a question about a picture; streams the answer as it grows, each message the whole text so far."""
         try:
             side = bool(adapter) and bool(host.adapter)
             if not 0 <= temperature <= 2 or not 0 < top_p <= 1 or not 0 < max_new_tokens <= args.max_new_tokens:
                 raise ValueError("temperature must be from 0 to 2, top_p above 0 and up to 1, max_new_tokens from 1 to "
                                  f"{args.max_new_tokens:,}.")  # fmt: skip
-            picture, _, prompts = await asyncio.to_thread(prepare, image, question, [], {side: []})
-            async for answers in host.answer(
-                picture,
-                prompts,
-                request.session_hash or "",
-                False,
-                temperature=temperature,
-                top_p=top_p,
-                max_new_tokens=int(max_new_tokens),
-            ):
-                yield answers[side].text
+            picture, _, prompts = await asyncio.to_thread(prepare, image, question, {side: []})
+            sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": int(max_new_tokens)}
+            async with aclosing(host.answer(picture, prompts, "", False, **sampling)) as growing:
+                async for answers in growing:
+                    yield answers[side].text
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
 

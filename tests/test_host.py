@@ -61,6 +61,14 @@ def plain(host, picture, question, adapter=True, max_new_tokens=100):
     return generate_answers(host.engine.model, host.processor, [image], [question], max_new_tokens)[0]
 
 
+def rest(engine, seconds=2):
+    """Wait until nothing is generated any more."""
+    deadline = time.monotonic() + seconds
+    while engine.active or engine.open:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 async def ask(host, picture, question, session="a", sides=(True,), earlier=(), **sampling):
     """The last state of the answers, and how many states came before."""
     opened = llava_host.open_picture(picture.read_bytes(), host.processor)
@@ -159,7 +167,8 @@ def test_stop_ends_a_generation_within_a_second(endless):
         return states, time.monotonic() - started, await other
 
     states, seconds, (kept_on, _) = asyncio.run(stop())
-    assert seconds < 1 and engine.active == 0
+    assert seconds < 1
+    rest(engine)
     assert all(answer.line.endswith("stopped") and 0 < len(answer.tokens) < 900 for answer in states.values())
     assert len(kept_on[True].tokens) == 120 and "cut off" in kept_on[True].line
 
@@ -173,7 +182,44 @@ def test_who_stops_reading_stops_the_generation(endless):
         await asyncio.sleep(0.5)
 
     asyncio.run(leave())
-    assert endless.engine.active == 0
+    assert endless.engine.active == 0 and not endless.engine.open
+
+
+def test_what_a_user_leaves_behind_is_dropped(endless, monkeypatch):
+    engine = endless.engine
+
+    async def leave():
+        tasks = [
+            asyncio.create_task(ask(endless, PICTURES[n], QUESTIONS[0], "left", max_new_tokens=900)) for n in range(3)
+        ]
+        tasks.append(asyncio.create_task(ask(endless, PICTURES[4], QUESTIONS[0], "stays", max_new_tokens=150)))
+        while engine.active < 4:
+            await asyncio.sleep(0.01)
+        engine.forget("left")
+        return [(await task)[0][True] for task in tasks]
+
+    *left, stays = asyncio.run(leave())
+    rest(engine)
+    assert all("stopped" in answer.line for answer in left) and len(stays.tokens) == 150
+    assert ("stays", True) in engine.kept and ("left", True) not in engine.kept
+    monkeypatch.setattr(llava_host, "KEPT_SECONDS", 0)
+    engine.expire()
+    assert not engine.kept
+
+
+def test_a_check_that_nobody_waits_for_harms_nobody(host):
+    picture = llava_host.open_picture(PICTURES[0].read_bytes(), host.processor)
+
+    async def check():
+        dropped = [asyncio.create_task(host.doubt(picture, ["cup", "ball"], False)) for _ in range(30)]
+        kept = [asyncio.create_task(host.doubt(picture, ["cup"], number % 2 == 0)) for number in range(20)]
+        await asyncio.sleep(0)
+        for task in dropped:
+            task.cancel()
+        return await asyncio.gather(*kept)
+
+    assert set(map(frozenset, asyncio.run(asyncio.wait_for(check(), 30)))) <= {frozenset(), frozenset({"cup"})}
+    assert host.engine.thread.is_alive()
 
 
 def test_places_are_limited_and_given_in_order(endless, monkeypatch):
@@ -199,8 +245,7 @@ def test_memory_bounds(host, monkeypatch):
     monkeypatch.setattr(engine, "kept_room", 2 * row)
     for number in range(5):
         asyncio.run(ask(host, PICTURES[0], QUESTIONS[2], f"kept{number}"))
-    while engine.active:
-        time.sleep(0.01)
+    rest(engine)
     assert list(engine.kept) == [("kept3", True), ("kept4", True)]  # the last two, for which there is room
     engine.forget("kept4")
     assert ("kept4", True) not in engine.kept

@@ -177,6 +177,15 @@ def test_stop_and_leaving_end_the_generation(server, page, browser, monkeypatch)
     finished(page)
     assert "stopped" in page.locator("#base .cost").inner_text() and "The image" in shown(page, "aligned")
 
+    page.locator("#again").click()
+    expect(page.locator("#stop")).to_be_visible()
+    expect(page.locator("#base .answer")).to_contain_text("The image")
+    page.locator("#clear").click()  # in the middle
+    expect(page.locator("#base .answer")).to_have_count(0)
+    expect(page.locator("#send")).to_be_visible()
+    time.sleep(1)
+    assert engine.active == 0 and page.locator("#base .answer").count() == 0 and page.locator("#stop").is_hidden()
+
     other = browser.new_page()
     other.goto(server[1])
     other.locator("#examples .gallery-item").first.click()
