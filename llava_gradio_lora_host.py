@@ -11,6 +11,7 @@ Needs   pip install -r requirements/train.txt -r requirements/host.txt
 """
 
 import argparse
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -100,6 +101,8 @@ def read_users(parser: argparse.ArgumentParser, path: Path) -> list[tuple[str, s
 
 if __name__ == "__main__":
     parse_args()  # answers --help and refuses wrong flags before the heavy imports
+    if importlib.util.find_spec("gradio") is None:
+        sys.exit("error: gradio is not installed; pip install -r requirements/train.txt -r requirements/host.txt")
 
 import asyncio
 import atexit
@@ -112,6 +115,8 @@ import logging
 import random
 import re
 import shutil
+import signal
+import socket
 import tempfile
 import threading
 import time
@@ -1376,7 +1381,7 @@ def choose_nouns() -> Callable:
         return find_nouns("nltk", None)
     except (ImportError, LookupError):
         console.print(f"objects are looked up among {len(OBJECTS)} words; to find more: "
-                      "python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet")  # fmt: skip
+                      "python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet", soft_wrap=True)  # fmt: skip
         return find_nouns("vocabulary", OBJECTS)
 
 
@@ -1455,7 +1460,7 @@ class Host:
             seconds = (request.ended or time.monotonic()) - request.first
             parts.append(f"{(len(tokens) - 1) / max(seconds, 1e-3):.1f} tokens/s")
         parts.append(
-            f"{request.ids.count(self.processor.image_token_id):,} image tokens{' (kept)' if request.reused else ''}"
+            f"{request.ids.count(self.processor.image_token_id):,} image tokens{' (reused)' if request.reused else ''}"
         )
         parts.append(f"{self.base}{f' + {self.adapter}' if request.adapter and self.adapter else ''}")
         parts += {"cut": ["cut off at the answer length"], "stopped": ["stopped"]}.get(request.state, [])
@@ -1497,6 +1502,10 @@ class Host:
 gradio.component_meta.create_or_modify_pyi = lambda *_: None  # it would write a .pyi file beside this script
 
 
+class Upload(bytes):
+    """A picture's file as it was uploaded, which the browser does not yet hold as a data: address."""
+
+
 class InlinePicture(gr.Image):
     """A picture that lives in the browser: its file is deleted once read, and the page carries it as a data: address."""
 
@@ -1511,8 +1520,10 @@ class InlinePicture(gr.Image):
                 return base64.b64decode(payload.url.partition(",")[2])
             return b""
         path = Path(payload.path)  # Gradio has made sure that it is in UPLOADS
-        data = path.read_bytes()
+        data = Upload(path.read_bytes())
         path.unlink()
+        with suppress(OSError):
+            path.parent.rmdir()  # its name is the file's digest
         return data
 
     def postprocess(self, value: bytes | str | None) -> ImageData | None:
@@ -1556,38 +1567,50 @@ class Gate:
         await self.app(scope, receive_some, send)
 
 
-COLUMN = jinja2.Template(
+TALK = jinja2.Template(
     """\
-<section class="column" aria-label="{{ title }}">
-  <h3>{{ title }}</h3>
-  {% for question, pieces, line, note in turns %}
-  <div class="turn"><p class="question">{{ question }}</p>
+<div class="talk {{ 'two' if sides | length == 2 }}">
+  {% for side in sides %}<h3>{{ titles[side] }}</h3>{% endfor %}
+  {% for turn in turns | reverse %}
+  <p class="question">{{ turn.question }}</p>
+  {% for side in sides %}
+  <section class="{{ 'aligned' if side else 'base' }}" aria-label="{{ titles[side] }}">
+    {% if side in turn.answers %}
+    <p class="side">{{ titles[side] }}</p>
     <p class="answer" aria-live="polite">
-    {%- for text, differs, doubtful in pieces %}
+    {%- for text, differs, doubtful in mark(turn.answers, side) %}
       {%- if differs %}<mark>{% endif %}{% if doubtful %}<u title="not confirmed to be in the picture">{% endif %}{{ text }}
       {%- if doubtful %}</u>{% endif %}{% if differs %}</mark>{% endif %}
     {%- endfor %}</p>
-    <p class="cost">{{ line }}</p></div>
-  {% else %}<p class="empty">{{ empty }}</p>
+    <p class="cost">{{ turn.answers[side].line }}</p>
+    {% endif %}
+  </section>
   {% endfor %}
-</section>""",
+  {% else %}{% for side in sides %}<p class="empty">Answers appear here.</p>{% endfor %}
+  {% endfor %}
+</div>""",
     autoescape=True,
 )
 
 CSS = """
-.column .turn { margin-bottom: 1.6em }
-.column h3 { margin: 0 0 .6em; font-size: 1rem }
-.column .question { background: var(--background-fill-secondary); border-radius: 8px; padding: .5em .8em; margin: 0;
-  white-space: pre-wrap; overflow-wrap: anywhere; color: var(--body-text-color) }
-.column .answer { font-size: 1.06rem; line-height: 1.55; margin: .6em .2em; min-height: 1.6em; white-space: pre-wrap;
-  overflow-wrap: anywhere; color: var(--body-text-color) }
-.column .cost, .column .empty, .legend, .status { color: var(--body-text-color); opacity: .72; font-size: .82rem;
-  margin: 0 0 1em; overflow-wrap: anywhere }
-#examples .gallery-item { height: 92px } #examples .gallery-item * { height: 100%; object-fit: contain }
-.column mark { background: #ffe08a; color: #222; border-radius: 3px; padding: 0 .1em }
-.column u, .legend u { text-decoration: underline wavy #d33 1.5px; text-underline-offset: 3px }
-.legend mark { background: #ffe08a; color: #222; border-radius: 3px; padding: 0 .3em }
+.talk { display: grid; gap: 0 1.6em; color: var(--body-text-color) }
+.talk.two { grid-template-columns: 1fr 1fr }
+.talk .side { display: none; margin: .6em .2em 0; font-size: .82rem; font-weight: 600 }
+@media (max-width: 600px) {
+  .talk.two { grid-template-columns: 1fr } .talk.two h3 { display: none } .talk.two .side { display: block }
+}
+.talk h3 { margin: 0 0 .6em; font-size: 1rem }
+.talk .question { grid-column: 1 / -1; background: var(--background-fill-secondary); border-radius: 8px; margin: 0;
+  padding: .5em .8em; white-space: pre-wrap; overflow-wrap: anywhere }
+.talk .answer { font-size: 1.06rem; line-height: 1.55; margin: .6em .2em; min-height: 1.6em; white-space: pre-wrap;
+  overflow-wrap: anywhere }
+.talk .cost, .talk .empty, .status { opacity: .72; font-size: .82rem; margin: 0 0 1.6em; overflow-wrap: anywhere }
+.legend { font-size: .85rem; margin: 0; color: var(--body-text-color) }
+.talk mark, .legend mark { background: #ffe08a; color: #222; border-radius: 3px; padding: .05em 0 }
+.talk u, .legend u { color: inherit; text-decoration: underline wavy #d33 1.5px; text-underline-offset: 3px }
 .notice { background: #fdecea; color: #8a1f11; border: 1px solid #f5c2bb; border-radius: 8px; padding: .6em .9em; margin: 0 }
+#examples .gallery-item { height: 92px } #examples .gallery-item * { height: 100%; object-fit: contain }
+footer .divider { display: none }
 """
 
 # a file that the server made for this click, handed over as base64, becomes a download
@@ -1603,7 +1626,8 @@ DOWNLOAD = """(file) => {
 
 QUESTIONS = ["Describe this image.", "Name everything you can see in this image.", "Is there a chair in this image?",
              "Is there a person in this image?"]  # fmt: skip
-BOTH, ALIGNED, BASE = "Side by side", "With the adapter", "Without it"
+SIDES = {"Side by side": [False, True], "Aligned only": [True], "Base only": [False]}  # adapter off, on
+EXAMPLES = [16, 6, 34, 19, 3, 5]  # of the miniature's pictures
 
 
 def mark_pieces(answer: Answer, other: Answer | None) -> list[tuple[str, bool, bool]]:
@@ -1620,18 +1644,18 @@ def mark_pieces(answer: Answer, other: Answer | None) -> list[tuple[str, bool, b
         match = difflib.SequenceMatcher(None, [pieces[number].lower() for number in words], others, autojunk=False)
         for kind, start, end, _, _ in match.get_opcodes():
             differs |= set(words[start:end]) if kind != "equal" else set()
+    differs |= {number for number in range(len(pieces)) if {number - 1, number + 1} <= differs}  # the space between two
     return [(piece, number in differs, answer.objects.get(piece) in answer.doubtful and piece in answer.objects)
             for number, piece in enumerate(pieces)]  # fmt: skip
 
 
-def render_column(title: str, turns: list[dict], adapter: bool) -> str:
-    """The page's HTML of one model's answers; `turns` have a question and answers {adapter: Answer}."""
-    shown = []
-    for turn in turns:
-        if adapter in turn["answers"]:
-            answer = turn["answers"][adapter]
-            shown.append((turn["question"], mark_pieces(answer, turn["answers"].get(not adapter)), answer.line, ""))
-    return COLUMN.render(title=title, turns=shown, empty="Answers appear here.")
+def render_talk(titles: dict[bool, str], turns: list[dict], sides: list[bool]) -> str:
+    """The page's HTML of a conversation, the newest turn first; `turns` have a question and answers {adapter: Answer}."""
+
+    def mark(answers: dict[bool, Answer], side: bool) -> list:
+        return mark_pieces(answers[side], answers.get(not side) if len(sides) == 2 else None)
+
+    return TALK.render(titles=titles, turns=turns, sides=sides, mark=mark)
 
 
 def draw_pair(image: Image.Image, titles: dict[bool, str], turn: dict) -> bytes:
@@ -1677,8 +1701,8 @@ def draw_pair(image: Image.Image, titles: dict[bool, str], turn: dict) -> bytes:
         answer = turn["answers"][name]
         y = write(mark_pieces(answer, turn["answers"].get(not name)), left, y, column, 21, "black") + 8
         ends.append(write([(answer.line, False, False)], left, y, column, 16, "#666666"))
-    legend = [("differs", True, False), ("  from the other answer    ", False, False), ("doubtful", False, True),
-              ("  object: the check does not confirm it", False, False)]  # fmt: skip
+    legend = [("differs", True, False), ("  from the other answer    ", False, False)] if len(names) == 2 else []
+    legend += [("doubtful", False, True), ("  object: the check, which can be wrong, did not confirm it", False, False)]
     bottom = write(legend, gap, max(ends) + 16, width - 2 * gap, 16, "#444444")
     buffer = io.BytesIO()
     sheet.crop((0, 0, width, min(bottom + gap, sheet.height))).save(buffer, "PNG")
@@ -1702,8 +1726,13 @@ def pack_pair(image: Image.Image, titles: dict[bool, str], turn: dict, settings:
 def build_page(host: Host, args) -> gr.Blocks:
     """The page and its API."""
     titles = {False: "Base: adapter off" if host.adapter else "Answers", True: "Aligned: adapter on"}
-    views = [BOTH, ALIGNED, BASE] if host.adapter else [BASE]
+    views = list(SIDES) if host.adapter else ["Base only"]
     remember_default = not args.test_mode  # the miniature learned from single questions
+
+    def show_notice(sentence: str):
+        return gr.HTML(
+            sentence and f'<p class="notice" role="alert">{jinja2.filters.escape(sentence)}</p>', visible=bool(sentence)
+        )
 
     def prepare(data, question, wanted: dict[bool, list]) -> tuple:
         """The picture, the question and the prompts that follow `wanted`, earlier turns for adapter on or off."""
@@ -1717,22 +1746,17 @@ def build_page(host: Host, args) -> gr.Blocks:
 
     async def ask(data, question, turns, view, temperature, top_p, length, remember, request: gr.Request):
         """A question from the page: yields what changes on it."""
-        sides = {BOTH: [False, True], ALIGNED: [True], BASE: [False]}[view]
+        sides = SIDES[view]
         turn = {
             "question": (question or "").strip(),
             "answers": {side: Answer(line="reading the picture …") for side in sides},
         }
 
         def show(running: bool, notice: str = "", asked: bool = True):
-            shown = [*turns, turn] if asked else turns
             return {
-                left: render_column(titles[False], shown, False),
-                right: render_column(titles[True], shown, True),
+                talk: render_talk(titles, [*turns, turn] if asked else turns, sides),
                 state: turns,
-                notices: gr.HTML(
-                    notice and f'<p class="notice" role="alert">{jinja2.filters.escape(notice)}</p>',
-                    visible=bool(notice),
-                ),
+                notices: show_notice(notice),
                 send: gr.Button(visible=not running),
                 halt: gr.Button(visible=running),
                 again: gr.Button(interactive=not running and bool(turns)),
@@ -1747,15 +1771,16 @@ def build_page(host: Host, args) -> gr.Blocks:
             if turns and turns[-1]["digest"] != picture.digest:  # another picture, another conversation
                 turns = []
                 prompts = {side: build_chat(host.processor, picture.image.size, asked, []) for side in sides}
+            yield show(True) | {question_box: ""}
             sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": int(length)}
             async with aclosing(host.answer(picture, prompts, request.session_hash, True, **sampling)) as growing:
                 async for turn["answers"] in growing:
                     if host.clears[request.session_hash] != clears:  # in the meantime
-                        yield blank()
+                        yield blank(view)
                         return
                     yield show(True)
-            turns = [*turns, turn | {"asked": asked, "digest": picture.digest}]
-            yield show(False, asked=False) | {question_box: ""}
+            turns = [*turns, turn | {"asked": asked, "digest": picture.digest, "settings": sampling}]
+            yield show(False, asked=False)
         except ValueError as error:
             yield show(False, str(error), asked=False)
 
@@ -1768,29 +1793,27 @@ def build_page(host: Host, args) -> gr.Blocks:
 
     async def receive(data):
         """A picture from the user: checked, and handed back for the browser to keep."""
-        if data is None:
-            return {notices: gr.HTML("", visible=False)}
+        if not isinstance(data, Upload):
+            return {notices: show_notice("")}
         try:
             await asyncio.to_thread(open_picture, data, host.processor)
             shown = await asyncio.to_thread(show_picture, data)
-            return {photo: shown, notices: gr.HTML("", visible=False)}
+            return {photo: shown, notices: show_notice("")}
         except ValueError as error:
-            sentence = jinja2.filters.escape(str(error))
-            return {photo: None, notices: gr.HTML(f'<p class="notice" role="alert">{sentence}</p>', visible=True)}
+            return {photo: None, notices: show_notice(str(error))}
 
-    def blank() -> dict:
+    def blank(view) -> dict:
         """The page without a conversation."""
         return {
-            question_box: "", state: [], left: render_column(titles[False], [], False),
-            right: render_column(titles[True], [], True), notices: gr.HTML("", visible=False),
+            question_box: "", state: [], talk: render_talk(titles, [], SIDES[view]), notices: show_notice(""),
             send: gr.Button(visible=True), halt: gr.Button(visible=False),
             again: gr.Button(interactive=False), save: gr.Button(interactive=False),
         }  # fmt: skip
 
-    def clear(request: gr.Request):
+    def clear(view, request: gr.Request):
         host.clears[request.session_hash] += 1
         host.engine.forget(request.session_hash)
-        return blank() | {photo: None}
+        return blank(view) | {photo: None}
 
     def stop_session(request: gr.Request):
         host.engine.stop_session(request.session_hash)
@@ -1799,12 +1822,13 @@ def build_page(host: Host, args) -> gr.Blocks:
         host.engine.forget(request.session_hash)
         host.clears.pop(request.session_hash, None)
 
-    def pack(data, turns, temperature, top_p, length):
-        if not data or not turns:
-            return ""
-        settings = {"model": args.model_path, "lora": args.lora_path, "temperature": temperature, "top_p": top_p,
-                    "max_new_tokens": int(length), "candidates": args.verify, "check": args.clip_model or "yes/no questions"}  # fmt: skip
-        return pack_pair(load_image(data), titles, turns[-1], settings)
+    def pack(data, turns):
+        image = load_image(data) if data and turns else None
+        if image is None or zlib.crc32(image.tobytes()) != turns[-1]["digest"]:
+            return "", show_notice("The last answer is about another picture; put that one back, or ask again.")
+        settings = {"model": args.model_path, "lora": args.lora_path, **turns[-1]["settings"], "candidates": args.verify,
+                    "check": args.clip_model or "yes/no questions"}  # fmt: skip
+        return pack_pair(image, titles, turns[-1], settings), show_notice("")
 
     async def answer_api(image, question: str, adapter: bool, temperature: float, top_p: float, max_new_tokens: int):
         """Ask a question about a picture; streams the answer as it grows, each message the whole text so far."""
@@ -1825,48 +1849,29 @@ def build_page(host: Host, args) -> gr.Blocks:
         state = gr.State([], time_to_live=3600)
         names = f"Base `{host.base}`" + (f" · adapter `{host.adapter}`" if host.adapter else "")
         gr.Markdown(f"# LLaVA-1.6 before and after alignment\nGive a picture, ask about it, compare. {names}")
+        if Path(args.model_path) == MINIATURE / "model":
+            gr.HTML(
+                '<p class="legend">This is the miniature: it knows drawn scenes like the examples, and nothing else.</p>'
+            )
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                photo = InlinePicture(label="Picture", sources=["upload", "clipboard", "webcam"], height=340, elem_id="picture",
-                                            buttons=["fullscreen"])  # fmt: skip
-                examples = sorted((MINIATURE / "amber" / "image").glob("*.webp"))[:6]
+                photo = InlinePicture(label="Picture", sources=["upload", "clipboard", "webcam"], height=340,
+                                      elem_id="picture", buttons=["fullscreen"])  # fmt: skip
+                paths = sorted((MINIATURE / "amber" / "image").glob("*.webp"))
                 with gr.Column(elem_id="examples"):
-                    gr.Examples([[str(path)] for path in examples], photo, label="Examples", examples_per_page=6)
+                    examples = gr.Examples([[str(paths[number])] for number in EXAMPLES], photo, label="Examples")
                 with gr.Accordion("Settings", open=False):
                     view = gr.Radio(views, value=views[0], label="Answers", visible=len(views) > 1)
-                    temperature = gr.Slider(
-                        0, 2, args.temperature, step=0.05, label="Temperature", info="0 takes the likeliest token"
-                    )
-                    top_p = gr.Slider(
-                        0.05, 1, 1, step=0.05, label="Top-p", info="draw from the likeliest tokens that sum to this"
-                    )
-                    length = gr.Slider(
-                        1,
-                        args.max_new_tokens,
-                        min(512, args.max_new_tokens),
-                        step=1,
-                        label="Answer length",
-                        info="tokens, at most",
-                    )
+                    temperature = gr.Slider(0, 2, args.temperature, step=0.05, label="Temperature",
+                                            info="0 takes the likeliest token")  # fmt: skip
+                    top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p",
+                                      info="draw from the likeliest tokens that sum to this")  # fmt: skip
+                    length = gr.Slider(1, args.max_new_tokens, min(512, args.max_new_tokens), step=1, label="Answer length",
+                                       info="tokens, at most")  # fmt: skip
                     remember = gr.Checkbox(remember_default, label="Follow-ups see the conversation so far")
             with gr.Column(scale=5):
-                notices = gr.HTML("", visible=False, elem_id="notices")
-                with gr.Row():
-                    left = gr.HTML(
-                        render_column(titles[False], [], False), visible=views[0] in (BOTH, BASE), elem_id="base"
-                    )
-                    right = gr.HTML(
-                        render_column(titles[True], [], True), visible=views[0] in (BOTH, ALIGNED), elem_id="aligned"
-                    )
-                check = (
-                    f"CLIP ({Path(args.clip_model).name})"
-                    if args.clip_model
-                    else "the base model, asked about it with yes or no,"
-                )
-                gr.HTML(('<p class="legend"><mark>word</mark> differs from the other answer &nbsp; ' if host.adapter else '<p class="legend">')
-                        + f"<u>object</u> doubtful: {jinja2.filters.escape(check)} does not confirm it</p>")  # fmt: skip
-                question_box = gr.Textbox(label="Question", placeholder="Ask about the picture …", lines=1, max_lines=6, elem_id="question",
-                                          autofocus=True)  # fmt: skip
+                question_box = gr.Textbox(label="Question", placeholder="Ask about the picture …", max_lines=6,
+                                          elem_id="question", autofocus=True)  # fmt: skip
                 with gr.Row():
                     send = gr.Button("Ask", variant="primary", elem_id="send")
                     halt = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
@@ -1874,11 +1879,17 @@ def build_page(host: Host, args) -> gr.Blocks:
                     save = gr.Button("Save pair" if host.adapter else "Save", interactive=False, elem_id="save")
                     reset = gr.Button("Clear", elem_id="clear")
                 gr.Examples([[question] for question in QUESTIONS], question_box, label="Questions to try")
-                gr.HTML(f'<p class="status">{args.max_num_seqs} answers are generated at a time; {args.queue_size} more questions may '
-                        "wait. Pictures are not kept on the server.</p>")  # fmt: skip
+                notices = gr.HTML("", visible=False, elem_id="notices")
+                talk = gr.HTML(render_talk(titles, [], SIDES[views[0]]), elem_id="talk")
+                asked = f"CLIP ({Path(args.clip_model).name})" if args.clip_model else "the base model"
+                differs = "<mark>word</mark> differs from the other answer &nbsp; " if host.adapter else ""
+                gr.HTML(f'<p class="legend">{differs}<u>object</u> {jinja2.filters.escape(asked)}, asked about it, did not '
+                        "say yes (which can be wrong)</p>")  # fmt: skip
+                gr.HTML(f'<p class="status">{args.max_num_seqs} answers are generated at a time; {args.queue_size} more '
+                        "questions may wait. Pictures are not kept on the server.</p>")  # fmt: skip
         packed = gr.Textbox(visible=False)
         settings = [view, temperature, top_p, length, remember]
-        changed = [left, right, state, notices, send, halt, again, save, question_box]
+        changed = [talk, state, notices, send, halt, again, save, question_box]
         private = {"api_visibility": "private"}
         slow = {"concurrency_limit": args.max_num_seqs, "concurrency_id": "answers", "show_progress": "hidden"}
         gr.on(
@@ -1892,18 +1903,12 @@ def build_page(host: Host, args) -> gr.Blocks:
         again.click(regenerate, [photo, state, *settings], changed, **private, **slow)
         fast = {"queue": False, "show_progress": "hidden"}
         halt.click(stop_session, **private, **fast)
-        reset.click(clear, None, [photo, *changed], **private, **fast)
+        reset.click(clear, view, [photo, *changed], **private, **fast)
+        examples.dataset.click(lambda: show_notice(""), None, notices, **private, **fast)
         photo.input(receive, photo, [photo, notices], **private, **fast)
-        view.change(
-            lambda view: (gr.HTML(visible=view != ALIGNED), gr.HTML(visible=view != BASE)),
-            view,
-            [left, right],
-            **private,
-            **fast,
-        )
-        save.click(pack, [photo, state, temperature, top_p, length], packed, **private, **fast).then(
-            None, packed, None, js=DOWNLOAD, **private
-        )
+        view.change(lambda view, turns: render_talk(titles, turns, SIDES[view]), [view, state], talk, **private, **fast)
+        made = save.click(pack, [photo, state], [packed, notices], **private, **fast)
+        made.then(None, packed, None, js=DOWNLOAD, **private)
         page.unload(leave)
         api_inputs = [InlinePicture(label="image", visible=False), gr.Textbox(label="question", visible=False),
                       gr.Checkbox(True, label="adapter", visible=False), gr.Number(args.temperature, label="temperature", visible=False),
@@ -1927,14 +1932,19 @@ def launch_page(page: gr.Blocks, args, port: int | None) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    try:  # what is wrong shows before the model is loaded
+        socket.create_server((args.host, args.port or 0)).close()
+    except OSError as error:
+        where = f"--host {args.host}" + (f" --port {args.port}" if args.port else "")
+        stop(f"{where} cannot be listened on ({error.strerror}); name another, or end what listens there.")
+    if args.lora_path:
+        adapter_folder(args.lora_path)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that UPLOADS is deleted
     host = Host(args)
     page = build_page(host, args)
-    try:
-        launch_page(page, args, args.port)
-    except OSError as error:
-        stop(f"--host {args.host} --port {args.port}: {error}. Name another --port, or stop what listens there.")
+    launch_page(page, args, args.port)
     console.print(f"serving {args.model_path}{f' with {args.lora_path}' if args.lora_path else ''} at {page.local_url}"
-                  f"{f' and {page.share_url}' if page.share_url else ''}; Ctrl+C ends it")  # fmt: skip
+                  f"{f' and {page.share_url}' if page.share_url else ''}; Ctrl+C ends it", soft_wrap=True)  # fmt: skip
     page.block_thread()
     host.engine.close()
 

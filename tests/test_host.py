@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import os
 import random
 import re
 import socket
@@ -135,8 +136,8 @@ def test_a_follow_up_reuses_the_cache_and_changes_nothing(host):
         return first, again, chat, followed, kept, other
 
     first, again, chat, followed, kept, other = (states[True] for states in asyncio.run(talk()))
-    assert "(kept)" not in first.line and "(kept)" not in chat.line and "(kept)" not in other.line
-    assert all("(kept)" in answer.line for answer in (again, followed, kept))
+    assert "(reused)" not in first.line and "(reused)" not in chat.line and "(reused)" not in other.line
+    assert all("(reused)" in answer.line for answer in (again, followed, kept))
     assert again.text == plain(host, PICTURES[0], QUESTIONS[2]) and followed.tokens == first.tokens
     assert other.text == plain(host, PICTURES[1], QUESTIONS[0])
     assert kept.tokens == chat.tokens  # the whole conversation, from the cache and computed anew
@@ -394,8 +395,9 @@ def test_a_question_is_plain_text_to_the_model(host, photo_llava):
 def test_answers_and_questions_are_shown_and_never_run():
     evil = "<img src=x onerror=alert(1)><script>alert(2)</script> & a cat"
     answer = llava_host.Answer(evil, [1], "1 s <b>", {"cat": "cat"}, {"cat"})
-    shown = llava_host.render_column("A", [{"question": evil, "answers": {True: answer}}], True)
-    assert "<script" not in shown and "<img" not in shown and "<b>" not in shown and shown.count("&lt;script&gt;") == 2
+    turn = {"question": evil, "answers": {False: answer, True: answer}}
+    shown = llava_host.render_talk({False: evil, True: "B"}, [turn], [False, True])
+    assert "<script" not in shown and "<img" not in shown and "<b>" not in shown and shown.count("&lt;script&gt;") >= 4
     assert re.search(r"<u[^>]*>cat\s*</u>", shown)
 
 
@@ -406,7 +408,7 @@ def test_differences_and_doubts_are_marked():
     assert "".join(piece for piece, _, _ in pieces) == first.text
     assert [piece for piece, differs, _ in pieces if differs] == ["cup"]
     assert [piece for piece, _, doubtful in pieces if doubtful] == ["cats"]
-    assert [piece for piece, differs, _ in llava_host.mark_pieces(second, first) if differs] == ["mug", "and"]
+    assert [piece for piece, differs, _ in llava_host.mark_pieces(second, first) if differs] == ["mug", " ", "and"]
     assert not any(differs for _, differs, _ in llava_host.mark_pieces(first, None))
 
 
@@ -555,7 +557,7 @@ def start(tmp_path, *flags):
         port = free.getsockname()[1]
     command = [sys.executable, str(SCRIPT), "--test_mode", "--port", str(port), *map(str, flags)]
     log = (tmp_path / "log").open("w")
-    server = subprocess.Popen(command, stdout=log, stderr=log)
+    server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"TMPDIR": str(tmp_path)})
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and server.poll() is None:
         try:
@@ -592,12 +594,15 @@ def test_only_users_of_the_auth_file_come_in_and_a_taken_port_is_one_sentence(tm
             text=True,
             timeout=120,
         )
-        assert taken.returncode == 2 and re.search(rf"error: .*--port {port}: .*Name another --port", taken.stderr)
+        assert taken.returncode == 2 and re.search(
+            rf"error: --host 127.0.0.1 --port {port} cannot be listened on \(Address already in use\); name another",
+            taken.stderr,
+        )
         listening = subprocess.run(["ss", "-ltnH", f"sport = :{port}"], capture_output=True, text=True)
         assert listening.returncode or f"127.0.0.1:{port}" in listening.stdout
     finally:
         server.terminate()
-        server.wait(20)
+        assert server.wait(20) == 143 and not list(tmp_path.glob("llava_host_*"))
 
 
 @pytest.mark.parametrize(
@@ -605,7 +610,7 @@ def test_only_users_of_the_auth_file_come_in_and_a_taken_port_is_one_sentence(tm
     [(["--verify", "0"], "above 0"), (["--max_new_tokens", "-1"], "above 0"), (["--temperature", "3"], "from 0 to 2"),
      (["--port", "99999"], "--port is 99999"), (["--auth_file", "nowhere.txt"], "nowhere.txt cannot be read"),
      (["--auth_file", str(SCRIPT)], "name:password"), (["--model_path", "nowhere"], "--model_path nowhere"),
-     (["--test_mode", "--lora_path", "nowhere"], "--lora_path nowhere"),
+     (["--test_mode", "--lora_path", "nowhere"], "--lora_path nowhere"), (["--test_mode", "--host", "192.0.2.1"], "--host 192.0.2.1"),
      (["--test_mode", "--clip_model", "nowhere"], "--clip_model nowhere"), (["--load_4bit", "--load_8bit"], "not allowed")],
 )  # fmt: skip
 def test_bad_flags_are_one_sentence(flags, words, capsys):
