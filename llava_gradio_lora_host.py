@@ -120,6 +120,7 @@ import socket
 import tempfile
 import threading
 import time
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter, OrderedDict
@@ -127,12 +128,12 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import aclosing, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import NoReturn
 
-UPLOADS = tempfile.mkdtemp(prefix="llava_host_")  # where Gradio puts an uploaded file until it is read
+UPLOADS = Path(tempfile.mkdtemp(prefix="llava_host_")).resolve()  # where Gradio puts an uploaded file
 atexit.register(shutil.rmtree, UPLOADS, ignore_errors=True)
-os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": UPLOADS}
+os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(UPLOADS)}
 for name, value in {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
     os.environ.setdefault(name, value)
 
@@ -181,8 +182,10 @@ def load_image(source: str | Path | bytes) -> Image.Image:
     frames the first. Raises OSError if it is none."""
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
-        if image.mode.startswith("I"):  # 16 bits a pixel, of which convert() would clip all above 255
-            return Image.fromarray((np.asarray(image) / 257).astype("uint8")).convert("RGB")
+        if image.mode[0] in "IF":  # 16 or 32 bits a pixel, of which convert() would clip all above 255
+            values = np.asarray(image, dtype="float64").clip(0)
+            brightest = 65535 if image.mode.startswith("I;16") else max(values.max(), 1)
+            return Image.fromarray((values * 255 / brightest).astype("uint8")).convert("RGB")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -885,6 +888,10 @@ def find_nouns(kind: str, vocabulary: set[str] | None) -> Callable[[str], list[t
 # ---------------------------------------------------------------------------- generation for many users at once
 
 
+class Refused(ValueError):
+    """What was asked for cannot be done; the text is a sentence for its user."""
+
+
 @dataclass(eq=False)
 class Picture:
     """A picture as its user sees it and as the model takes it."""
@@ -971,10 +978,10 @@ class Engine:
         return sum(len(batch.rows) for batch in self.batches.values())
 
     def submit(self, request: Request) -> None:
-        """Queue a request; its answer ends where the model's context does. Raises ValueError if there is none left."""
+        """Queue a request; its answer ends where the model's context does. Raises Refused if there is none left."""
         limit = min(self.context, self.room) - len(request.ids)
         if limit <= 0:
-            raise ValueError(f"Picture and question need {len(request.ids):,} tokens, and the model here takes "
+            raise Refused(f"Picture and question need {len(request.ids):,} tokens, and the model here takes "
                              f"{len(request.ids) + limit:,}; shorten the question, or press Clear.")  # fmt: skip
         request.max_new_tokens = min(request.max_new_tokens, limit)
         request.asked = time.monotonic()
@@ -1276,55 +1283,55 @@ class Engine:
 
 
 def open_picture(data: bytes | None, processor) -> Picture:
-    """Read a picture's file. Raises ValueError with a sentence for its user if it is none, or too big."""
+    """Read a picture's file. Raises Refused with a sentence for its user if it is none, or too big."""
     if data is None:
-        raise ValueError("There is no picture yet: upload one, paste one, or take one of the examples.")
+        raise Refused("There is no picture yet: upload one, paste one, or take one of the examples.")
     if not data:
-        raise ValueError("This file is empty (0 bytes); choose a picture.")
+        raise Refused("This file is empty (0 bytes); choose a picture.")
     if len(data) > MAX_FILE * 10**6:
-        raise ValueError(f"This file has {len(data) / 1e6:,.0f} MB; a picture may have {MAX_FILE}.")
+        raise Refused(f"This file has {len(data) / 1e6:,.0f} MB; a picture may have {MAX_FILE}.")
     try:
         width, height = Image.open(io.BytesIO(data)).size  # the header alone
     except Image.DecompressionBombError:
         width = height = 10**5
     except Exception as error:  # a broken file makes Pillow's parsers raise almost anything
-        raise ValueError("This file is no picture that can be read; choose a JPEG, PNG or WebP file.") from error
+        raise Refused("This file is no picture that can be read; choose a JPEG, PNG or WebP file.") from error
     if width * height > MAX_PIXELS:
-        raise ValueError(
+        raise Refused(
             f"This picture has more than {MAX_PIXELS / 1e6:.0f} megapixels; make it smaller, the model sees less than one."
         )
     if max(width, height) > 100 * min(width, height):
-        raise ValueError(f"This picture is {width:,} x {height:,} pixels, too narrow to be one; crop it.")
+        raise Refused(f"This picture is {width:,} x {height:,} pixels, too narrow to be one; crop it.")
     try:
         image = load_image(data)
         pixels = processor.image_processor(image, return_tensors="pt")
     except Exception as error:
-        raise ValueError("This picture's file is broken off or damaged; choose another.") from error
+        raise Refused("This picture's file is broken off or damaged; choose another.") from error
     return Picture(image, zlib.crc32(image.tobytes()), pixels)
 
 
 def show_picture(data: bytes) -> bytes:
     """The file as browsers can show it: itself, or a PNG of what the model sees. Raises OSError if it is no picture."""
     image = Image.open(io.BytesIO(data))
-    if (
-        image.format in ("JPEG", "PNG", "WEBP")
-        and image.mode in ("RGB", "RGBA", "L")
-        and not getattr(image, "is_animated", False)
-    ):
+    plain = image.mode in ("RGB", "RGBA", "L") and not (image.format != "MPO" and getattr(image, "is_animated", False))
+    if plain and image.format in ("JPEG", "MPO", "PNG", "WEBP"):  # MPO: a phone's JPEG with more in it
         return data
-    buffer = io.BytesIO()
-    load_image(data).save(buffer, "PNG")
+    image = load_image(data)
+    for side in (max(image.size), 2048):  # more than the model sees, and small enough to be sent along
+        buffer = io.BytesIO()
+        ImageOps.contain(image, (side, side)).save(buffer, "PNG")
+        if buffer.tell() < MAX_FILE * 10**6:
+            break
     return buffer.getvalue()
 
 
 def check_question(question: str) -> str:
-    """The question as the model is asked it. Raises ValueError with a sentence for its user."""
-    question = (question or "").strip()
-    if not question:
-        raise ValueError("There is no question yet: type one, or take one of those below the field.")
+    """The question as the model is asked it. Raises Refused with a sentence for its user."""
+    if not isinstance(question, str) or not any(unicodedata.category(c)[0] in "LNPS" for c in question):
+        raise Refused("There is no question yet: type one, or take one of those below the field.")
     if len(question) > MAX_QUESTION:
-        raise ValueError(f"This question has {len(question):,} characters; it may have {MAX_QUESTION:,}.")
-    question = "".join(c for c in question if c in "\n\t" or c.isprintable())
+        raise Refused(f"This question has {len(question):,} characters; it may have {MAX_QUESTION:,}.")
+    question = "".join(c for c in question.strip() if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
     return re.sub(
         r"\[\s*(/?)\s*INST\s*\]", r"(\1INST)", question
     )  # Mistral's own marks, which are plain text to a tokenizer
@@ -1355,7 +1362,7 @@ class Answer:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     line: str = ""  # what it cost
-    objects: dict[str, str] = field(default_factory=dict)  # word as written -> object
+    objects: dict[str, str] = field(default_factory=dict)  # word as written, in lower case -> object
     doubtful: set[str] = field(default_factory=set)  # those objects that the check does not confirm
 
 
@@ -1404,11 +1411,13 @@ class Host:
         """Answer once with each of `prompts` (adapter on or off -> prompt ids), as they grow: {adapter: Answer}.
 
         Whoever stops reading stops the generation. With candidates to choose from, the first is shown while they grow. Raises
-        ValueError with a sentence for a user who cannot be answered.
+        Refused with a sentence for a user who cannot be answered.
         `mark` has the doubtful objects of the finished answers found.
         """
         loop, changed, ended = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
         groups = {}
+        if sampling["temperature"] < 0.01:
+            sampling["temperature"] = 0
         for adapter, ids in prompts.items():
             groups[adapter] = [
                 Request(ids, picture, session, adapter, **sampling, dice=random.Random(random.getrandbits(64)))
@@ -1442,8 +1451,15 @@ class Host:
                     )  # sending costs the server time
             failed = next((request for request in requests if request.error), None)
             if failed:
-                raise ValueError(failed.error)
-            yield await self.check(picture, groups, mark)
+                raise Refused(failed.error)
+            try:
+                yield await self.check(picture, groups, mark)
+            except Exception as error:  # the answers are there all the same
+                console.print(f"a check failed: {type(error).__name__}: {error}", markup=False)
+                answers = {adapter: self.describe(group[0]) for adapter, group in groups.items()}
+                for answer in answers.values():
+                    answer.line += " · not checked"
+                yield answers
         finally:
             self.engine.stop(requests)
 
@@ -1474,9 +1490,9 @@ class Host:
         for adapter, group in groups.items():
             drawn = [self.describe(request) for request in group]
             for answer in drawn:
-                answer.objects = dict(self.find(answer.text))
+                answer.objects = dict(self.find(answer.text.lower()))
             best = 0
-            if len(drawn) > 1:
+            if len(drawn) > 1 and drawn[0].objects:  # yes or no names nothing to check
                 named = [list(answer.objects.values()) for answer in drawn]
                 words = sorted({word for part in named for word in part})
                 doubtful = set() if self.clip else await self.doubt(picture, words, adapter)
@@ -1506,6 +1522,23 @@ class Upload(bytes):
     """A picture's file as it was uploaded, which the browser does not yet hold as a data: address."""
 
 
+READ: dict[Path, float] = {}  # when an uploaded file was last read, time.time()
+READ_SECONDS, UNREAD_SECONDS = 20, 900  # after which it goes: another user may have sent the same, and have to wait
+
+
+def sweep_uploads() -> None:
+    """Delete the uploaded files that were read, and those that nobody asked about."""
+    for path in [path for path in UPLOADS.rglob("*") if path.is_file()]:
+        with suppress(OSError):  # gone in the meantime
+            written = path.stat().st_mtime
+            if time.time() > min(
+                READ.get(path, 0) + READ_SECONDS if READ.get(path, 0) > written else 1e12, written + UNREAD_SECONDS
+            ):
+                READ.pop(path, None)
+                path.unlink()
+                path.parent.rmdir()  # its name is the file's digest
+
+
 class InlinePicture(gr.Image):
     """A picture that lives in the browser: its file is deleted once read, and the page carries it as a data: address."""
 
@@ -1519,12 +1552,11 @@ class InlinePicture(gr.Image):
             with suppress(ValueError):
                 return base64.b64decode(payload.url.partition(",")[2])
             return b""
-        path = Path(payload.path)  # Gradio has made sure that it is in UPLOADS
-        data = Upload(path.read_bytes())
-        path.unlink()
-        with suppress(OSError):
-            path.parent.rmdir()  # its name is the file's digest
-        return data
+        path = Path(payload.path).resolve()
+        if UPLOADS not in path.parents or not path.is_file():  # a caller can send any path
+            raise gr.Error("This is no uploaded picture, or its time is over; upload it again.", print_exception=False)
+        READ[path] = time.time()
+        return Upload(path.read_bytes())
 
     def postprocess(self, value: bytes | str | None) -> ImageData | None:
         """A picture's file, or the path of an example, as a data: address."""
@@ -1554,7 +1586,10 @@ class Gate:
             if not length.isdigit() or int(length) > self.limit:
                 answer = PlainTextResponse(f"A request may have {self.limit:,} bytes.", 413)
                 return await answer(scope, receive, send)
-            if UPLOADS in os.path.normpath(scope["path"]):
+            file = Path(scope["path"].partition("/file=")[2] or "/").resolve()
+            if UPLOADS in file.parents or scope["path"].rstrip("/").endswith(
+                "/deep_link"
+            ):  # which would write them to disk
                 return await PlainTextResponse("Uploaded pictures are not served.", 404)(scope, receive, send)
         read = 0
 
@@ -1578,7 +1613,7 @@ TALK = jinja2.Template(
     {% if side in turn.answers %}
     <p class="side">{{ titles[side] }}</p>
     <p class="answer" aria-live="polite">
-    {%- for text, differs, doubtful in mark(turn.answers, side) %}
+    {%- for text, differs, doubtful in mark(turn, side) %}
       {%- if differs %}<mark>{% endif %}{% if doubtful %}<u title="not confirmed to be in the picture">{% endif %}{{ text }}
       {%- if doubtful %}</u>{% endif %}{% if differs %}</mark>{% endif %}
     {%- endfor %}</p>
@@ -1630,30 +1665,39 @@ SIDES = {"Side by side": [False, True], "Aligned only": [True], "Base only": [Fa
 EXAMPLES = [16, 6, 34, 19, 3, 5]  # of the miniature's pictures
 
 
+def split_words(text: str) -> list[str]:
+    """The text in words and what is between them."""
+    return re.findall(r"\w+(?:-\w+)*|[^\w]+", text)
+
+
+@lru_cache(1000)
+def find_differences(text: str, other: str) -> frozenset[int]:
+    """Which of split_words' pieces of `text` are not in the other text, in order (difflib's matching blocks)."""
+    pieces = split_words(text)
+    words = [number for number, piece in enumerate(pieces) if re.match(r"\w", piece)]
+    others = [piece.lower() for piece in split_words(other) if re.match(r"\w", piece)]
+    # in a long text that repeats itself, an exact search would take seconds
+    match = difflib.SequenceMatcher(
+        None, [pieces[number].lower() for number in words], others, autojunk=len(words) > 300
+    )
+    differs = {n for kind, start, end, _, _ in match.get_opcodes() if kind != "equal" for n in words[start:end]}
+    return frozenset(differs | {number for number in range(len(pieces)) if {number - 1, number + 1} <= differs})
+
+
 def mark_pieces(answer: Answer, other: Answer | None) -> list[tuple[str, bool, bool]]:
     """The answer's text in pieces (text, differs from the other answer, is a doubtful object); together, they are it."""
-
-    def split(text: str) -> list[str]:
-        return re.findall(r"\w+(?:[-']\w+)*|[^\w]+", text)
-
-    pieces = split(answer.text)
-    words = [number for number, piece in enumerate(pieces) if re.match(r"\w", piece)]
-    differs = set()
-    if other and other.text:
-        others = [piece.lower() for piece in split(other.text) if re.match(r"\w", piece)]
-        match = difflib.SequenceMatcher(None, [pieces[number].lower() for number in words], others, autojunk=False)
-        for kind, start, end, _, _ in match.get_opcodes():
-            differs |= set(words[start:end]) if kind != "equal" else set()
-    differs |= {number for number in range(len(pieces)) if {number - 1, number + 1} <= differs}  # the space between two
-    return [(piece, number in differs, answer.objects.get(piece) in answer.doubtful and piece in answer.objects)
-            for number, piece in enumerate(pieces)]  # fmt: skip
+    differs = find_differences(answer.text, other.text) if other and other.text else ()
+    return [(piece, number in differs, answer.objects.get(piece.lower()) in answer.doubtful)
+            for number, piece in enumerate(split_words(answer.text))]  # fmt: skip
 
 
 def render_talk(titles: dict[bool, str], turns: list[dict], sides: list[bool]) -> str:
     """The page's HTML of a conversation, the newest turn first; `turns` have a question and answers {adapter: Answer}."""
 
-    def mark(answers: dict[bool, Answer], side: bool) -> list:
-        return mark_pieces(answers[side], answers.get(not side) if len(sides) == 2 else None)
+    def mark(turn: dict, side: bool) -> list:
+        answers = turn["answers"]
+        whole = "asked" in turn and len(sides) == 2  # while answers grow, all would differ
+        return mark_pieces(answers[side], answers.get(not side) if whole else None)
 
     return TALK.render(titles=titles, turns=turns, sides=sides, mark=mark)
 
@@ -1734,6 +1778,12 @@ def build_page(host: Host, args) -> gr.Blocks:
             sentence and f'<p class="notice" role="alert">{jinja2.filters.escape(sentence)}</p>', visible=bool(sentence)
         )
 
+    decoders = asyncio.Semaphore(2)  # large pictures take memory
+
+    async def decode(function: Callable, *arguments):
+        async with decoders:
+            return await asyncio.to_thread(function, *arguments)
+
     def prepare(data, question, wanted: dict[bool, list]) -> tuple:
         """The picture, the question and the prompts that follow `wanted`, earlier turns for adapter on or off."""
         picture = open_picture(data, host.processor)
@@ -1767,7 +1817,7 @@ def build_page(host: Host, args) -> gr.Blocks:
         try:
             earlier = {side: [(old["asked"], old["answers"][side].tokens) for old in turns if side in old["answers"]] if remember else []
                        for side in sides}  # fmt: skip
-            picture, asked, prompts = await asyncio.to_thread(prepare, data, question, earlier)
+            picture, asked, prompts = await decode(prepare, data, question, earlier)
             if turns and turns[-1]["digest"] != picture.digest:  # another picture, another conversation
                 turns = []
                 prompts = {side: build_chat(host.processor, picture.image.size, asked, []) for side in sides}
@@ -1780,9 +1830,13 @@ def build_page(host: Host, args) -> gr.Blocks:
                         return
                     yield show(True)
             turns = [*turns, turn | {"asked": asked, "digest": picture.digest, "settings": sampling}]
+            await asyncio.to_thread(render_talk, titles, turns, sides)  # finds the differences, and remembers them
             yield show(False, asked=False)
-        except ValueError as error:
+        except Refused as error:
             yield show(False, str(error), asked=False)
+        except Exception as error:
+            console.print(f"a question failed: {type(error).__name__}: {error}", markup=False)
+            yield show(False, "This failed on the server, whose log says why; ask again.", asked=False)
 
     async def regenerate(data, turns, view, temperature, top_p, length, remember, request: gr.Request):
         """The last question again."""
@@ -1796,10 +1850,10 @@ def build_page(host: Host, args) -> gr.Blocks:
         if not isinstance(data, Upload):
             return {notices: show_notice("")}
         try:
-            await asyncio.to_thread(open_picture, data, host.processor)
-            shown = await asyncio.to_thread(show_picture, data)
+            await decode(open_picture, data, host.processor)
+            shown = await decode(show_picture, data)
             return {photo: shown, notices: show_notice("")}
-        except ValueError as error:
+        except Refused as error:
             return {photo: None, notices: show_notice(str(error))}
 
     def blank(view) -> dict:
@@ -1834,18 +1888,24 @@ def build_page(host: Host, args) -> gr.Blocks:
         """Ask a question about a picture; streams the answer as it grows, each message the whole text so far."""
         try:
             side = bool(adapter) and bool(host.adapter)
-            if not 0 <= temperature <= 2 or not 0 < top_p <= 1 or not 0 < max_new_tokens <= args.max_new_tokens:
-                raise ValueError("temperature must be from 0 to 2, top_p above 0 and up to 1, max_new_tokens from 1 to "
+            numbers = all(isinstance(value, int | float) for value in (temperature, top_p, max_new_tokens))
+            if (
+                not numbers
+                or not 0 <= temperature <= 2
+                or not 0 < top_p <= 1
+                or not 0 < max_new_tokens <= args.max_new_tokens
+            ):
+                raise Refused("temperature must be from 0 to 2, top_p above 0 and up to 1, max_new_tokens from 1 to "
                                  f"{args.max_new_tokens:,}.")  # fmt: skip
-            picture, _, prompts = await asyncio.to_thread(prepare, image, question, {side: []})
+            picture, _, prompts = await decode(prepare, image, question, {side: []})
             sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": int(max_new_tokens)}
             async with aclosing(host.answer(picture, prompts, "", False, **sampling)) as growing:
                 async for answers in growing:
                     yield answers[side].text
-        except ValueError as error:
+        except Refused as error:
             raise gr.Error(str(error), print_exception=False) from error
 
-    with gr.Blocks(title="LLaVA, aligned", analytics_enabled=False, delete_cache=(60, 300)) as page:
+    with gr.Blocks(title="LLaVA, aligned", analytics_enabled=False) as page:
         state = gr.State([], time_to_live=3600)
         names = f"Base `{host.base}`" + (f" · adapter `{host.adapter}`" if host.adapter else "")
         gr.Markdown(f"# LLaVA-1.6 before and after alignment\nGive a picture, ask about it, compare. {names}")
@@ -1922,6 +1982,13 @@ def build_page(host: Host, args) -> gr.Blocks:
 
 def launch_page(page: gr.Blocks, args, port: int | None) -> None:
     """Let the page listen, in threads of its own. Raises OSError if the address or the port cannot be had."""
+
+    def sweep() -> None:
+        while True:
+            time.sleep(5)
+            sweep_uploads()
+
+    threading.Thread(target=sweep, daemon=True, name="sweeper").start()
     page.launch(
         server_name=args.host, server_port=port, share=args.share, auth=args.users, max_file_size=MAX_FILE * 10**6,
         show_error=True, run_history=False, ssr_mode=False, enable_monitoring=False, quiet=True, footer_links=["api"],
@@ -1936,7 +2003,9 @@ def main(argv: list[str] | None = None) -> None:
         socket.create_server((args.host, args.port or 0)).close()
     except OSError as error:
         where = f"--host {args.host}" + (f" --port {args.port}" if args.port else "")
-        stop(f"{where} cannot be listened on ({error.strerror}); name another, or end what listens there.")
+        stop(
+            f"{where} cannot be listened on ({os.strerror(error.errno) if error.errno else error}); name another, or end what listens there."
+        )
     if args.lora_path:
         adapter_folder(args.lora_path)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that UPLOADS is deleted

@@ -157,8 +157,10 @@ def load_image(source: str | Path | bytes) -> Image.Image:
     frames the first. Raises OSError if it is none."""
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
-        if image.mode.startswith("I"):  # 16 bits a pixel, of which convert() would clip all above 255
-            return Image.fromarray((np.asarray(image) / 257).astype("uint8")).convert("RGB")
+        if image.mode[0] in "IF":  # 16 or 32 bits a pixel, of which convert() would clip all above 255
+            values = np.asarray(image, dtype="float64").clip(0)
+            brightest = 65535 if image.mode.startswith("I;16") else max(values.max(), 1)
+            return Image.fromarray((values * 255 / brightest).astype("uint8")).convert("RGB")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -180,10 +180,13 @@ def test_who_stops_reading_stops_the_generation(endless):
         while not endless.engine.active:
             await asyncio.sleep(0.01)
         task.cancel()
-        await asyncio.sleep(0.5)
+        for _ in range(100):
+            await asyncio.sleep(0.02)
+            if not endless.engine.open:
+                return
+        raise AssertionError("it goes on")
 
     asyncio.run(leave())
-    assert endless.engine.active == 0 and not endless.engine.open
 
 
 def test_what_a_user_leaves_behind_is_dropped(endless, monkeypatch):
@@ -197,6 +200,10 @@ def test_what_a_user_leaves_behind_is_dropped(endless, monkeypatch):
         while engine.active < 4:
             await asyncio.sleep(0.01)
         engine.forget("left")
+        waiting = asyncio.create_task(ask(endless, PICTURES[5], QUESTIONS[0], "waits", max_new_tokens=900))
+        await asyncio.sleep(0.05)
+        endless.engine.stop_session("waits")  # wherever it is
+        await waiting
         return [(await task)[0][True] for task in tasks]
 
     *left, stays = asyncio.run(leave())
@@ -290,8 +297,12 @@ def test_tokens_are_drawn_as_nucleus_sampling_says():
     assert draw(1, 1) == pytest.approx([0.5, 0.25, 0.15, 0.1], abs=0.03)
     assert draw(1, 0.75) == pytest.approx([2 / 3, 1 / 3, 0, 0], abs=0.03)
     assert draw(0.5, 1) == pytest.approx((chances**2 / (chances**2).sum()).tolist(), abs=0.03)
-    mixed = llava_host.pick_tokens(logits[:2], [0, 1], [1, 1], [None, random.Random(0)])
-    assert mixed[0] == 1
+    several = [
+        llava_host.pick_tokens(logits[:3], [0, 1, 1], [1, 0.4, 1], [None, random.Random(n), random.Random(n)])
+        for n in range(50)
+    ]
+    assert {tokens[0] for tokens in several} == {1} == {tokens[1] for tokens in several}  # each row has its own top-p
+    assert {tokens[2] for tokens in several} == {0, 1, 2, 3}
 
 
 # ---------------------------------------------------------------------------- pictures and questions
@@ -338,6 +349,8 @@ def test_odd_pictures_are_seen_as_they_look(host):
     assert abs(seen(encode(RED.convert("CMYK"), "JPEG", quality=95)).mean((0, 1)) - [200, 10, 10]).max() < 8
     grey = Image.fromarray(np.full((40, 60), 128 * 257, np.uint16))
     assert set(seen(encode(grey)).ravel()) == {128}  # 16 bits a pixel
+    floats = Image.fromarray(np.linspace(0, 3, 60 * 40, dtype=np.float32).reshape(40, 60))
+    assert seen(encode(floats, "TIFF"))[[0, -1], [0, -1], 0].tolist() == [0, 255]
     clear = Image.new("RGBA", (60, 40), (0, 0, 0, 0))
     clear.paste((0, 0, 255, 255), (0, 0, 30, 40))
     assert seen(encode(clear))[0, [0, 59]].tolist() == [[0, 0, 255], [255, 255, 255]]  # transparent on white
@@ -357,9 +370,13 @@ def test_odd_pictures_are_seen_as_they_look(host):
 
 
 def test_what_the_browser_keeps_is_the_same_picture(host):
-    for data in (encode(RED), encode(RED.convert("CMYK"), "JPEG"), encode(RED, "TIFF"), encode(RED, "GIF")):
+    phone = encode(RED, "MPO", save_all=True, append_images=[RED])
+    assert llava_host.show_picture(phone) == phone
+    noise = Image.effect_noise((3000, 2600), 90).convert("RGB").convert("CMYK")
+    assert len(llava_host.show_picture(encode(noise, "TIFF"))) < 20_000_000
+    for data in (encode(RED), encode(RED.convert("CMYK"), "JPEG"), encode(RED, "TIFF"), encode(RED, "GIF"), phone):
         shown = llava_host.show_picture(data)
-        assert Image.open(io.BytesIO(shown)).format in ("PNG", "JPEG", "WEBP")
+        assert Image.open(io.BytesIO(shown)).format in ("PNG", "JPEG", "WEBP", "MPO")
         assert (
             llava_host.open_picture(shown, host.processor).digest
             == llava_host.open_picture(data, host.processor).digest
@@ -392,11 +409,16 @@ def test_a_question_is_plain_text_to_the_model(host, photo_llava):
             llava_host.check_question(question)
 
 
+def test_questions_keep_the_spaces_and_joiners_of_their_language():
+    question = "Is there\u3000a\u00a0cup\u200d?"
+    assert llava_host.check_question(f" {question}\x00\n") == question
+
+
 def test_answers_and_questions_are_shown_and_never_run():
     evil = "<img src=x onerror=alert(1)><script>alert(2)</script> & a cat"
     answer = llava_host.Answer(evil, [1], "1 s <b>", {"cat": "cat"}, {"cat"})
     turn = {"question": evil, "answers": {False: answer, True: answer}}
-    shown = llava_host.render_talk({False: evil, True: "B"}, [turn], [False, True])
+    shown = llava_host.render_talk({False: evil, True: "B"}, [turn | {"asked": ""}], [False, True])
     assert "<script" not in shown and "<img" not in shown and "<b>" not in shown and shown.count("&lt;script&gt;") >= 4
     assert re.search(r"<u[^>]*>cat\s*</u>", shown)
 
@@ -430,6 +452,7 @@ def test_verify_keeps_the_candidate_that_its_check_confirms_best(host, monkeypat
     assert llava_host.choose_candidate([["cat"], ["cup"]], set()) == 0
     assert llava_host.choose_candidate([["cat"], ["cup"]], {"cat"}, [0.3, 0.2]) == 0
     monkeypatch.setattr(host, "candidates", 6)
+    random.seed(0)
     drawn = []
     describe = host.describe
     monkeypatch.setattr(host, "describe", lambda request: drawn.append(request) or describe(request))
@@ -455,18 +478,83 @@ def test_verify_keeps_the_candidate_that_its_check_confirms_best(host, monkeypat
 # ---------------------------------------------------------------------------- the server
 
 
-def files_of(folder):
-    return [path for path in folder.rglob("*") if path.is_file()]
+def kept_files(monkeypatch):
+    """What is left of the uploads once their time is over."""
+    assert all(path in llava_host.READ for path in llava_host.UPLOADS.rglob("*") if path.is_file())
+    with monkeypatch.context() as patched:
+        patched.setattr(llava_host, "READ_SECONDS", -1)
+        llava_host.sweep_uploads()
+    return [path for path in llava_host.UPLOADS.rglob("*") if path.is_file() or len(path.name) == 64]  # a file's digest
 
 
-def test_the_api_streams_and_keeps_no_picture(host, address):
+def test_the_api_streams_and_keeps_no_picture(host, address, monkeypatch):
     job = Client(address, verbose=False).submit(
         handle_file(str(PICTURES[0])), QUESTIONS[0], adapter=False, temperature=0, top_p=1, max_new_tokens=60, api_name="/answer"
     )  # fmt: skip
     assert job.result(timeout=60) == plain(host, PICTURES[0], QUESTIONS[0], False)
     parts = job.outputs()
     assert len(parts) > 2 and all(whole.startswith(part) for part, whole in zip(parts, parts[1:], strict=False))
-    assert not files_of(llava_host.Path(llava_host.UPLOADS))
+    assert not kept_files(monkeypatch)
+
+
+def test_users_with_the_same_file_do_not_take_it_from_each_other(host, address):
+    clients = [Client(address, verbose=False) for _ in range(3)]
+
+    def user(number):
+        return clients[number % 3].predict(
+            handle_file(str(PICTURES[7])), QUESTIONS[0], True, 0, 1, 60, api_name="/answer"
+        )
+
+    with ThreadPoolExecutor(12) as pool:
+        assert set(pool.map(user, range(12))) == {plain(host, PICTURES[7], QUESTIONS[0])}
+
+
+def test_uploads_that_nobody_asks_about_go_too(address, monkeypatch):
+    llava_host.sweep_uploads()
+    uploaded = httpx.post(f"{address}/gradio_api/upload", files={"files": ("left.webp", b"left")}).json()[0]
+    llava_host.sweep_uploads()
+    assert os.path.exists(uploaded)
+    monkeypatch.setattr(llava_host, "UNREAD_SECONDS", -1)
+    llava_host.sweep_uploads()
+    assert not os.path.exists(uploaded)
+
+
+def test_a_long_answer_that_repeats_itself_is_compared_quickly():
+    loops = [" ".join(words * 300) for words in (["a", "red", "cup"], ["the", "red", "cup", "and"])]
+    started = time.perf_counter()
+    pieces = llava_host.mark_pieces(llava_host.Answer(loops[0]), llava_host.Answer(loops[1]))
+    assert time.perf_counter() - started < 1 and "".join(piece for piece, _, _ in pieces) == loops[0]
+
+
+def test_a_failing_check_loses_no_answer(host, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(llava_host, "find_doubtful", fail)
+    states, _ = asyncio.run(ask(host, PICTURES[3], QUESTIONS[0], mark=True))
+    assert states[True].text == plain(host, PICTURES[3], QUESTIONS[0]) and states[True].line.endswith("not checked")
+
+
+def test_with_clip_it_is_clip_that_checks(host, monkeypatch):
+    class Fake:
+        def compare(self, image, texts):
+            return [
+                0.5 if text == "a photo" else 0.9 if "photo" in text and "tent" not in text else len(text) / 1000
+                for text in texts
+            ]
+
+    for holder in (host, host.engine):
+        monkeypatch.setattr(holder, "clip", Fake())
+    states, _ = asyncio.run(ask(host, PICTURES[3], QUESTIONS[0], "clip", mark=True))
+    assert states[True].doubtful == {"tent"}
+    monkeypatch.setattr(host, "candidates", 5)
+    drawn = {}
+    describe = host.describe
+    monkeypatch.setattr(host, "describe", lambda request: describe(drawn.setdefault(id(request), request)))
+    states, _ = asyncio.run(ask(host, PICTURES[3], QUESTIONS[0], "clip", (False,)))
+    assert states[False].text == max((describe(request).text for request in drawn.values()), key=len)
+    assert asyncio.run(ask(host, PICTURES[3], QUESTIONS[2], "clip", (False,)))[0][False].text == plain(
+        host, PICTURES[3], QUESTIONS[2], False)  # fmt: skip
 
 
 def test_users_at_once_through_the_api(host, address):
@@ -495,7 +583,14 @@ def inline(picture):
     return {"url": f"data:image/webp;base64,{llava_host.base64.b64encode(picture).decode()}"}
 
 
-def test_hostile_calls_get_a_sentence_and_the_server_lives_on(host, address):
+def test_hostile_calls_get_a_sentence_and_the_server_lives_on(host, address, tmp_path, monkeypatch):
+    victim = tmp_path / "victim.webp"
+    victim.write_bytes(PICTURES[0].read_bytes())
+    uploaded = httpx.post(
+        f"{address}/gradio_api/upload", files={"files": ("mine.webp", PICTURES[1].read_bytes())}
+    ).json()[0]
+    for asked in (uploaded, os.path.relpath(uploaded)):
+        assert httpx.get(f"{address}/gradio_api/file={asked}").status_code in (403, 404)  # it is served to nobody
     good = inline(PICTURES[0].read_bytes())
     for data, words in (
         ([inline(b"no picture"), "Is it?", True, 0, 1, 20], "no picture that can be read"),
@@ -511,16 +606,22 @@ def test_hostile_calls_get_a_sentence_and_the_server_lives_on(host, address):
             "no pictures from",
         ),
         ([{"path": str(SCRIPT), "meta": {"_type": "gradio.FileData"}}, "Is it?", True, 0, 1, 20], ""),
-        ([{"path": "/etc/passwd"}, "Is it?", True, 0, 1, 20], ""),
+        ([{"path": str(victim)}, "Is it?", True, 0, 1, 20], "no uploaded picture"),
+        ([{"path": f"{llava_host.UPLOADS}/../{victim.name}"}, "Is it?", True, 0, 1, 20], "no uploaded picture"),
+        ([{"path": "/dev/zero"}, "Is it?", True, 0, 1, 20], "no uploaded picture"),
+        ([good, "Is it?", True, None, 1, 20], "temperature must be"),
+        ([good, "\u200b \u3000", True, 0, 1, 20], "no question yet"),
     ):
         event, content = call(address, data)
         assert event == "error" and words in str(content), (data, content)
-    assert SCRIPT.exists()
+    assert SCRIPT.exists() and victim.exists()
+    assert httpx.get(f"{address}/gradio_api/deep_link?session_hash=x").status_code == 404
+    assert call(address, [{"path": uploaded}, QUESTIONS[0], True, 0, 1, 60])[0] == "complete"
     assert httpx.post(f"{address}/gradio_api/call/answer", content=b"x" * 31_000_000).status_code == 413
     big = httpx.post(f"{address}/gradio_api/upload", files={"files": ("a.png", bytes(21_000_000))})
     assert big.status_code == 413
     assert call(address, [good, QUESTIONS[0], True, 0, 1, 60]) == ("complete", [plain(host, PICTURES[0], QUESTIONS[0])])
-    assert not files_of(llava_host.Path(llava_host.UPLOADS))
+    assert not kept_files(monkeypatch)
 
 
 def test_a_curl_user_who_leaves_costs_nothing_more(endless, address):

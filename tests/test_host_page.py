@@ -12,7 +12,7 @@ import pytest
 from conftest import MINIATURE
 from PIL import Image
 from playwright.sync_api import Error, expect, sync_playwright
-from test_host import PICTURES, encode, files_of, plain
+from test_host import PICTURES, encode, kept_files, plain
 
 import llava_gradio_lora_host as llava_host
 
@@ -80,7 +80,7 @@ def shown(page, column):
     return page.locator(f".{column} .answer").first.inner_text()
 
 
-def test_two_columns_stream_and_mark_what_differs(server, page):
+def test_two_columns_stream_and_mark_what_differs(server, page, monkeypatch):
     host, _ = server
     give(page, PICTURES[16])
     expect(page.locator("#picture img")).to_be_visible()
@@ -105,7 +105,7 @@ def test_two_columns_stream_and_mark_what_differs(server, page):
     for words in ("s to first token", "tokens/s", " image tokens", "miniature/model + miniature/adapter"):
         assert words in line
     assert all(url.startswith((server[1], "data:", "blob:")) for url in page.requested)  # nothing goes anywhere else
-    assert not files_of(Path(llava_host.UPLOADS))  # and nothing is kept
+    assert not kept_files(monkeypatch)  # and nothing is kept
     if SCREENSHOTS:
         page.screenshot(path=Path(SCREENSHOTS) / "host.png")
 
@@ -220,10 +220,10 @@ def test_stop_and_leaving_end_the_generation(server, page, browser, monkeypatch)
     [(("a.png", "image/png", b""), "empty"), (("a.jpg", "image/jpeg", b"no picture"), "no picture that can be read"),
      (("a.png", "image/png", encode(Image.new("1", (10_000, 10_000)))), "50 megapixels")],
 )  # fmt: skip
-def test_a_bad_picture_gets_a_sentence_and_the_page_goes_on(server, page, picture, words):
+def test_a_bad_picture_gets_a_sentence_and_the_page_goes_on(server, page, picture, words, monkeypatch):
     give(page, picture)
     expect(page.locator(".notice, .toast-body").first).to_contain_text(words, timeout=15_000)
-    assert not files_of(Path(llava_host.UPLOADS))
+    assert not kept_files(monkeypatch)
     page.locator("#examples .gallery-item").first.click()
     expect(page.locator("#picture img")).to_be_visible()
     ask(page, "Is there a cup in this image?")
