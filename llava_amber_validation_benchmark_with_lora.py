@@ -912,6 +912,7 @@ def verify_answers(
             yield picture, number, text, complete
     if not drawn:
         return
+    open_ended = [sorted(part) for part in open_ended]  # they came in the order in which they ended
     asked = [[questions[picture][number] for number in part for _ in range(candidates - 1)]
              for picture, part in enumerate(open_ended)]  # fmt: skip
     for picture, place, text, complete in answer_questions(
