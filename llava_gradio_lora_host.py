@@ -691,7 +691,9 @@ def answer_questions(
     ends = core.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}
     rows, branches = [], []  # a branch: row, picture, question, next position, column of its last token, tokens so far
-    for row, (image, asked) in enumerate(zip(images, questions, strict=True)):
+    pictures = [picture for picture, asked in enumerate(questions) if asked]
+    for row, picture in enumerate(pictures):
+        image, asked = images[picture], questions[picture]
         prompts = [build_prompt(processor, question, image.size) for question in asked]
         shared = len(prompts[0]) - prompts[0][::-1].index(processor.image_token_id)
         seed = zlib.crc32(image.tobytes())
@@ -700,10 +702,12 @@ def answer_questions(
             ids += prompt[shared:]
             owners += [number + 1] * (len(prompt) - shared)
             positions += range(shared, len(prompt))
-            branches.append({"row": row, "picture": row, "question": number, "position": len(prompt),
+            branches.append({"row": row, "picture": picture, "question": number, "position": len(prompt),
                              "column": len(ids) - 1, "tokens": [],
                              "dice": random.Random(f"{seed} {number} {asked[number]}")})  # fmt: skip
         rows.append((ids, owners, positions))
+    if not rows:
+        return
     longest = max(len(row[0]) for row in rows)
     for branch in branches:
         branch["column"] += longest - len(rows[branch["row"]][0])
@@ -718,8 +722,8 @@ def answer_questions(
         input_ids=ids,
         attention_mask=visible[:, None],
         position_ids=positions,
-        pixel_values=pixels["pixel_values"].to(core.device, core.dtype),
-        image_sizes=pixels["image_sizes"].to(core.device),
+        pixel_values=pixels["pixel_values"][pictures].to(core.device, core.dtype),
+        image_sizes=pixels["image_sizes"][pictures].to(core.device),
         use_cache=True,
     )
     cache = output.past_key_values

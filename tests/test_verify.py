@@ -146,6 +146,23 @@ def test_clip_says_what_the_plain_model_says(clip_folder, some):
     assert found == pytest.approx(cosines, abs=1e-5) and len(set(found)) == 3
 
 
+def test_pictures_without_anything_to_check_are_passed_over(llava, some):
+    images, pixels, questions = some
+    words = [["cup"], [], ["star", "tree"], [], [], ["bus"]]
+    doubtful = amber.find_doubtful(*llava, images, pixels, words)
+    for picture, part in enumerate(words):
+        alone = {name: value[[picture]] for name, value in pixels.items()}
+        assert doubtful[picture] == amber.find_doubtful(*llava, [images[picture]], alone, [part])[0]
+    assert list(amber.answer_questions(*llava, images, pixels, [[]] * 6, 5)) == []
+    some_open = [
+        part if number % 2 else part[1:] for number, part in enumerate(questions)
+    ]  # every other: yes or no alone
+    kept = amber.verify_answers(
+        *llava, images, pixels, some_open, 60, candidates=3, find=amber.find_nouns("vocabulary", WORDS), clip=None
+    )
+    assert {(i, j) for i, j, _, _ in kept} == {(i, j) for i, part in enumerate(some_open) for j in range(len(part))}
+
+
 def test_clip_chooses_and_doubts(llava, some, clip_folder):
     images, pixels, questions = some
     clip = amber.Clip(str(clip_folder), "cpu")
