@@ -9,6 +9,7 @@ import torch
 from conftest import MINIATURE, SHARED
 
 import llava_amber_validation_benchmark_with_lora as amber
+from miniature.scenes import CLASSES
 
 MINI = ["--test_mode", "--nouns", "vocabulary", "--evaluation_type", "g"]
 WORDS = {
@@ -116,22 +117,19 @@ def test_the_best_candidate_is_kept(llava, some):
 def test_two_open_questions_have_their_own_candidates(llava, some):
     images, pixels, _ = some
     asked = ["Describe this image.", "Name everything you can see in this image."]
-    find = amber.find_nouns("vocabulary", WORDS)
-
-    def fit(texts):  # in place of CLIP: the longest answer fits best
-        return [len(text) for text in texts]
-
-    clip = type("Longest", (), {"compare": lambda self, image, texts: fit(texts)})()
-    for tokens in (60, 8):
-        kept = {(i, j): (text, whole) for i, j, text, whole in amber.verify_answers(
-            *llava, images, pixels, [asked] * 6, tokens, candidates=3, find=find, clip=clip)}  # fmt: skip
-        greedy = {(i, j): text for i, j, text, _ in amber.answer_questions(*llava, images, pixels, [asked] * 6, tokens)}
-        places = [[asked[0]] * 2 + [asked[1]] * 2] * 6
-        drawn = {(i, j): text for i, j, text, _ in amber.answer_questions(
-            *llava, images, pixels, places, tokens, amber.VERIFY_TEMPERATURE)}  # fmt: skip
-        for (picture, number), (text, whole) in kept.items():
-            candidates = [greedy[picture, number], drawn[picture, 2 * number], drawn[picture, 2 * number + 1]]
-            assert text == max(candidates, key=len) and whole == (tokens == 60)
+    find = amber.find_nouns("vocabulary", set(CLASSES))
+    clip = type("Longest", (), {"compare": lambda self, image, texts: [len(text) for text in texts]})()  # fits best
+    kept = {(i, j): (text, whole) for i, j, text, whole in amber.verify_answers(
+        *llava, images, pixels, [asked] * 6, 60, candidates=3, find=find, clip=clip)}  # fmt: skip
+    greedy = {(i, j): text for i, j, text, _ in amber.answer_questions(*llava, images, pixels, [asked] * 6, 60)}
+    places = [[asked[0]] * 2 + [asked[1]] * 2] * 6
+    drawn = {(i, j): text for i, j, text, _ in amber.answer_questions(
+        *llava, images, pixels, places, 60, amber.VERIFY_TEMPERATURE)}  # fmt: skip
+    for (picture, number), (text, whole) in kept.items():
+        candidates = [greedy[picture, number], drawn[picture, 2 * number], drawn[picture, 2 * number + 1]]
+        assert text == max(candidates, key=len) and whole
+    cut = amber.verify_answers(*llava, images, pixels, [asked] * 6, 8, candidates=3, find=find, clip=clip)
+    assert [whole for *_, whole in cut] == [False] * 12
 
 
 def test_clip_says_what_the_plain_model_says(clip_folder, some):
