@@ -243,3 +243,22 @@ def test_what_is_missing_is_said_and_html_is_never_run(server, page):
     finished(page)
     assert page.locator(".question").inner_text() == evil
     assert page.locator("#talk img, #talk script").count() == 0
+
+
+def test_a_phone_sized_window(server, browser):
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.goto(server[1])
+    page.locator("#examples .gallery-item").first.click()
+    expect(page.locator("#picture img")).to_be_visible()
+    ask(page, "Describe this image.")
+    finished(page)
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")  # nothing to scroll sideways
+    base, aligned = (page.locator(f".{side} .answer").bounding_box() for side in ("base", "aligned"))
+    assert (
+        aligned["y"] > base["y"] + base["height"] and min(base["width"], aligned["width"]) > 280
+    )  # one above the other
+    expect(page.locator(".aligned .side")).to_be_visible()  # and each says whose it is
+    if SCREENSHOTS:
+        page.locator("#talk").scroll_into_view_if_needed()
+        page.screenshot(path=Path(SCREENSHOTS) / "host_phone.png")
+    page.close()
