@@ -65,7 +65,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "(without it, the model's own yes/no answers do)",
     )
     add(answers, "--max_num_seqs", "answers generated together, as one batch", type=int, default=32)
-    add(answers, "--queue_size", "questions that may wait for a place; more are turned away", type=int, default=64)
+    add(
+        answers, "--queue_size", "answers that may wait for a place; who asks then is turned away", type=int, default=64
+    )
 
     server = parser.add_argument_group("server")
     add(server, "--host", "address to listen on; 0.0.0.0 lets other machines in", default="127.0.0.1")
@@ -1402,7 +1404,7 @@ class Host:
     def __init__(self, args):
         model, self.processor = load_llava(args.model_path, args.lora_path, args.device, args.load_4bit, args.load_8bit)
         self.clip = Clip(args.clip_model, model.device) if args.clip_model else None
-        self.candidates = args.verify
+        self.candidates, self.queue_size = args.verify, args.queue_size
         self.find = choose_nouns()
         self.base = "/".join(Path(args.model_path).parts[-2:])
         self.adapter = "/".join(Path(args.lora_path).parts[-2:]) if args.lora_path else None
@@ -1418,6 +1420,10 @@ class Host:
         Refused with a sentence for a user who cannot be answered.
         `mark` has the doubtful objects of the finished answers found.
         """
+        if len(self.engine.waiting) >= self.queue_size:
+            raise Refused(
+                f"The queue is full: {self.queue_size} answers wait for a place already; ask again in a moment."
+            )
         loop, changed, ended = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
         groups = {}
         if sampling["temperature"] < 0.01:
@@ -1472,7 +1478,9 @@ class Host:
         tokens = list(request.tokens)
         text = self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip().rstrip("\ufffd")
         if request.state == "waiting":
-            return Answer(line="waiting for a place …")
+            with self.engine.wake:
+                before = self.engine.waiting.index(request) if request in self.engine.waiting else 0
+            return Answer(line=f"waiting for a place, {before} before this one …")
         if not tokens:
             return Answer(line="reading the picture …" if not request.done else "stopped")
         parts = [f"{request.first - request.asked:.2f} s to first token"]
@@ -1950,12 +1958,12 @@ def build_page(host: Host, args) -> gr.Blocks:
                 gr.HTML(f'<p class="legend">{differs}<u>object</u> {jinja2.filters.escape(asked)}, asked about it, did not '
                         "say yes (which can be wrong)</p>")  # fmt: skip
                 gr.HTML(f'<p class="status">{args.max_num_seqs} answers are generated at a time; {args.queue_size} more '
-                        "questions may wait. Pictures are not kept on the server.</p>")  # fmt: skip
+                        "may wait. Pictures are not kept on the server.</p>")  # fmt: skip
         packed = gr.Textbox(visible=False)
         settings = [view, temperature, top_p, length, remember]
         changed = [talk, state, notices, send, halt, again, save, question_box]
         private = {"api_visibility": "private"}
-        slow = {"concurrency_limit": args.max_num_seqs, "concurrency_id": "answers", "show_progress": "hidden"}
+        slow = {"concurrency_limit": None, "show_progress": "hidden"}  # the engine says who waits
         gr.on(
             [send.click, question_box.submit],
             ask,
@@ -1981,7 +1989,7 @@ def build_page(host: Host, args) -> gr.Blocks:
         gr.Button(visible=False).click(
             answer_api, api_inputs, gr.Textbox(label="answer", visible=False), api_name="answer", **slow
         )
-    return page.queue(max_size=args.queue_size)
+    return page
 
 
 def launch_page(page: gr.Blocks, args, port: int | None) -> None:
@@ -1998,6 +2006,7 @@ def launch_page(page: gr.Blocks, args, port: int | None) -> None:
         show_error=True, run_history=False, ssr_mode=False, enable_monitoring=False, quiet=True, footer_links=["api"],
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]), css=CSS,
         app_kwargs={"middleware": [Middleware(Gate)]}, prevent_thread_lock=True,
+        max_threads=args.max_num_seqs + args.queue_size + 8,  # Gradio serves no more events than that at once
     )  # fmt: skip
 
 

@@ -247,6 +247,31 @@ def test_places_are_limited_and_given_in_order(endless, monkeypatch):
     assert asyncio.run(many()) == [20 + n for n in range(8)] and max(seen) == 3
 
 
+def test_who_waits_is_told_and_who_is_too_many_is_refused(endless, monkeypatch):
+    monkeypatch.setattr(endless.engine, "max_num_seqs", 1)
+    monkeypatch.setattr(endless, "queue_size", 2)
+
+    async def line(number):
+        opened = llava_host.open_picture(PICTURES[number].read_bytes(), endless.processor)
+        ids = llava_host.build_chat(endless.processor, opened.image.size, QUESTIONS[0], [])
+        answer = endless.answer(opened, {True: ids}, f"q{number}", False, temperature=0, top_p=1, max_new_tokens=150)
+        return {states[True].line.split(" · ")[0] async for states in answer}
+
+    async def many():
+        tasks = []
+        for number in range(4):
+            tasks.append(asyncio.create_task(line(number)))
+            await asyncio.sleep(0.1)
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    *lines, refused = asyncio.run(many())
+    assert "The queue is full: 2 answers wait" in str(refused) and isinstance(refused, llava_host.Refused)
+    assert (
+        "waiting for a place, 0 before this one …" in lines[1]
+        and "waiting for a place, 1 before this one …" in lines[2]
+    )
+
+
 def test_memory_bounds(host, monkeypatch):
     engine = host.engine
     row = 140 * engine.token_bytes
