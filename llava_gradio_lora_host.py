@@ -1,7 +1,7 @@
 """Serve LLaVA-1.6 with a LoRA adapter as a web page: ask about a picture, and see what the alignment changed.
 
 Reads   a LLaVA-NeXT checkpoint (--model_path) and an adapter (--lora_path).
-Writes  nothing: pictures and answers stay in the browser.
+Writes  nothing that stays: uploaded pictures are deleted seconds after they were read.
 Needs   pip install -r requirements/train.txt -r requirements/host.txt
         python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet     (optional: finds more objects)
 
@@ -967,7 +967,7 @@ class Engine:
         self.room = int(0.5 * free / self.token_bytes)  # tokens of cache; the rest is for activations and copies
         self.kept_room = int(0.15 * free)  # bytes
         self.batches = {True: Batch(), False: Batch()}
-        self.kept: OrderedDict = OrderedDict()  # (session, adapter) -> (picture's digest, ids, [(keys, values)])
+        self.kept: OrderedDict = OrderedDict()  # (session, adapter) -> (picture's digest, ids, [(keys, values)], when)
         self.waiting: list[Request] = []
         self.open: list[Request] = []  # all that are not done
         self.checks, self.comparisons = [], []
@@ -1542,17 +1542,15 @@ def sweep_uploads() -> None:
     """Delete the uploaded files that were read, and those that nobody asked about."""
     for path in [path for path in UPLOADS.rglob("*") if path.is_file()]:
         with suppress(OSError):  # gone in the meantime
-            written = path.stat().st_mtime
-            if time.time() > min(
-                READ.get(path, 0) + READ_SECONDS if READ.get(path, 0) > written else 1e12, written + UNREAD_SECONDS
-            ):
+            written, read = path.stat().st_mtime, READ.get(path, 0)
+            if time.time() > (read + READ_SECONDS if read > written else written + UNREAD_SECONDS):
                 READ.pop(path, None)
                 path.unlink()
                 path.parent.rmdir()  # its name is the file's digest
 
 
 class InlinePicture(gr.Image):
-    """A picture that lives in the browser: its file is deleted once read, and the page carries it as a data: address."""
+    """A picture that lives in the browser: its file is deleted soon after it was read, and the page carries it as a data: address."""
 
     is_template = True  # to Gradio's frontend, it is an Image
 
@@ -1783,7 +1781,6 @@ def build_page(host: Host, args) -> gr.Blocks:
     """The page and its API."""
     titles = {False: "Base: adapter off" if host.adapter else "Answers", True: "Aligned: adapter on"}
     views = list(SIDES) if host.adapter else ["Base only"]
-    remember_default = not args.test_mode  # the miniature learned from single questions
 
     def show_notice(sentence: str):
         return gr.HTML(
@@ -1806,8 +1803,8 @@ def build_page(host: Host, args) -> gr.Blocks:
         }
         return picture, question, prompts
 
-    async def ask(data, question, turns, view, temperature, top_p, length, remember, request: gr.Request):
-        """A question from the page: yields what changes on it."""
+    async def converse(replaced, data, question, turns, view, temperature, top_p, length, remember, request):
+        """A question from the page, whose answer may take the last one's place: yields what changes on the page."""
         sides = SIDES[view]
         turn = {
             "question": (question or "").strip(),
@@ -1825,7 +1822,9 @@ def build_page(host: Host, args) -> gr.Blocks:
                 save: gr.Button(interactive=not running and bool(turns)),
             }
 
-        clears = host.clears[request.session_hash]
+        clears, before = host.clears[request.session_hash], turns
+        if replaced:
+            turns = turns[:-1]
         try:
             earlier = {side: [(old["asked"], old["answers"][side].tokens) for old in turns if side in old["answers"]] if remember else []
                        for side in sides}  # fmt: skip
@@ -1844,17 +1843,27 @@ def build_page(host: Host, args) -> gr.Blocks:
             turns = [*turns, turn | {"asked": asked, "digest": picture.digest, "settings": sampling}]
             await asyncio.to_thread(render_talk, titles, turns, sides)  # finds the differences, and remembers them
             yield show(False, asked=False)
-        except Refused as error:
-            yield show(False, str(error), asked=False)
         except Exception as error:
-            console.print(f"a question failed: {type(error).__name__}: {error}", markup=False)
-            yield show(False, "This failed on the server, whose log says why; ask again.", asked=False)
+            sentence = str(error)
+            if not isinstance(error, Refused):
+                console.print(f"a question failed: {type(error).__name__}: {error}", markup=False)
+                sentence = "This failed on the server, whose log says why; ask again."
+            turns = before
+            yield show(False, sentence, asked=False) | ({} if replaced else {question_box: question})
+
+    async def ask(data, question, turns, view, temperature, top_p, length, remember, request: gr.Request):
+        async with aclosing(
+            converse(False, data, question, turns, view, temperature, top_p, length, remember, request)
+        ) as updates:
+            async for update in updates:
+                yield update
 
     async def regenerate(data, turns, view, temperature, top_p, length, remember, request: gr.Request):
-        """The last question again."""
-        if turns:
-            question, turns = turns[-1]["question"], turns[:-1]
-            async for update in ask(data, question, turns, view, temperature, top_p, length, remember, request):
+        question = turns[-1]["question"]  # the button is off without one
+        async with aclosing(
+            converse(True, data, question, turns, view, temperature, top_p, length, remember, request)
+        ) as updates:
+            async for update in updates:
                 yield update
 
     async def receive(data):
@@ -1940,7 +1949,7 @@ def build_page(host: Host, args) -> gr.Blocks:
                                       info="draw from the likeliest tokens that sum to this")  # fmt: skip
                     length = gr.Slider(1, args.max_new_tokens, min(512, args.max_new_tokens), step=1, label="Answer length",
                                        info="tokens, at most")  # fmt: skip
-                    remember = gr.Checkbox(remember_default, label="Follow-ups see the conversation so far")
+                    remember = gr.Checkbox(not args.test_mode, label="Follow-ups see the conversation so far")
             with gr.Column(scale=5):
                 question_box = gr.Textbox(label="Question", placeholder="Ask about the picture …", max_lines=6,
                                           elem_id="question", autofocus=True)  # fmt: skip
@@ -1953,10 +1962,11 @@ def build_page(host: Host, args) -> gr.Blocks:
                 gr.Examples([[question] for question in QUESTIONS], question_box, label="Questions to try")
                 notices = gr.HTML("", visible=False, elem_id="notices")
                 talk = gr.HTML(render_talk(titles, [], SIDES[views[0]]), elem_id="talk")
-                asked = f"CLIP ({Path(args.clip_model).name})" if args.clip_model else "the base model"
+                check = "the base model, asked about it, did not say yes"
+                if args.clip_model:
+                    check = jinja2.filters.escape(f"CLIP ({Path(args.clip_model).name}) does not find it")
                 differs = "<mark>word</mark> differs from the other answer &nbsp; " if host.adapter else ""
-                gr.HTML(f'<p class="legend">{differs}<u>object</u> {jinja2.filters.escape(asked)}, asked about it, did not '
-                        "say yes (which can be wrong)</p>")  # fmt: skip
+                gr.HTML(f'<p class="legend">{differs}<u>object</u> {check} (which can be wrong)</p>')  # fmt: skip
                 gr.HTML(f'<p class="status">{args.max_num_seqs} answers are generated at a time; {args.queue_size} more '
                         "may wait. Pictures are not kept on the server.</p>")  # fmt: skip
         packed = gr.Textbox(visible=False)

@@ -170,6 +170,24 @@ def test_regenerate_settings_views_and_examples(server, page):
     assert plain(server[0], PICTURES[3], "Describe this image.").startswith(shown(page, "aligned"))
 
 
+def test_a_refusal_loses_neither_question_nor_conversation(server, page, monkeypatch):
+    page.locator("#examples .gallery-item").first.click()
+    expect(page.locator("#picture img")).to_be_visible()
+    ask(page, "Is there a cup in this image?")
+    finished(page)
+    said = shown(page, "base")
+    monkeypatch.setattr(server[0], "queue_size", 0)
+    page.locator("#again").click()
+    expect(page.locator(".notice")).to_contain_text("The queue is full")
+    assert shown(page, "base") == said
+    ask(page, "And a ball?")
+    expect(page.locator("#question textarea")).to_have_value("And a ball?")
+    expect(page.locator("#again")).to_be_enabled()
+    monkeypatch.undo()
+    page.locator("#send").click()
+    finished(page, turns=2)
+
+
 def test_stop_and_leaving_end_the_generation(server, page, browser, monkeypatch):
     engine = server[0].engine
     monkeypatch.setattr(engine, "ends", {-1})  # an answer grows until it is stopped
