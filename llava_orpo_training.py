@@ -412,14 +412,15 @@ ADAPTER_KEYS = [
 ]
 
 
-def load_adapter(model, processor, model_path: str, lora_path: str):
-    """Put a LoRA adapter on the model and prove that it is there; returns the PeftModel. Stops with the reason if not.
+def read_adapter(model, processor, model_path: str, lora_path: str) -> tuple:
+    """Read a LoRA adapter for a model: (its LoraConfig, its weights by PEFT's names for this model). Stops with the reason
+    if they do not belong together.
 
     Keys of other layouts (older PEFT and transformers, LLaVA's own) are renamed. Embedding or head weights of another
-    number of rows are used as far as the model's own vocabulary goes. Proved are: every weight of the file found its
-    layer, no layer that the configuration names is left out, and the logits of a prompt move.
+    number of rows are used as far as the model's own vocabulary goes. Every weight of the file finds its layer, and no
+    layer that the configuration names is left out. Of the model, only embedding and head need values.
     """
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils.other import get_pattern_key
 
@@ -511,9 +512,24 @@ def load_adapter(model, processor, model_path: str, lora_path: str):
     config.rank_pattern = {re.escape(module): rank for module, rank in ranks.items() if rank != config.r}
     config.alpha_pattern = {re.escape(module): alpha for module, alpha in alphas.items() if alpha != config.lora_alpha}
     config.modules_to_save, config.inference_mode, config.init_lora_weights = sorted(whole) or None, True, True
+    named, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT would warn of any other path
+    if named and Path(str(named)).name != Path(model_path).name:
+        console.print(f"the adapter names {named} as its base, it is used on {model_path}")
+    return config, weights
+
+
+def load_adapter(model, processor, model_path: str, lora_path: str):
+    """Put a LoRA adapter on the model and prove that it is there; returns the PeftModel. Stops with the reason if not.
+
+    Proved are: what read_adapter sees to, every weight arrives, and the logits of a prompt move.
+    """
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    def refuse(reason: str) -> NoReturn:
+        stop(f"--lora_path {lora_path} cannot be used on {model_path}: {reason}.")
+
+    config, weights = read_adapter(model, processor, model_path, lora_path)
     try:
-        named = config.base_model_name_or_path
-        config.base_model_name_or_path = None  # compared below; PEFT would warn of any other path
         adapted = get_peft_model(model, config)
         report = set_peft_model_state_dict(adapted, weights)
     except Exception as error:  # sizes of another base or another rank, values that are no numbers
@@ -521,8 +537,6 @@ def load_adapter(model, processor, model_path: str, lora_path: str):
     lost = [key for key in report.missing_keys if "lora_" in key or "modules_to_save" in key] + report.unexpected_keys
     if lost:
         refuse(f"{lost[0]} did not find its place")
-    if named and Path(str(named)).name != Path(model_path).name:
-        console.print(f"the adapter names {named} as its base, it is used on {model_path}")
     if not (probe_logits(adapted, processor) - probe_logits(adapted, processor, adapter=False)).abs().max() > 0:
         refuse("it changes nothing: the logits of a prompt are the same with it and without it")
     return adapted.eval()
@@ -560,6 +574,23 @@ def probe_logits(model, processor, adapter: bool = True) -> torch.Tensor:
         )
 
 
+def trained_on_nf4(lora_path: str) -> bool | None:
+    """Whether an adapter was trained by QLoRA, on a base in NF4; None if nothing beside it says so."""
+    folder = adapter_folder(lora_path)
+    for file in (folder / "arguments.json", folder / "training_summary.json", folder.parent / "arguments.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            content = json.loads(file.read_text())
+            return str(content.get("arguments", content)["load_4bit"]) == "True"
+    return None
+
+
+def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """A weight as QLoRA's training saw it: to NF4 with double quantization, and back."""
+    import bitsandbytes.functional as bnb
+
+    return bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
+
+
 def merge_adapter(model, processor, lora_path: str, weights: str):
     """Merge the adapter into the base; `weights` says into which: `trained` (what it was trained on), `nf4` or `base`.
 
@@ -567,16 +598,9 @@ def merge_adapter(model, processor, lora_path: str, weights: str):
     does (dequantized, with double quantization) before it adds the update. Whether it was is noted in the run's
     arguments.json, beside the adapter or its checkpoint. Prints how far apart the two choices are, in logits.
     """
-    import bitsandbytes.functional as bnb
-
     if getattr(model.get_base_model(), "is_quantized", False):
         stop("an adapter is merged into whole weights; load the base without --load_4bit and --load_8bit.")
-    folder, noted = adapter_folder(lora_path), None
-    for file in (folder / "arguments.json", folder / "training_summary.json", folder.parent / "arguments.json"):
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            content = json.loads(file.read_text())
-            noted = str(content.get("arguments", content)["load_4bit"]) == "True"
-            break
+    noted = trained_on_nf4(lora_path)
     if not noted and weights != "nf4":
         why = (
             "on which it was trained"
@@ -585,9 +609,6 @@ def merge_adapter(model, processor, lora_path: str, weights: str):
         )
         console.print(f"merged into the base's own weights, {why}")
         return model.merge_and_unload()
-
-    def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
-        return bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
 
     def exchange(module, *_) -> None:  # a layer's rounded weights for the time of its own forward
         module.whole, module.weight.data = module.weight.data, round_to_nf4(module.weight.data)

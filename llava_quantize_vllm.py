@@ -1,0 +1,1206 @@
+"""Merge a LoRA adapter into LLaVA-1.6, quantize it for vLLM, and measure what that cost in quality.
+
+Reads   a LLaVA-NeXT checkpoint (--model_path), an adapter (--lora_path), and pictures with questions (--dataset).
+Writes  to --output_dir: a checkpoint that vLLM and transformers load, and quantization_report.json. Exit code 4 if it
+        answers too differently from what it was made of (--max_kl).
+Needs   pip install -r requirements/train.txt -r requirements/quantize.txt
+
+    python llava_quantize_vllm.py --model_path liuhaotian/llava-v1.6-mistral-7b --lora_path checkpoints/llava-orpo-prod
+    python llava_quantize_vllm.py --lora_path checkpoints/llava-orpo-prod --scheme BF16      # merge only
+    python llava_quantize_vllm.py --test_mode             # the embedded miniature, no GPU, no downloads
+"""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+# Copied from llava_orpo_training.MINIATURE
+MINIATURE = Path(__file__).resolve().parent / "miniature"
+
+SCHEMES = {"FP8_DYNAMIC": "FP8-Dynamic", "FP8_BLOCK": "FP8-Block", "W8A8": "W8A8", "W4A16": "W4A16", "BF16": "BF16"}
+CALIBRATED = ("W8A8", "W4A16")  # rounded with regard to activations, which takes data and the whole model in memory
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(group, flag, help, **options):
+        shown = options.get("default")
+        group.add_argument(flag, help=help + (f" (default: {shown})" if shown is not None else ""), **options)
+
+    model = parser.add_argument_group("model")
+    add(model, "--model_path", "base model: hub id or folder", default="llava-hf/llava-v1.6-mistral-7b-hf")
+    add(model, "--lora_path", "adapter folder; without one, the base alone is quantized")
+    add(model, "--merge_lora", "merge the adapter into the weights it was trained on (after QLoRA: rounded to NF4), "
+        "NF4-rounded ones, or the base's own", choices=["trained", "nf4", "base"], default="trained")  # fmt: skip
+    add(model, "--device", "auto (cuda, then mps, then cpu), all (layers spread over the GPUs), or cuda:1, cpu …",
+        default="auto")  # fmt: skip
+    add(model, "--test_mode", "use the embedded miniature, its adapter and its pairs where these are not given",
+        action="store_true")  # fmt: skip
+
+    to = parser.add_argument_group("quantization")
+    add(to, "--output_dir", "new folder for the checkpoint (default: quantized_models/<model>-<scheme>)", type=Path)
+    add(to, "--scheme", "FP8_DYNAMIC: 8-bit floats, a scale a row and a token; FP8_BLOCK: a scale a block of 128x128; "
+        "W8A8: 8-bit integers; W4A16: 4-bit weights; both by GPTQ, on --dataset; BF16: merge only",
+        choices=list(SCHEMES), default="FP8_DYNAMIC")  # fmt: skip
+    add(to, "--ignore", "layers left as they are, by a part of their names or by re:… (embeddings always are)", nargs="*",
+        default=["lm_head", "vision_tower", "multi_modal_projector"])  # fmt: skip
+    add(to, "--calibration_samples", "pictures with questions that GPTQ sees", type=int, default=256)
+
+    gate = parser.add_argument_group("quality gate")
+    add(
+        gate,
+        "--dataset",
+        "pictures and questions: hub id, folder, .parquet or .jsonl",
+        default="openbmb/RLAIF-V-Dataset",
+    )
+    add(
+        gate,
+        "--gate_samples",
+        "pictures with questions asked before and after; 0 leaves the gate out",
+        type=int,
+        default=64,
+    )
+    add(gate, "--max_new_tokens", "tokens an answer may have in the gate", type=int, default=128)
+    add(gate, "--max_kl", "mean KL divergence a token, in nats, above which the gate fails", type=float, default=0.05)
+    args = parser.parse_args(argv)
+    for name in ("calibration_samples", "max_new_tokens", "max_kl"):
+        if getattr(args, name) <= 0:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be above 0")
+    if args.gate_samples < 0:
+        parser.error(f"--gate_samples is {args.gate_samples}; it must be at least 0")
+    name = Path(args.model_path).name
+    if args.test_mode:
+        if args.model_path == parser.get_default("model_path"):
+            args.model_path, name = str(MINIATURE / "model"), "miniature"
+            args.lora_path = args.lora_path or str(MINIATURE / "adapter")
+        if args.dataset == parser.get_default("dataset"):
+            args.dataset = str(MINIATURE / "preferences")
+    args.output_dir = args.output_dir or Path("quantized_models") / f"{name}-{SCHEMES[args.scheme]}"
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()  # answers --help and refuses wrong flags before the heavy imports
+    if importlib.util.find_spec("llmcompressor") is None:
+        sys.exit(
+            "error: llmcompressor is not installed; pip install -r requirements/train.txt -r requirements/quantize.txt"
+        )
+
+import hashlib
+import importlib.metadata
+import inspect
+import io
+import json
+import logging
+import os
+import re
+import resource
+import shutil
+import signal
+import tempfile
+import time
+from contextlib import nullcontext, suppress
+from copy import copy
+from functools import wraps
+from itertools import islice
+from typing import NoReturn
+
+for name, value in {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
+    os.environ.setdefault(name, value)
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a kernel that nothing here needs
+
+import datasets
+import numpy as np
+import torch
+from loguru import logger
+from PIL import Image, ImageOps
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import AutoConfig, LlavaNextForConditionalGeneration
+
+# ---------------------------------------------------------------------------- blocks copied from earlier scripts
+
+# Copied from llava_orpo_training.MAIN_PROCESS
+MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # of several under torchrun, the one that prints and writes
+
+
+# Copied from llava_orpo_training.console
+console = Console(stderr=True, quiet=not MAIN_PROCESS)
+
+
+# Copied from llava_orpo_training.stop
+def stop(message: str, code: int = 2) -> NoReturn:
+    """End the program with one sentence on stderr."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+# Copied from llava_orpo_training.load_image
+def load_image(source: str | Path | bytes) -> Image.Image:
+    """Open a picture from a path or from a file's bytes: upright (EXIF), RGB, what is transparent on white; of several
+    frames the first. Raises OSError if it is none."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
+        if image.mode[0] in "IF":  # 16 or 32 bits a pixel, of which convert() would clip all above 255
+            values = np.asarray(image, dtype="float64").clip(0)
+            brightest = 65535 if image.mode.startswith("I;16") else max(values.max(), 1)
+            return Image.fromarray((values * 255 / brightest).astype("uint8")).convert("RGB")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as error:  # a broken file makes Pillow's parsers raise almost anything
+        raise OSError(str(error)) from error
+
+
+# Copied from llava_orpo_training.build_prompt
+def build_prompt(processor, question: str, image_size: tuple[int, int]) -> list[int]:
+    """Token ids of LLaVA-1.6's prompt, BOS first: `[INST] <image>\\n{question} [/INST]`, or Vicuna's where the processor's
+    chat template is Vicuna's.
+
+    `image_size` is the picture's (width, height) in pixels: it decides how many image tokens stand for it. The text on
+    either side of them is tokenized by itself, as the original code does, and the question as plain text: `<image>` or
+    `</s>` inside it are no special tokens.
+    """
+    tokenizer = processor.tokenizer
+    height_width = (image_size[1], image_size[0])
+    num_image_tokens = processor._get_num_multimodal_tokens(image_sizes=[height_width])["num_image_tokens"][0]
+    before, after = "[INST] ", " [/INST]"
+    if "[INST]" not in (processor.chat_template or before):
+        before = (
+            "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+            "detailed, and polite answers to the human's questions. USER: "
+        )
+        after = " ASSISTANT:"
+    head = tokenizer(before, add_special_tokens=False).input_ids
+    tail = tokenizer(f"\n{question}{after}", add_special_tokens=False, split_special_tokens=True).input_ids
+    return [tokenizer.bos_token_id, *head, *[processor.image_token_id] * num_image_tokens, *tail]
+
+
+# Copied from llava_orpo_training.ORIGINAL_KEYS
+ORIGINAL_KEYS = {
+    r"^model\.vision_tower\.vision_tower\.(vision_model\.)?": "model.vision_tower.",
+    r"^model\.mm_projector\.0\.": "model.multi_modal_projector.linear_1.",
+    r"^model\.mm_projector\.2\.": "model.multi_modal_projector.linear_2.",
+    r"^model\.(embed_tokens|layers|norm)\.": r"model.language_model.\1.",
+}
+
+
+# Copied from llava_orpo_training.check_weights
+def check_weights(folder: Path) -> None:
+    """Refuse a checkpoint folder whose weights are pickled, incomplete or broken off; the sentence names the file."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        shards = (
+            sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if index.exists()
+            else ["model.safetensors"]
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        stop(f"--model_path {folder}: {index.name} is no index of weight files; download it again.")
+    for name in shards:
+        file = folder / name
+        if not file.exists() and not index.exists() and list(folder.glob("*.bin")):
+            stop(f"--model_path {folder} holds pickled weights (.bin), which can run code when they are opened; convert them: "
+                 "python -c \"import glob, torch, safetensors.torch as s; s.save_file({k: v.clone() for f in "
+                 "glob.glob('pytorch_model*.bin') for k, v in torch.load(f, weights_only=True).items()}, 'model.safetensors', "
+                 "{'format': 'pt'})\" in that folder")  # fmt: skip
+        try:
+            with safe_open(file, "pt") as opened:
+                opened.keys()
+        except (OSError, SafetensorError) as error:
+            stop(f"--model_path {folder}: {name} {'is not there' if not file.exists() else f'is broken ({error})'}; "
+                 "download it again.")  # fmt: skip
+
+
+# Copied from llava_orpo_training.read_original
+def read_original(model_path: str, original: dict) -> tuple:
+    """What a checkpoint in LLaVA's own format needs to be read by transformers: (config, processor, vision weights).
+
+    `original` is its config.json. The vocabulary gets 64 more rows, `<image>` and `<pad>` first, as in the hub's converted
+    checkpoints. The vision weights are None if they are in the checkpoint, else the model that mm_vision_tower names.
+    """
+    from transformers import AutoConfig, CLIPVisionConfig, LlamaTokenizer, LlavaNextConfig, LlavaNextProcessor
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    wanted = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "mm_projector_type": "mlp2x_gelu",
+              "mm_vision_select_feature": "patch", "mm_use_im_start_end": False, "vocab_size": 32000}  # fmt: skip
+    for name, value in wanted.items():
+        if original.get(name, value) != value or (isinstance(value, str) and name not in original):
+            stop(f"--model_path {model_path} has {name} {original.get(name)!r} in its config.json, LLaVA-1.6 has {value!r}; "
+                 "this reads LLaVA-1.6 only.")  # fmt: skip
+    tower, layer = original["mm_vision_tower"], original["mm_vision_select_layer"]
+    vision = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+                              image_size=336, patch_size=14, projection_dim=768)  # fmt: skip
+    if tower != "openai/clip-vit-large-patch14-336":  # the one of all published checkpoints, spelled out above
+        vision = AutoConfig.from_pretrained(tower, trust_remote_code=False)
+        vision = getattr(vision, "vision_config", vision)
+    ours = ("mm_", "image_", "tokenizer_", "unfreeze_", "tune_", "use_mm_", "freeze_")
+    text = {
+        name: value
+        for name, value in original.items()
+        if not name.startswith(ours) and name not in ("architectures", "auto_map")
+    }
+    text["model_type"] = "mistral" if original["model_type"] == "llava_mistral" else "llama"
+    pinpoints = original["image_grid_pinpoints"]
+    pinpoints = [
+        [height, width] for width, height in (json.loads(pinpoints) if isinstance(pinpoints, str) else pinpoints)
+    ]
+    tokenizer = LlamaTokenizer.from_pretrained(model_path, add_bos_token=True, legacy=True, padding_side="left")
+    rows = original["vocab_size"]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    if tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]) != [rows, rows + 1]:
+        stop(
+            f"--model_path {model_path} has {len(tokenizer) - 2} tokens in its tokenizer and {rows} rows in config.json."
+        )
+    config = LlavaNextConfig(
+        vision_config=vision.to_dict(), text_config=text, image_token_index=rows, image_grid_pinpoints=pinpoints,
+        vision_feature_layer=layer, tie_word_embeddings=False,
+    )  # fmt: skip
+    side = vision.image_size
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_grid_pinpoints=pinpoints
+    )
+    template = "[INST] <image>\n{{ messages[0]['content'][-1]['text'] }} [/INST]"
+    if text["model_type"] == "llama":
+        template = "USER: <image>\n{{ messages[0]['content'][-1]['text'] }} ASSISTANT:"
+    processor = LlavaNextProcessor(
+        images, tokenizer, patch_size=vision.patch_size, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=template,
+    )  # fmt: skip
+    return config, processor, tower
+
+
+# Copied from llava_orpo_training.read_checkpoint
+def read_checkpoint(model_path: str) -> tuple:
+    """A checkpoint's (config, processor, tower), without its weights. In the hub's layout config and tower are None; in
+    LLaVA's own format see read_original. Stops with one sentence if it cannot be LLaVA-1.6."""
+    from transformers import AutoProcessor, PreTrainedConfig
+
+    if Path(model_path).is_dir():
+        check_weights(Path(model_path))
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model_path):
+        stop(f"--model_path {model_path} is no folder, and no hub id, which is owner/name.")
+    try:
+        found = PreTrainedConfig.get_config_dict(model_path)[0]
+        kind = found.get("model_type")
+        if kind in ("llava_mistral", "llava_llama", "llava") and "mm_vision_tower" in found:
+            return read_original(model_path, found)
+        if kind != "llava_next":
+            stop(f"--model_path {model_path} {f'is a {kind} checkpoint' if found else 'has no config.json'}; this reads LLaVA-1.6: "
+                 "llava_next, or llava_mistral and llava_llama in LLaVA's own format.")  # fmt: skip
+        processor = AutoProcessor.from_pretrained(model_path, backend="pil", trust_remote_code=False)
+        if re.search("im_start|start_header", processor.chat_template or ""):
+            stop(
+                f"--model_path {model_path} has a prompt template of another language model; this knows Mistral's and Vicuna's."
+            )
+        return None, processor, None
+    except Exception as error:  # configurations can be wrong in more ways than libraries foresee
+        stop(f"--model_path {model_path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}). "
+             "Give a hub id or a folder with a LLaVA-1.6 checkpoint in safetensors.")  # fmt: skip
+
+
+# Copied from llava_orpo_training.load_llava
+def load_llava(
+    model_path: str, lora_path: str | None = None, device="auto", load_4bit=False, load_8bit=False, merge_lora=None
+):
+    """Load a LLaVA-1.6 checkpoint, in the hub's layout or LLaVA's own, and an adapter; returns (model, processor).
+
+    `device` auto is cuda, then mps, then cpu; all spreads the layers over the GPUs there are. Weights are bfloat16 on a
+    GPU that has it (else float16) and float32 on the CPU. `load_4bit` keeps the language model in NF4 with double
+    quantization, `load_8bit` in LLM.int8; vision tower, projector and head stay whole. `merge_lora`: see merge_adapter.
+    Nothing but safetensors is read and no code of a checkpoint is run.
+    """
+    from transformers import BitsAndBytesConfig, LlavaNextForConditionalGeneration
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    dtype = torch.float32
+    if device != "cpu":
+        dtype = torch.bfloat16 if device == "mps" or torch.cuda.is_bf16_supported() else torch.float16
+    quantization = None
+    if load_4bit or load_8bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=load_4bit,
+            load_in_8bit=load_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["lm_head", ".*vision_tower.*", ".*multi_modal_projector.*"],
+        )
+    config, processor, tower = read_checkpoint(model_path)
+    try:
+        model, report = LlavaNextForConditionalGeneration.from_pretrained(
+            model_path, config=config, key_mapping=ORIGINAL_KEYS if tower else None, dtype=dtype,
+            quantization_config=quantization, device_map="auto" if device == "all" else {"": device}, use_safetensors=True,
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+        missing = sorted(report["missing_keys"])
+        vision = {key for key in model.state_dict() if "vision_tower" in key}
+        if tower and vision <= set(missing):  # a part of a tower is no tower: it stays missing
+            load_tower(model, tower)
+            missing = [key for key in missing if key not in vision]
+    except Exception as error:
+        stop(
+            f"--model_path {model_path} cannot be loaded ({type(error).__name__}: {(str(error) or '?').splitlines()[0]})."
+        )
+    wrong = [f"{key} is missing" for key in missing]
+    wrong += [f"{key} has no place" for key in sorted(report["unexpected_keys"])]
+    wrong += [f"{key} is {tuple(a)} in place of {tuple(b)}" for key, a, b in sorted(report["mismatched_keys"])]
+    if wrong:
+        stop(f"--model_path {model_path}: its weights do not fit its config.json: {wrong[0]}"
+             f"{f' and {len(wrong) - 1} more' if wrong[1:] else ''}.")  # fmt: skip
+    if tower:
+        model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)  # saved in the hub's layout
+        # 64 rows more, each the mean of all others: its logit is the mean logit, and so never the greatest
+        model.resize_token_embeddings(config.text_config.vocab_size + 64, mean_resizing=False)
+        for weight in (model.get_input_embeddings().weight, model.lm_head.weight):
+            weight.data[-64:] = weight.data[:-64].float().mean(0).to(weight.dtype)
+    if load_4bit and device == "cpu":
+        # bitsandbytes repacks weights on their first eval-mode forward; afterwards backward silently gives no gradient
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    if lora_path:
+        model = load_adapter(model.eval(), processor, model_path, lora_path)
+    if lora_path and merge_lora:
+        model = merge_adapter(model, processor, lora_path, merge_lora)
+    return allow_cache_position(model.eval()), processor
+
+
+# Copied from llava_orpo_training.load_tower
+def load_tower(model, tower: str) -> None:
+    """Take the vision weights from the CLIP checkpoint that the config names, where the checkpoint itself has none."""
+    from transformers import CLIPVisionModel
+
+    weights = CLIPVisionModel.from_pretrained(tower, dtype=model.dtype, use_safetensors=True).state_dict()
+    model.model.vision_tower.load_state_dict(
+        {key.removeprefix("vision_model."): weight for key, weight in weights.items()}
+    )
+
+
+# Copied from llava_orpo_training.allow_cache_position
+def allow_cache_position(model):
+    """Let callers pass `cache_position`, as transformers 4.38 to 4.57 do, to a model whose forward does not know it."""
+    forward = model.forward
+    parameters = inspect.signature(forward).parameters.values()
+    if not any(p.name == "cache_position" or p.kind is p.VAR_KEYWORD for p in parameters):
+        model.forward = wraps(forward)(lambda *args, cache_position=None, **kwargs: forward(*args, **kwargs))
+    return model
+
+
+# Copied from llava_orpo_training.ADAPTER_KEYS
+ADAPTER_KEYS = [
+    (r"^(base_model\.model\.)+", ""),
+    (r"\.(base_layer|modules_to_save)\.", "."),
+    *ORIGINAL_KEYS.items(),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^(vision_tower|multi_modal_projector|language_model)\.", r"model.\1."),
+    (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
+]
+
+
+# Copied from llava_orpo_training.read_adapter
+def read_adapter(model, processor, model_path: str, lora_path: str) -> tuple:
+    """Read a LoRA adapter for a model: (its LoraConfig, its weights by PEFT's names for this model). Stops with the reason
+    if they do not belong together.
+
+    Keys of other layouts (older PEFT and transformers, LLaVA's own) are renamed. Embedding or head weights of another
+    number of rows are used as far as the model's own vocabulary goes. Every weight of the file finds its layer, and no
+    layer that the configuration names is left out. Of the model, only embedding and head need values.
+    """
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
+
+    def refuse(reason: str) -> NoReturn:
+        stop(f"--lora_path {lora_path} cannot be used on {model_path}: {reason}.")
+
+    folder = adapter_folder(lora_path)
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():
+        pickled = (folder / "adapter_model.bin").exists()
+        refuse("its weights are pickled (adapter_model.bin), which can run code when opened; convert them: python -c "
+               "\"import torch, safetensors.torch as s; s.save_file(torch.load('adapter_model.bin', weights_only=True), "
+               "'adapter_model.safetensors')\" in that folder" if pickled else "there is no adapter_model.safetensors in it")  # fmt: skip
+    if (folder / "non_lora_trainables.bin").exists():
+        refuse("LLaVA's own training left more trained weights in non_lora_trainables.bin, which are not read; merge it with "
+               "that code first")  # fmt: skip
+    try:
+        config = LoraConfig.from_pretrained(folder)
+        saved = load_file(file)
+    except Exception as error:
+        refuse(f"it cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})")
+    if config.peft_type != "LORA":
+        refuse(f"it is a {config.peft_type} adapter, this reads LoRA")
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian":
+        refuse(f"it was made with init_lora_weights={config.init_lora_weights!r}, which changes the base's weights too; convert "
+               "it with PEFT's path_initial_model_for_weight_conversion")  # fmt: skip
+    modules = dict(model.named_modules())
+    vocabulary = {name for name, module in modules.items() if module in (model.get_input_embeddings(), model.lm_head)}
+    rows, known = model.get_input_embeddings().weight.shape[0], processor.image_token_id
+    lora, whole, weights, ranks, alphas = set(), set(), {}, {}, {}
+    for key, weight in saved.items():
+        name = key
+        for pattern, replacement in ADAPTER_KEYS:
+            name = re.sub(pattern, replacement, name)
+        module, is_lora = re.split(r"\.lora_|\.(?:weight|bias)$", name)[0], ".lora_" in name
+        if module not in modules:
+            refuse(f"it has weights for {key}, and the model no layer of that name")
+        if not weight.isfinite().all():
+            refuse(f"{key} is not finite")
+        if name.endswith(".bias") and config.bias != "none":
+            refuse(f"it trained biases too (bias={config.bias!r}), which are not read")
+        if ".base_layer." in key and torch.equal(weight[:known].float(), modules[module].weight[:known].float().cpu()):
+            continue  # PEFT saves the base's own embedding beside an update of it
+        if module in vocabulary and weight.shape[0] != rows and (not is_lora or "lora_B" in name):
+            if weight.shape[0] < known:
+                refuse(f"{key} has {weight.shape[0]:,} rows, fewer than the vocabulary's {known:,}")
+            # rows that the base's tokens have come from the adapter, all others from the base
+            mine = (
+                weight.new_zeros(rows, weight.shape[1])
+                if is_lora
+                else modules[module].weight.detach().to(weight).clone()
+            )
+            mine[:known] = weight[:known]
+            console.print(f"{key} has {weight.shape[0]:,} rows, the base's vocabulary {known:,}: "
+                          f"the first {known:,} are used, {weight.shape[0] - known:,} left out")  # fmt: skip
+            weight = mine
+        if not is_lora and weight.shape != (own := getattr(modules[module], name.split(".")[-1])).shape:
+            refuse(f"{key} is {tuple(weight.shape)}, the model's layer {tuple(own.shape)}")
+        (lora if is_lora else whole).add(module)
+        weights[f"base_model.model.{name}"] = weight
+        if is_lora:  # patterns are written for the names that the adapter was saved with
+            before = re.sub(r"^(base_model\.model\.)+", "", key).split(".lora_")[0]
+            ranks[module] = config.rank_pattern.get(get_pattern_key(config.rank_pattern, before), config.r)
+            alphas[module] = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, before), config.lora_alpha)
+    if not lora or lora & whole:
+        refuse(
+            f"its file holds {f'both an update of {min(lora & whole)} and other weights for it' if lora else 'no LoRA weights'}"
+        )
+    for module in sorted(modules):
+        part = next(
+            (part for part in ("language_model", "multi_modal_projector", "vision_tower") if f".{part}." in module),
+            None,
+        )
+        spellings = {module, module.removeprefix("model."), re.sub(r"^model\.language_model\.", "model.", module),
+                     re.sub(r"^model\.language_model\.", "language_model.model.", module)}  # fmt: skip
+        if (isinstance(modules[module], torch.nn.Linear) and module not in lora and config.target_modules != "all-linear"
+                and any(f".{part}." in other for other in lora)
+                and any(check_target_module_exists(config, spelling) for spelling in spellings)):  # fmt: skip
+            refuse(f"it has no weights for {module}, which its configuration names; the file is incomplete")
+    for name in config.modules_to_save or []:
+        if not any(module.split(".")[-1] == name.split(".")[-1] for module in lora | whole):
+            refuse(f"it has no weights for {name}, which its configuration names; the file is incomplete")
+    config.target_modules, config.exclude_modules, config.layers_to_transform, config.layers_pattern = (
+        lora,
+        None,
+        None,
+        None,
+    )
+    config.rank_pattern = {re.escape(module): rank for module, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = {re.escape(module): alpha for module, alpha in alphas.items() if alpha != config.lora_alpha}
+    config.modules_to_save, config.inference_mode, config.init_lora_weights = sorted(whole) or None, True, True
+    named, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT would warn of any other path
+    if named and Path(str(named)).name != Path(model_path).name:
+        console.print(f"the adapter names {named} as its base, it is used on {model_path}")
+    return config, weights
+
+
+# Copied from llava_orpo_training.load_adapter
+def load_adapter(model, processor, model_path: str, lora_path: str):
+    """Put a LoRA adapter on the model and prove that it is there; returns the PeftModel. Stops with the reason if not.
+
+    Proved are: what read_adapter sees to, every weight arrives, and the logits of a prompt move.
+    """
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    def refuse(reason: str) -> NoReturn:
+        stop(f"--lora_path {lora_path} cannot be used on {model_path}: {reason}.")
+
+    config, weights = read_adapter(model, processor, model_path, lora_path)
+    try:
+        adapted = get_peft_model(model, config)
+        report = set_peft_model_state_dict(adapted, weights)
+    except Exception as error:  # sizes of another base or another rank, values that are no numbers
+        refuse(f"it does not fit ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+    lost = [key for key in report.missing_keys if "lora_" in key or "modules_to_save" in key] + report.unexpected_keys
+    if lost:
+        refuse(f"{lost[0]} did not find its place")
+    if not (probe_logits(adapted, processor) - probe_logits(adapted, processor, adapter=False)).abs().max() > 0:
+        refuse("it changes nothing: the logits of a prompt are the same with it and without it")
+    return adapted.eval()
+
+
+# Copied from llava_orpo_training.adapter_folder
+def adapter_folder(lora_path: str) -> Path:
+    """Where an adapter's files lie; from the hub, they are fetched first."""
+    if Path(lora_path).is_dir():
+        return Path(lora_path)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", lora_path):
+        stop(f"--lora_path {lora_path} is no folder, and no hub id, which is owner/name.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(lora_path, allow_patterns=["*.json", "adapter_model.safetensors"]))
+    except Exception as error:
+        stop(f"--lora_path {lora_path} is no folder, and no adapter on the hub ({str(error).splitlines()[0]}).")
+
+
+# Copied from llava_orpo_training.probe_logits
+@torch.no_grad()
+def probe_logits(model, processor, adapter: bool = True) -> torch.Tensor:
+    """Logits of a fixed prompt with a picture, (its last 16 tokens, vocabulary), float32, with the adapter on or off."""
+    image = Image.linear_gradient("L").convert("RGB").resize((64, 64))
+    pixels = processor.image_processor(image, return_tensors="pt")
+    with nullcontext() if adapter else model.disable_adapter():
+        return (
+            model.eval()(
+                input_ids=torch.tensor([build_prompt(processor, "Is there a cup?", image.size)], device=model.device),
+                pixel_values=pixels["pixel_values"].to(model.device, model.dtype),
+                image_sizes=pixels["image_sizes"].to(model.device),
+                logits_to_keep=16,
+            )
+            .logits[0]
+            .float()
+        )
+
+
+# Copied from llava_orpo_training.trained_on_nf4
+def trained_on_nf4(lora_path: str) -> bool | None:
+    """Whether an adapter was trained by QLoRA, on a base in NF4; None if nothing beside it says so."""
+    folder = adapter_folder(lora_path)
+    for file in (folder / "arguments.json", folder / "training_summary.json", folder.parent / "arguments.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            content = json.loads(file.read_text())
+            return str(content.get("arguments", content)["load_4bit"]) == "True"
+    return None
+
+
+# Copied from llava_orpo_training.round_to_nf4
+def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """A weight as QLoRA's training saw it: to NF4 with double quantization, and back."""
+    import bitsandbytes.functional as bnb
+
+    return bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
+
+
+# Copied from llava_orpo_training.merge_adapter
+def merge_adapter(model, processor, lora_path: str, weights: str):
+    """Merge the adapter into the base; `weights` says into which: `trained` (what it was trained on), `nf4` or `base`.
+
+    An adapter trained by QLoRA has learned to correct NF4's rounding, so there `trained` rounds the linear layers as NF4
+    does (dequantized, with double quantization) before it adds the update. Whether it was is noted in the run's
+    arguments.json, beside the adapter or its checkpoint. Prints how far apart the two choices are, in logits.
+    """
+    if getattr(model.get_base_model(), "is_quantized", False):
+        stop("an adapter is merged into whole weights; load the base without --load_4bit and --load_8bit.")
+    noted = trained_on_nf4(lora_path)
+    if not noted and weights != "nf4":
+        why = (
+            "on which it was trained"
+            if noted is False
+            else f"as nothing beside {lora_path} says what it was trained on"
+        )
+        console.print(f"merged into the base's own weights, {why}")
+        return model.merge_and_unload()
+
+    def exchange(module, *_) -> None:  # a layer's rounded weights for the time of its own forward
+        module.whole, module.weight.data = module.weight.data, round_to_nf4(module.weight.data)
+
+    def give_back(module, *_) -> None:
+        module.weight.data = module.__dict__.pop("whole")
+
+    linear = [module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+              and ".language_model." in name and ".lora_" not in name]  # fmt: skip
+    on_base = probe_logits(model, processor)
+    hooks = [hook for module in linear for hook in
+             (module.register_forward_pre_hook(exchange), module.register_forward_hook(give_back))]  # fmt: skip
+    on_trained = probe_logits(model, processor)
+    for hook in hooks:
+        hook.remove()
+    if weights != "base":
+        for module in linear:
+            module.weight.data = round_to_nf4(module.weight.data)
+    console.print(f"merged into the {'base weights' if weights == 'base' else 'NF4-rounded weights'}; the other "
+                  f"choice differs by up to {(on_base - on_trained).abs().max():.4f} in a prompt's logits")  # fmt: skip
+    return model.merge_and_unload()
+
+
+# Copied from llava_amber_validation_benchmark_with_lora.digest_checkpoint
+def digest_checkpoint(path: str) -> str:
+    """Identity of a checkpoint: SHA-256 over its JSON files, tokenizer and 64 slices of each weight file; a hub id's commit."""
+    folder = Path(path)
+    if not folder.is_dir():
+        from huggingface_hub import hf_hub_download
+
+        with suppress(Exception):  # a wrong id is reported where the model is loaded
+            return Path(hf_hub_download(path, "config.json")).parent.name
+        return path
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".safetensors":
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with file.open("rb") as stream:
+                for part in range(64):
+                    stream.seek(part * max(size - 65_536, 0) // 63)
+                    digest.update(stream.read(65_536))
+        elif file.suffix in (".json", ".model") and "training" not in file.name:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------- merging, a shard at a time
+
+# any layout's key names -> transformers' module names
+MODULE_KEYS = [*ADAPTER_KEYS, (r"^image_newline$", "model.image_newline")]
+# transformers' module names -> the hub's key layout, the only one that vLLM reads
+HUB_KEYS = [
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.vision_tower\.", "vision_tower.vision_model."),
+    (r"^model\.(multi_modal_projector\.|image_newline)", r"\1"),
+]
+# LLaVA's prompt, with BOS, for whoever sends messages: `[INST] <image>\nquestion [/INST] answer</s>[INST] …`. The picture
+# stands first, wherever it comes in the message.
+TEMPLATE = (
+    "{{ bos_token }}HEAD{% for message in messages %}"
+    "{% if message['content'] is string %}{% set parts = [{'type': 'text', 'text': message['content']}] %}"
+    "{% else %}{% set parts = message['content'] %}{% endif %}"
+    "{% if message['role'] == 'user' %}BEFORE"
+    "{% for part in parts if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in parts if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}AFTER"
+    "{% elif message['role'] == 'assistant' %} {% for part in parts %}{{ part['text'] }}{% endfor %}{{ eos_token }}"
+    "{% else %}{{ raise_exception('LLaVA-1.6 knows the roles user and assistant only.') }}{% endif %}{% endfor %}"
+)
+
+
+def rename_key(key: str, patterns: list[tuple[str, str]]) -> str:
+    for pattern, replacement in patterns:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def list_weights(folder: Path) -> dict[str, str]:
+    """A checkpoint's tensor names, each with the file it is in."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return json.loads(index.read_text())["weight_map"]
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return dict.fromkeys(file.keys(), "model.safetensors")
+
+
+def add_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    """A vocabulary's weight with as many rows more as it lacks, each the mean of all, as load_llava adds them."""
+    mean = weight.float().mean(0).to(weight.dtype)
+    return torch.cat([weight, mean.expand(rows - len(weight), -1)])
+
+
+def stage_checkpoint(model_path: str, folder: Path):
+    """Put the checkpoint's weights, as links, and the files that go with the new one into `folder`; returns its processor.
+
+    From LLaVA's own format, configuration and processor become transformers'; the prompt template is TEMPLATE.
+    """
+    config, processor, tower = read_checkpoint(model_path)
+    source = Path(model_path)
+    if not source.is_dir():
+        from huggingface_hub import snapshot_download
+
+        source = Path(snapshot_download(model_path, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"]))
+        check_weights(source)
+    weights = list_weights(source)
+    for name in set(weights.values()):
+        (folder / name).symlink_to((source / name).resolve())
+    if tower:
+        config.text_config.vocab_size += 64
+        config.architectures = ["LlavaNextForConditionalGeneration"]
+        config.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        if not any("vision_tower" in key for key in weights):
+            from transformers import CLIPVisionModel
+
+            vision = CLIPVisionModel.from_pretrained(tower, dtype=torch.bfloat16, use_safetensors=True).state_dict()
+            vision = {f"model.vision_tower.{key.removeprefix('vision_model.')}": value for key, value in vision.items()}
+            save_file(vision, folder / "vision_tower.safetensors")
+            weights |= dict.fromkeys(vision, "vision_tower.safetensors")
+    else:
+        for file in source.iterdir():
+            if file.suffix in (".json", ".jinja", ".model") and file.name != "quantization_report.json":
+                shutil.copyfile(file, folder / file.name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    found = json.loads((folder / "config.json").read_text())
+    if "quantization_config" in found:
+        stop(f"--model_path {model_path} is quantized already; give the checkpoint that it was made of.")
+    found.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps(found | {"dtype": "bfloat16"}, indent=2))
+    (folder / "chat_template.json").unlink(missing_ok=True)  # of an older layout
+    (folder / "chat_template.jinja").write_text(fill_template(processor))
+    return processor
+
+
+def fill_template(processor) -> str:
+    """TEMPLATE with the words of build_prompt: Mistral's, or Vicuna's where the processor's template is Vicuna's."""
+    before, after, head = "[INST] ", " [/INST]", ""
+    if "[INST]" not in (processor.chat_template or before):
+        head = (
+            "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+            "detailed, and polite answers to the human's questions. "
+        )
+        before, after = "USER: ", " ASSISTANT:"
+    return TEMPLATE.replace("HEAD", head).replace("BEFORE", before).replace("AFTER", after)
+
+
+class Merge:
+    """A compressed-tensors converter that turns a shard of the base into one of base and adapter, in the hub's key layout
+    and in bfloat16. It sees a shard at a time, so that no more than that is in memory.
+
+    Each layer is merged by PEFT, in float32. Raises SystemExit, with the sentence, if weights and configuration differ.
+    """
+
+    def __init__(self, model_path: str, folder: Path, processor, lora_path: str | None, choice: str):
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            self.model = LlavaNextForConditionalGeneration(config)
+        self.rows = config.text_config.vocab_size
+        self.vocabulary = ("model.language_model.embed_tokens", "lm_head")
+        self.lora_path, self.config, self.updates = lora_path, None, {}
+        self.nf4 = bool(lora_path) and (choice == "nf4" or (choice == "trained" and bool(trained_on_nf4(lora_path))))
+        self.merged, self.changed = set(), set()
+        places, wrong = self.model.state_dict(), []
+        weights = list_weights(folder)
+        for key, file in weights.items():
+            name = rename_key(key, MODULE_KEYS)
+            with safe_open(folder / file, "pt") as opened:
+                shape = list(opened.get_slice(key).get_shape())
+                if name.removesuffix(".weight") in self.vocabulary and name in places:
+                    weight = opened.get_tensor(key)
+                    shape[0] = max(shape[0], self.rows if self.rows - shape[0] == 64 else 0)
+                    self.model.get_submodule(name.removesuffix(".weight")).weight = torch.nn.Parameter(
+                        add_rows(weight, shape[0]), requires_grad=False
+                    )
+            if name in places and shape != list(places[name].shape):
+                wrong.append(f"{key} is {tuple(shape)} in place of {tuple(places[name].shape)}")
+            if name not in places and not self.is_spare(name):
+                wrong.append(f"{key} has no place")
+        wrong += [f"{name} is missing" for name in places.keys() - {rename_key(key, MODULE_KEYS) for key in weights}]
+        if wrong:
+            stop(f"--model_path {model_path}: its weights do not fit its config.json: {min(wrong)}"
+                 f"{f' and {len(wrong) - 1} more' if wrong[1:] else ''}.")  # fmt: skip
+        if lora_path:
+            self.config, weights = read_adapter(self.model, processor, model_path, lora_path)
+            for key, weight in weights.items():
+                module, _, rest = key.removeprefix("base_model.model.").partition(".lora_")
+                place, rest = (module, f"lora_{rest}") if rest else module.rsplit(".", 1)
+                self.updates.setdefault(place, {})[rest] = weight
+
+    def is_spare(self, name: str) -> bool:
+        """Whether a tensor is one that older versions saved and none needs, such as positions that are counted anyway."""
+        return name.endswith((".position_ids", ".rotary_emb.inv_freq"))
+
+    def process(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        shard = {}
+        for key in list(tensors):
+            tensor, name = tensors.pop(key), rename_key(key, MODULE_KEYS)
+            if self.is_spare(name):
+                continue
+            if tensor.is_floating_point() and not tensor.is_meta:
+                tensor = self.merge(name.removesuffix(".weight"), tensor).to(torch.bfloat16)
+            shard[rename_key(name, HUB_KEYS)] = tensor.contiguous()
+        return shard
+
+    validate = process  # on the meta device, names only
+
+    def update_config(self, config):
+        return config
+
+    def update_model_config(self, config: dict) -> dict:
+        return config
+
+    def get_dependencies(self, name: str) -> set[str]:
+        return set()
+
+    def merge(self, module: str, weight: torch.Tensor) -> torch.Tensor:
+        """A layer's weight with its update, if it has one."""
+        from peft import get_peft_model, set_peft_model_state_dict
+
+        if module in self.vocabulary:
+            weight = add_rows(weight, self.rows)
+        before = weight.to(torch.bfloat16)
+        own = dict(self.model.named_modules()).get(module)
+        if self.nf4 and isinstance(own, torch.nn.Linear) and ".language_model." in f".{module}":
+            weight = round_to_nf4(weight.float())
+        if module not in self.updates:
+            return weight
+        update = self.updates[module]
+        if "weight" in update:  # trained as a whole
+            weight = update["weight"].to(weight.device)
+        else:
+            own.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+            config = copy(self.config)
+            config.task_type = None  # one layer is no language model
+            config.r = config.rank_pattern.get(re.escape(module), config.r)
+            config.lora_alpha = config.alpha_pattern.get(re.escape(module), config.lora_alpha)
+            config.target_modules, config.modules_to_save, config.rank_pattern, config.alpha_pattern = (
+                {"layer"},
+                None,
+                {},
+                {},
+            )
+            try:
+                adapted = get_peft_model(torch.nn.ModuleDict({"layer": own}), config)
+                report = set_peft_model_state_dict(
+                    adapted, {f"base_model.model.layer.{key}": value for key, value in update.items()}
+                )
+                lost = [key for key in report.missing_keys if "lora_" in key] + report.unexpected_keys
+                if lost:
+                    raise ValueError(f"{lost[0]} did not find its place")
+                weight = adapted.merge_and_unload(safe_merge=True)["layer"].weight.data
+            except Exception as error:  # sizes of another base, values that are no numbers
+                stop(f"--lora_path {self.lora_path} cannot be merged into {module} ({type(error).__name__}: "
+                     f"{' '.join(str(error).split())[:200]}).")  # fmt: skip
+            own.weight = torch.nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+        self.merged.add(module)
+        if not torch.equal(weight.to(torch.bfloat16), before):
+            self.changed.add(module)
+        return weight
+
+    def prove(self) -> dict:
+        """What was merged, for the report. Stops if a layer of the adapter was not met, or if none changed."""
+        if self.updates.keys() - self.merged:
+            stop(f"--lora_path {self.lora_path}: {min(self.updates.keys() - self.merged)} was not merged.")
+        if self.updates and not self.changed:
+            stop(f"--lora_path {self.lora_path} changes no weight by as much as bfloat16 can show.")
+        return {"layers": len(self.merged), "changed": len(self.changed),
+                "into": "NF4-rounded weights" if self.nf4 else "the base's own weights"}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- quantizing
+
+
+def list_ignored(names: list[str]) -> list[str]:
+    """--ignore as regular expressions, which match in transformers' key layout as well as in vLLM's."""
+    return ["re:.*embed.*", *(name if name.startswith("re:") else f"re:.*{re.escape(name)}.*" for name in names)]
+
+
+def read_samples(source: str, split: str, start: int, count: int) -> list[tuple[Image.Image, str, str]]:
+    """(picture, question, answer) of `count` rows; `split` is train, or held_out, which is train too if there is no other."""
+    path = Path(source)
+    builder = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.get(path.suffix)
+    try:
+        if path.is_file():
+            splits = datasets.load_dataset(builder, data_files=str(path), streaming=True)
+        else:
+            splits = datasets.load_dataset(source, streaming=True)
+    except Exception as error:
+        stop(f"--dataset {source} cannot be read: {(str(error) or '?').splitlines()[0]} "
+             "Give a hub id, or a folder or file of parquet or jsonl.")  # fmt: skip
+    held_out = [name for name in ("test", "validation") if name in splits]
+    name = held_out[0] if split == "held_out" and held_out else "train"
+    skipped = start if name == "train" and (split == "held_out" or not held_out) else 0
+    samples, root = [], path.parent if path.is_file() else path
+    try:
+        rows = splits[name]
+        if rows.features and "image" in rows.features:
+            rows = rows.cast_column("image", datasets.Image(decode=False))
+        for row in islice(rows, skipped, None):
+            picture = row["image"] if isinstance(row["image"], dict) else {"path": row["image"]}
+            with suppress(OSError, TypeError):  # a broken picture
+                image = load_image(picture.get("bytes") or root / picture["path"])
+                samples.append((image, str(row["question"]), str(row.get("chosen") or "")))
+            if len(samples) == count:
+                break
+    except KeyError as error:
+        stop(f"--dataset {source} has no column or split {error}; it must have RLAIF-V's columns image and question.")
+    if not samples:
+        stop(f"--dataset {source} has no usable row; it must have RLAIF-V's columns image and question.")
+    return samples
+
+
+def calibrate(merged: Path, folder: Path, args, ignored: list[str]) -> None:
+    """Quantize a merged checkpoint by GPTQ (Frantar et al. 2022), a layer of the language model at a time."""
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    model, processor = load_llava(str(merged), device=args.device)
+    model = model.to(torch.bfloat16)
+    rows = []
+    for image, question, answer in read_samples(args.dataset, "train", args.gate_samples, args.calibration_samples):
+        ids = build_prompt(processor, question, image.size)
+        ids += processor.tokenizer(f" {answer}", add_special_tokens=False, split_special_tokens=True).input_ids
+        pixels = processor.image_processor(image, return_tensors="pt")
+        rows.append({"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+                     "pixel_values": pixels["pixel_values"].to(torch.bfloat16), "image_sizes": pixels["image_sizes"]})  # fmt: skip
+    layers = type(model.model.language_model.layers[0]).__name__
+    oneshot(
+        model=model, dataset=torch.utils.data.DataLoader(rows, batch_size=None), sequential_targets=[layers],
+        recipe=GPTQModifier(targets="Linear", scheme=args.scheme, ignore=ignored),
+        num_calibration_samples=len(rows), pipeline="sequential",
+    )  # fmt: skip
+    model.save_pretrained(folder, save_compressed=True)
+    for file in merged.iterdir():
+        if not (folder / file.name).exists() and ".safetensors" not in file.name:
+            shutil.copyfile(file, folder / file.name)
+    config = json.loads((folder / "config.json").read_text())
+    # llmcompressor writes the ignored layers' names in the hub's layout, which transformers does not find again
+    config["quantization_config"]["ignore"] = ignored
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def quantize(args, stage: Path, folder: Path, merge: Merge) -> None:
+    """Write the merged and quantized checkpoint to `folder`."""
+    from compressed_tensors.entrypoints.convert import convert_checkpoint
+    from llmcompressor import model_free_ptq
+
+    for package in ("llmcompressor", "compressed_tensors"):
+        logger.disable(package)  # their progress bars say enough
+    device = args.device if args.device not in ("auto", "all", "mps") else None if torch.cuda.is_available() else "cpu"
+    ignored = list_ignored(args.ignore)
+    if args.scheme in CALIBRATED:
+        with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder.parent) as merged:
+            convert_checkpoint(stage, merged, merge, device=device)
+            calibrate(Path(merged), folder, args, ignored)
+    elif args.scheme == "BF16":
+        convert_checkpoint(stage, folder, merge, device=device)
+    else:
+        model_free_ptq(stage, folder, scheme=args.scheme, ignore=ignored, converter=merge, device=device)
+
+
+# ---------------------------------------------------------------------------- the quality gate
+
+
+GATE_BATCH = 8  # pictures with questions at a time
+
+
+def make_batch(model, processor, samples: list[tuple[Image.Image, str]], answers: list[list[int]]) -> dict:
+    """The model's input for prompts that go on with `answers`, (samples, longest), padded on the left."""
+    rows = [build_prompt(processor, question, image.size) + answer
+            for (image, question), answer in zip(samples, answers, strict=True)]  # fmt: skip
+    longest, pad = max(map(len, rows)), processor.tokenizer.pad_token_id
+    pixels = processor.image_processor([image for image, _ in samples], return_tensors="pt")
+    batch = {
+        "input_ids": torch.tensor([[pad] * (longest - len(row)) + row for row in rows]),
+        "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
+        "pixel_values": pixels["pixel_values"].to(model.dtype),
+        "image_sizes": pixels["image_sizes"],
+    }
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+@torch.no_grad()
+def answer_greedily(model, processor, samples: list[tuple[Image.Image, str]], max_new_tokens: int) -> list[list[int]]:
+    """Token ids of the greedy answers, with their end tokens."""
+    batch = make_batch(model, processor, samples, [[]] * len(samples))
+    pad = processor.tokenizer.pad_token_id
+    output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
+    return [[token for token in row if token != pad] for row in output[:, batch["input_ids"].shape[1] :].tolist()]
+
+
+@torch.no_grad()
+def score_answers(
+    model, processor, samples: list[tuple[Image.Image, str]], answers: list[list[int]]
+) -> list[torch.Tensor]:
+    """Log-probabilities of all tokens at each place of the answers, (tokens, vocabulary) each, float32, on the CPU."""
+    batch = make_batch(model, processor, samples, [answer[:-1] for answer in answers])
+    logits = model(**batch, logits_to_keep=max(map(len, answers))).logits
+    return [row[-len(answer) :].float().log_softmax(-1).cpu() for row, answer in zip(logits, answers, strict=True)]
+
+
+def measure_divergence(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> torch.Tensor:
+    """KL(wanted || found) in nats at each token of all answers, from log-probabilities."""
+    return torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(wanted, found, strict=True)]).clamp(min=0)
+
+
+def run_gate(args, folder: Path) -> dict:
+    """Ask base + adapter and the new checkpoint the same; returns what differs.
+
+    Compared are the distributions over the next token along base + adapter's greedy answers, and both greedy answers.
+    """
+    samples = read_samples(args.dataset, "held_out", 0, args.gate_samples)
+    merged = args.lora_path and (
+        args.merge_lora == "nf4" or (args.merge_lora == "trained" and trained_on_nf4(args.lora_path))
+    )
+    model, processor = load_llava(
+        args.model_path, args.lora_path, args.device, merge_lora=args.merge_lora if merged else None
+    )
+    dtype = str(model.dtype).removeprefix("torch.")
+    asked = [sample[:2] for sample in samples]
+    parts = [asked[start : start + GATE_BATCH] for start in range(0, len(asked), GATE_BATCH)]
+    answers, wanted, base = [], [], []
+    for part in tqdm(parts, desc="asking base + adapter" if args.lora_path else "asking the base"):
+        answers.append(answer_greedily(model, processor, part, args.max_new_tokens))
+        wanted += score_answers(model, processor, part, answers[-1])
+        if args.lora_path and not merged:
+            with model.disable_adapter():
+                base += score_answers(model, processor, part, answers[-1])
+    del model
+    model, processor = load_llava(str(folder), device=args.device)
+    changed, found = 0, []
+    for part, old in zip(tqdm(parts, desc="asking the new checkpoint"), answers, strict=True):
+        changed += sum(
+            a != b for a, b in zip(old, answer_greedily(model, processor, part, args.max_new_tokens), strict=True)
+        )
+        found += score_answers(model, processor, part, old)
+    divergence = measure_divergence(wanted, found)
+    same = torch.cat([p.argmax(-1) == q.argmax(-1) for p, q in zip(wanted, found, strict=True)])
+    return {
+        "samples": len(samples), "tokens": len(divergence), "precision": dtype,
+        "kl": divergence.mean().item(), "kl_max": divergence.max().item(), "top1_agreement": same.float().mean().item(),
+        "answers_changed": changed,
+        "kl_base_alone": measure_divergence(base, found).mean().item() if base else None,
+        "max_kl": args.max_kl, "passed": divergence.mean().item() <= args.max_kl,
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- the run
+
+
+def open_output(args) -> Path:
+    """The folder to work in, beside --output_dir, which gets its name when all is done. Stops if there is no place for it."""
+    output_dir = args.output_dir
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        stop(f"--output_dir {output_dir} is not empty; name a new folder, or delete it.")
+    folder = output_dir.with_name(output_dir.name + ".partial")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder.mkdir(parents=True)
+    return folder
+
+
+def check_room(args, size: int) -> None:
+    """Stop if the disk has too little room for what will be written; `size` is the base's, in bytes."""
+    share = {"BF16": 1, "FP8_DYNAMIC": 0.6, "FP8_BLOCK": 0.6, "W8A8": 1.6, "W4A16": 1.4}[
+        args.scheme
+    ]  # the merged one too
+    free = shutil.disk_usage(args.output_dir.absolute().parent).free
+    if free < share * size:
+        stop(f"--output_dir {args.output_dir} has {free / 1e9:.1f} GB of free disk, {args.scheme} of this base takes about "
+             f"{share * size / 1e9:.1f} GB; make room, or name a folder on another disk.")  # fmt: skip
+
+
+def check_blocks(args, model) -> None:
+    """Stop if a layer does not divide into FP8_BLOCK's blocks of 128 x 128, which vLLM would refuse."""
+    for name, module in model.named_modules():
+        skipped = any(re.match(pattern.removeprefix("re:"), name) for pattern in list_ignored(args.ignore))
+        if (
+            isinstance(module, torch.nn.Linear)
+            and not skipped
+            and (module.in_features % 128 or module.out_features % 128)
+        ):
+            stop(f"--scheme FP8_BLOCK needs sizes that 128 divides, and {name} is {module.out_features} x {module.in_features}; "
+                 "use FP8_DYNAMIC, or --ignore these layers (of q_proj, k_proj, v_proj all or none).")  # fmt: skip
+
+
+def warn_of_gpu(scheme: str) -> None:
+    """Say it if this machine's GPU has no arithmetic for the scheme; the checkpoint may be for another."""
+    if scheme.startswith("FP8") and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+        found = ".".join(map(str, torch.cuda.get_device_capability()))
+        console.print(f"{torch.cuda.get_device_name()} has compute capability {found}, FP8 arithmetic needs 8.9: on it, vLLM "
+                      "will take the weights alone in FP8 (Marlin), which saves memory, not time; W8A8 computes in 8 bits "
+                      "from 7.5 on.", soft_wrap=True)  # fmt: skip
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had, in bytes: the GPU's since the last start, else its own."""
+    if not torch.cuda.is_available():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+def print_report(report: dict, output_dir: Path) -> None:
+    sizes, quality = report["size_bytes"], report["quality"]
+    table = Table("", "before", "after", title=f"{output_dir.name}")
+    table.add_row(
+        "weights", f"{sizes['base'] / 1e9:.3f} GB", f"{sizes['quantized'] / 1e9:.3f} GB ({sizes['ratio']:.0%})"
+    )
+    if quality:
+        table.add_row("top-1 agreement", "", f"{quality['top1_agreement']:.2%} of {quality['tokens']:,} tokens")
+        table.add_row("KL divergence, nats a token", "", f"{quality['kl']:.5f} (worst {quality['kl_max']:.3f})")
+        if quality["kl_base_alone"] is not None:
+            table.add_row("the same to the base without adapter", "", f"{quality['kl_base_alone']:.5f}")
+        table.add_row("greedy answers that changed", "", f"{quality['answers_changed']} of {quality['samples']}")
+    console.print(table)
+
+
+def make_checkpoint(args, folder: Path) -> dict:
+    """Merge and quantize into `folder`; returns what the report says of it."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="llava_stage_") as stage:
+        stage = Path(stage)
+        processor = stage_checkpoint(args.model_path, stage)
+        sizes = [file.stat().st_size for file in stage.glob("*.safetensors")]
+        check_room(args, sum(sizes))
+        merge = Merge(args.model_path, stage, processor, args.lora_path, args.merge_lora)
+        if args.scheme == "FP8_BLOCK":
+            check_blocks(args, merge.model)
+        before = peak_memory()
+        quantize(args, stage, folder, merge)
+    quantized = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    found = {
+        "size_bytes": {"base": sum(sizes), "largest_shard": max(sizes), "quantized": quantized, "ratio": quantized / sum(sizes)},
+        "seconds": {"checkpoint": round(time.monotonic() - started, 1)},
+        "peak_memory_bytes": {"before": before, "checkpoint": peak_memory()},
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
+        "versions": {name: importlib.metadata.version(name) for name in
+                     ("torch", "transformers", "peft", "llmcompressor", "compressed-tensors")},
+    }  # fmt: skip
+    if args.lora_path:
+        digest = digest_checkpoint(str(adapter_folder(args.lora_path)))
+        found["adapter"] = {"path": args.lora_path, "digest": digest, **merge.prove()}
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    warn_of_gpu(args.scheme)
+    if not args.lora_path:
+        console.print("no --lora_path: the base alone is used")
+    folder, started = open_output(args), time.monotonic()
+    try:
+        report = {
+            "scheme": args.scheme,
+            "ignored": list_ignored(args.ignore) if args.scheme != "BF16" else None,
+            "base": {"path": args.model_path, "digest": digest_checkpoint(args.model_path)},
+            "adapter": None,
+            **make_checkpoint(args, folder),
+            "quality": run_gate(args, folder) if args.gate_samples else None,
+        }
+        report["seconds"]["gate"] = round(time.monotonic() - started - report["seconds"]["checkpoint"], 1)
+        report["peak_memory_bytes"]["gate"] = peak_memory()
+        (folder / "quantization_report.json").write_text(json.dumps(report, indent=1))
+        with suppress(OSError):
+            args.output_dir.rmdir()  # an empty one
+        os.replace(folder, args.output_dir)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print_report(report, args.output_dir)
+    quality = report["quality"]
+    if quality and not quality["passed"]:
+        stop(f"the gate failed: KL divergence is {quality['kl']:.5f}, --max_kl {args.max_kl}; the checkpoint is in "
+             f"{args.output_dir} all the same. A scheme with more bits, or more --ignore, comes closer.", code=4)  # fmt: skip
+    verdict = f"the gate passed: KL divergence {quality['kl']:.5f}, --max_kl {args.max_kl}; " if quality else ""
+    console.print(f"{verdict}serve it: vllm serve {args.output_dir} --limit-mm-per-prompt '{{\"image\": 1}}'", soft_wrap=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing unfinished stays
+    try:
+        main()
+    except KeyboardInterrupt:
+        stop("interrupted; nothing was written.", code=130)
+    except torch.OutOfMemoryError:
+        stop(
+            "the GPU's memory is full; use --device cpu, or --gate_samples 0 and measure the result with the AMBER script."
+        )
+    except (OSError, SafetensorError) as error:  # a full disk, a folder that cannot be written
+        stop(f"{error}; nothing was written to --output_dir.")
