@@ -481,6 +481,113 @@ ADAPTER_KEYS = [
 ]
 
 
+# Copied from llava_orpo_training.read_adapter
+def read_adapter(model, processor, model_path: str, lora_path: str) -> tuple:
+    """Read a LoRA adapter for a model: (its LoraConfig, its weights by PEFT's names for this model). Stops with the reason
+    if they do not belong together.
+
+    Keys of other layouts (older PEFT and transformers, LLaVA's own) are renamed. Embedding or head weights of another
+    number of rows are used as far as the model's own vocabulary goes. Every weight of the file finds its layer, and no
+    layer that the configuration names is left out. Of the model, only embedding and head need values.
+    """
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
+
+    def refuse(reason: str) -> NoReturn:
+        stop(f"--lora_path {lora_path} cannot be used on {model_path}: {reason}.")
+
+    folder = adapter_folder(lora_path)
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():
+        pickled = (folder / "adapter_model.bin").exists()
+        refuse("its weights are pickled (adapter_model.bin), which can run code when opened; convert them: python -c "
+               "\"import torch, safetensors.torch as s; s.save_file(torch.load('adapter_model.bin', weights_only=True), "
+               "'adapter_model.safetensors')\" in that folder" if pickled else "there is no adapter_model.safetensors in it")  # fmt: skip
+    if (folder / "non_lora_trainables.bin").exists():
+        refuse("LLaVA's own training left more trained weights in non_lora_trainables.bin, which are not read; merge it with "
+               "that code first")  # fmt: skip
+    try:
+        config = LoraConfig.from_pretrained(folder)
+        saved = load_file(file)
+    except Exception as error:
+        refuse(f"it cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})")
+    if config.peft_type != "LORA":
+        refuse(f"it is a {config.peft_type} adapter, this reads LoRA")
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian":
+        refuse(f"it was made with init_lora_weights={config.init_lora_weights!r}, which changes the base's weights too; convert "
+               "it with PEFT's path_initial_model_for_weight_conversion")  # fmt: skip
+    modules = dict(model.named_modules())
+    vocabulary = {name for name, module in modules.items() if module in (model.get_input_embeddings(), model.lm_head)}
+    rows, known = model.get_input_embeddings().weight.shape[0], processor.image_token_id
+    lora, whole, weights, ranks, alphas = set(), set(), {}, {}, {}
+    for key, weight in saved.items():
+        name = key
+        for pattern, replacement in ADAPTER_KEYS:
+            name = re.sub(pattern, replacement, name)
+        module, is_lora = re.split(r"\.lora_|\.(?:weight|bias)$", name)[0], ".lora_" in name
+        if module not in modules:
+            refuse(f"it has weights for {key}, and the model no layer of that name")
+        if not weight.isfinite().all():
+            refuse(f"{key} is not finite")
+        if name.endswith(".bias") and config.bias != "none":
+            refuse(f"it trained biases too (bias={config.bias!r}), which are not read")
+        if ".base_layer." in key and torch.equal(weight[:known].float(), modules[module].weight[:known].float().cpu()):
+            continue  # PEFT saves the base's own embedding beside an update of it
+        if module in vocabulary and weight.shape[0] != rows and (not is_lora or "lora_B" in name):
+            if weight.shape[0] < known:
+                refuse(f"{key} has {weight.shape[0]:,} rows, fewer than the vocabulary's {known:,}")
+            # rows that the base's tokens have come from the adapter, all others from the base
+            mine = (
+                weight.new_zeros(rows, weight.shape[1])
+                if is_lora
+                else modules[module].weight.detach().to(weight).clone()
+            )
+            mine[:known] = weight[:known]
+            console.print(f"{key} has {weight.shape[0]:,} rows, the base's vocabulary {known:,}: "
+                          f"the first {known:,} are used, {weight.shape[0] - known:,} left out")  # fmt: skip
+            weight = mine
+        if not is_lora and weight.shape != (own := getattr(modules[module], name.split(".")[-1])).shape:
+            refuse(f"{key} is {tuple(weight.shape)}, the model's layer {tuple(own.shape)}")
+        (lora if is_lora else whole).add(module)
+        weights[f"base_model.model.{name}"] = weight
+        if is_lora:  # patterns are written for the names that the adapter was saved with
+            before = re.sub(r"^(base_model\.model\.)+", "", key).split(".lora_")[0]
+            ranks[module] = config.rank_pattern.get(get_pattern_key(config.rank_pattern, before), config.r)
+            alphas[module] = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, before), config.lora_alpha)
+    if not lora or lora & whole:
+        refuse(
+            f"its file holds {f'both an update of {min(lora & whole)} and other weights for it' if lora else 'no LoRA weights'}"
+        )
+    for module in sorted(modules):
+        part = next(
+            (part for part in ("language_model", "multi_modal_projector", "vision_tower") if f".{part}." in module),
+            None,
+        )
+        spellings = {module, module.removeprefix("model."), re.sub(r"^model\.language_model\.", "model.", module),
+                     re.sub(r"^model\.language_model\.", "language_model.model.", module)}  # fmt: skip
+        if (isinstance(modules[module], torch.nn.Linear) and module not in lora and config.target_modules != "all-linear"
+                and any(f".{part}." in other for other in lora)
+                and any(check_target_module_exists(config, spelling) for spelling in spellings)):  # fmt: skip
+            refuse(f"it has no weights for {module}, which its configuration names; the file is incomplete")
+    for name in config.modules_to_save or []:
+        if not any(module.split(".")[-1] == name.split(".")[-1] for module in lora | whole):
+            refuse(f"it has no weights for {name}, which its configuration names; the file is incomplete")
+    config.target_modules, config.exclude_modules, config.layers_to_transform, config.layers_pattern = (
+        lora,
+        None,
+        None,
+        None,
+    )
+    config.rank_pattern = {re.escape(module): rank for module, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = {re.escape(module): alpha for module, alpha in alphas.items() if alpha != config.lora_alpha}
+    config.modules_to_save, config.inference_mode, config.init_lora_weights = sorted(whole) or None, True, True
+    named, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT would warn of any other path
+    if named and Path(str(named)).name != Path(model_path).name:
+        console.print(f"the adapter names {named} as its base, it is used on {model_path}")
+    return config, weights
+
+
 # Copied from llava_orpo_training.load_adapter
 def load_adapter(model, processor, model_path: str, lora_path: str):
     """Put a LoRA adapter on the model and prove that it is there; returns the PeftModel. Stops with the reason if not.
@@ -538,6 +645,25 @@ def probe_logits(model, processor, adapter: bool = True) -> torch.Tensor:
             .logits[0]
             .float()
         )
+
+
+# Copied from llava_orpo_training.trained_on_nf4
+def trained_on_nf4(lora_path: str) -> bool | None:
+    """Whether an adapter was trained by QLoRA, on a base in NF4; None if nothing beside it says so."""
+    folder = adapter_folder(lora_path)
+    for file in (folder / "arguments.json", folder / "training_summary.json", folder.parent / "arguments.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            content = json.loads(file.read_text())
+            return str(content.get("arguments", content)["load_4bit"]) == "True"
+    return None
+
+
+# Copied from llava_orpo_training.round_to_nf4
+def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """A weight as QLoRA's training saw it: to NF4 with double quantization, and back."""
+    import bitsandbytes.functional as bnb
+
+    return bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
 
 
 # Copied from llava_orpo_training.merge_adapter

@@ -446,6 +446,113 @@ ADAPTER_KEYS = [
 ]
 
 
+# Copied from llava_orpo_training.read_adapter
+def read_adapter(model, processor, model_path: str, lora_path: str) -> tuple:
+    """Read a LoRA adapter for a model: (its LoraConfig, its weights by PEFT's names for this model). Stops with the reason
+    if they do not belong together.
+
+    Keys of other layouts (older PEFT and transformers, LLaVA's own) are renamed. Embedding or head weights of another
+    number of rows are used as far as the model's own vocabulary goes. Every weight of the file finds its layer, and no
+    layer that the configuration names is left out. Of the model, only embedding and head need values.
+    """
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
+
+    def refuse(reason: str) -> NoReturn:
+        stop(f"--lora_path {lora_path} cannot be used on {model_path}: {reason}.")
+
+    folder = adapter_folder(lora_path)
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():
+        pickled = (folder / "adapter_model.bin").exists()
+        refuse("its weights are pickled (adapter_model.bin), which can run code when opened; convert them: python -c "
+               "\"import torch, safetensors.torch as s; s.save_file(torch.load('adapter_model.bin', weights_only=True), "
+               "'adapter_model.safetensors')\" in that folder" if pickled else "there is no adapter_model.safetensors in it")  # fmt: skip
+    if (folder / "non_lora_trainables.bin").exists():
+        refuse("LLaVA's own training left more trained weights in non_lora_trainables.bin, which are not read; merge it with "
+               "that code first")  # fmt: skip
+    try:
+        config = LoraConfig.from_pretrained(folder)
+        saved = load_file(file)
+    except Exception as error:
+        refuse(f"it cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})")
+    if config.peft_type != "LORA":
+        refuse(f"it is a {config.peft_type} adapter, this reads LoRA")
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian":
+        refuse(f"it was made with init_lora_weights={config.init_lora_weights!r}, which changes the base's weights too; convert "
+               "it with PEFT's path_initial_model_for_weight_conversion")  # fmt: skip
+    modules = dict(model.named_modules())
+    vocabulary = {name for name, module in modules.items() if module in (model.get_input_embeddings(), model.lm_head)}
+    rows, known = model.get_input_embeddings().weight.shape[0], processor.image_token_id
+    lora, whole, weights, ranks, alphas = set(), set(), {}, {}, {}
+    for key, weight in saved.items():
+        name = key
+        for pattern, replacement in ADAPTER_KEYS:
+            name = re.sub(pattern, replacement, name)
+        module, is_lora = re.split(r"\.lora_|\.(?:weight|bias)$", name)[0], ".lora_" in name
+        if module not in modules:
+            refuse(f"it has weights for {key}, and the model no layer of that name")
+        if not weight.isfinite().all():
+            refuse(f"{key} is not finite")
+        if name.endswith(".bias") and config.bias != "none":
+            refuse(f"it trained biases too (bias={config.bias!r}), which are not read")
+        if ".base_layer." in key and torch.equal(weight[:known].float(), modules[module].weight[:known].float().cpu()):
+            continue  # PEFT saves the base's own embedding beside an update of it
+        if module in vocabulary and weight.shape[0] != rows and (not is_lora or "lora_B" in name):
+            if weight.shape[0] < known:
+                refuse(f"{key} has {weight.shape[0]:,} rows, fewer than the vocabulary's {known:,}")
+            # rows that the base's tokens have come from the adapter, all others from the base
+            mine = (
+                weight.new_zeros(rows, weight.shape[1])
+                if is_lora
+                else modules[module].weight.detach().to(weight).clone()
+            )
+            mine[:known] = weight[:known]
+            console.print(f"{key} has {weight.shape[0]:,} rows, the base's vocabulary {known:,}: "
+                          f"the first {known:,} are used, {weight.shape[0] - known:,} left out")  # fmt: skip
+            weight = mine
+        if not is_lora and weight.shape != (own := getattr(modules[module], name.split(".")[-1])).shape:
+            refuse(f"{key} is {tuple(weight.shape)}, the model's layer {tuple(own.shape)}")
+        (lora if is_lora else whole).add(module)
+        weights[f"base_model.model.{name}"] = weight
+        if is_lora:  # patterns are written for the names that the adapter was saved with
+            before = re.sub(r"^(base_model\.model\.)+", "", key).split(".lora_")[0]
+            ranks[module] = config.rank_pattern.get(get_pattern_key(config.rank_pattern, before), config.r)
+            alphas[module] = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, before), config.lora_alpha)
+    if not lora or lora & whole:
+        refuse(
+            f"its file holds {f'both an update of {min(lora & whole)} and other weights for it' if lora else 'no LoRA weights'}"
+        )
+    for module in sorted(modules):
+        part = next(
+            (part for part in ("language_model", "multi_modal_projector", "vision_tower") if f".{part}." in module),
+            None,
+        )
+        spellings = {module, module.removeprefix("model."), re.sub(r"^model\.language_model\.", "model.", module),
+                     re.sub(r"^model\.language_model\.", "language_model.model.", module)}  # fmt: skip
+        if (isinstance(modules[module], torch.nn.Linear) and module not in lora and config.target_modules != "all-linear"
+                and any(f".{part}." in other for other in lora)
+                and any(check_target_module_exists(config, spelling) for spelling in spellings)):  # fmt: skip
+            refuse(f"it has no weights for {module}, which its configuration names; the file is incomplete")
+    for name in config.modules_to_save or []:
+        if not any(module.split(".")[-1] == name.split(".")[-1] for module in lora | whole):
+            refuse(f"it has no weights for {name}, which its configuration names; the file is incomplete")
+    config.target_modules, config.exclude_modules, config.layers_to_transform, config.layers_pattern = (
+        lora,
+        None,
+        None,
+        None,
+    )
+    config.rank_pattern = {re.escape(module): rank for module, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = {re.escape(module): alpha for module, alpha in alphas.items() if alpha != config.lora_alpha}
+    config.modules_to_save, config.inference_mode, config.init_lora_weights = sorted(whole) or None, True, True
+    named, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT would warn of any other path
+    if named and Path(str(named)).name != Path(model_path).name:
+        console.print(f"the adapter names {named} as its base, it is used on {model_path}")
+    return config, weights
+
+
 # Copied from llava_orpo_training.load_adapter
 def load_adapter(model, processor, model_path: str, lora_path: str):
     """Put a LoRA adapter on the model and prove that it is there; returns the PeftModel. Stops with the reason if not.
@@ -503,6 +610,25 @@ def probe_logits(model, processor, adapter: bool = True) -> torch.Tensor:
             .logits[0]
             .float()
         )
+
+
+# Copied from llava_orpo_training.trained_on_nf4
+def trained_on_nf4(lora_path: str) -> bool | None:
+    """Whether an adapter was trained by QLoRA, on a base in NF4; None if nothing beside it says so."""
+    folder = adapter_folder(lora_path)
+    for file in (folder / "arguments.json", folder / "training_summary.json", folder.parent / "arguments.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            content = json.loads(file.read_text())
+            return str(content.get("arguments", content)["load_4bit"]) == "True"
+    return None
+
+
+# Copied from llava_orpo_training.round_to_nf4
+def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """A weight as QLoRA's training saw it: to NF4 with double quantization, and back."""
+    import bitsandbytes.functional as bnb
+
+    return bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
 
 
 # Copied from llava_orpo_training.merge_adapter
@@ -1186,7 +1312,7 @@ class Engine:
 # ---------------------------------------------------------------------------- pictures and questions
 
 
-def open_picture(data: bytes | None, processor) -> Picture:
+def read_picture(data: bytes | None) -> Image.Image:
     """Read a picture's file. Raises Refused with a sentence for its user if it is none, or too big."""
     if data is None:
         raise Refused("There is no picture yet: upload one, paste one, or take one of the examples.")
@@ -1207,11 +1333,15 @@ def open_picture(data: bytes | None, processor) -> Picture:
     if max(width, height) > 100 * min(width, height):
         raise Refused(f"This picture is {width:,} x {height:,} pixels, too narrow to be one; crop it.")
     try:
-        image = load_image(data)
-        pixels = processor.image_processor(image, return_tensors="pt")
+        return load_image(data)
     except Exception as error:
         raise Refused("This picture's file is broken off or damaged; choose another.") from error
-    return Picture(image, zlib.crc32(image.tobytes()), pixels)
+
+
+def open_picture(data: bytes | None, processor) -> Picture:
+    """Read a picture's file as the model takes it. Raises Refused as read_picture does."""
+    image = read_picture(data)
+    return Picture(image, zlib.crc32(image.tobytes()), processor.image_processor(image, return_tensors="pt"))
 
 
 def show_picture(data: bytes) -> bytes:
@@ -1307,7 +1437,36 @@ class Host:
         self.base = "/".join(Path(args.model_path).parts[-2:])
         self.adapter = "/".join(Path(args.lora_path).parts[-2:]) if args.lora_path else None
         self.clears = Counter()  # how often each session was cleared
+        names = f"Base `{self.base}`" + (f" · adapter `{self.adapter}`" if self.adapter else "")
+        self.headline = f"# LLaVA-1.6 before and after alignment\nGive a picture, ask about it, compare. {names}"
+        self.titles = {False: "Base: adapter off", True: "Aligned: adapter on"} if self.adapter else {False: "Answers"}
+        self.views = {"Side by side": [False, True], "Aligned only": [True], "Base only": [False]}  # adapter off, on
+        if not self.adapter:
+            self.views = {"Base only": [False]}
+        self.checker = (
+            f"CLIP ({Path(args.clip_model).name}) does not find it"
+            if self.clip
+            else "the base model, asked about it, did not say yes"
+        )
+        self.settings = {"model": args.model_path, "lora": args.lora_path, "candidates": args.verify,
+                         "check": args.clip_model or "yes/no questions"}  # fmt: skip
         self.engine = Engine(model, self.processor, args.max_num_seqs, self.clip)
+
+    def prepare(self, data: bytes | None, question: str, wanted: dict[bool, list]) -> tuple:
+        """The picture, the question and the prompts, which follow `wanted`: earlier (question, Answer) turns for adapter
+        on or off. Raises Refused."""
+        image = read_picture(data)
+        picture = Picture(
+            image, zlib.crc32(image.tobytes()), self.processor.image_processor(image, return_tensors="pt")
+        )
+        question = check_question(question)
+        prompts = {
+            adapter: build_chat(
+                self.processor, picture.image.size, question, [(old, answer.tokens) for old, answer in history]
+            )
+            for adapter, history in wanted.items()
+        }
+        return picture, question, prompts
 
     async def answer(
         self, picture: Picture, prompts: dict[bool, list[int]], session: str, mark: bool, **sampling
@@ -1569,7 +1728,6 @@ DOWNLOAD = """(file) => {
 
 QUESTIONS = ["Describe this image.", "Name everything you can see in this image.", "Is there a chair in this image?",
              "Is there a person in this image?"]  # fmt: skip
-SIDES = {"Side by side": [False, True], "Aligned only": [True], "Base only": [False]}  # adapter off, on
 EXAMPLES = [16, 6, 34, 19, 3, 5]  # of the miniature's pictures
 
 
@@ -1677,8 +1835,7 @@ def pack_pair(image: Image.Image, titles: dict[bool, str], turn: dict, settings:
 
 def build_page(host: Host, args) -> gr.Blocks:
     """The page and its API."""
-    titles = {False: "Base: adapter off" if host.adapter else "Answers", True: "Aligned: adapter on"}
-    views = list(SIDES) if host.adapter else ["Base only"]
+    titles, views, both = host.titles, list(host.views), len(host.titles) == 2
 
     def show_notice(sentence: str):
         return gr.HTML(
@@ -1691,19 +1848,9 @@ def build_page(host: Host, args) -> gr.Blocks:
         async with decoders:
             return await asyncio.to_thread(function, *arguments)
 
-    def prepare(data, question, wanted: dict[bool, list]) -> tuple:
-        """The picture, the question and the prompts that follow `wanted`, earlier turns for adapter on or off."""
-        picture = open_picture(data, host.processor)
-        question = check_question(question)
-        prompts = {
-            adapter: build_chat(host.processor, picture.image.size, question, history)
-            for adapter, history in wanted.items()
-        }
-        return picture, question, prompts
-
     async def converse(replaced, data, question, turns, view, temperature, top_p, length, remember, request):
         """A question from the page, whose answer may take the last one's place: yields what changes on the page."""
-        sides = SIDES[view]
+        sides = host.views[view]
         turn = {
             "question": (question or "").strip(),
             "answers": {side: Answer(line="reading the picture …") for side in sides},
@@ -1724,12 +1871,12 @@ def build_page(host: Host, args) -> gr.Blocks:
         if replaced:
             turns = turns[:-1]
         try:
-            earlier = {side: [(old["asked"], old["answers"][side].tokens) for old in turns if side in old["answers"]] if remember else []
+            earlier = {side: [(old["asked"], old["answers"][side]) for old in turns if side in old["answers"]] if remember else []
                        for side in sides}  # fmt: skip
-            picture, asked, prompts = await decode(prepare, data, question, earlier)
+            picture, asked, prompts = await decode(host.prepare, data, question, earlier)
             if turns and turns[-1]["digest"] != picture.digest:  # another picture, another conversation
                 turns = []
-                prompts = {side: build_chat(host.processor, picture.image.size, asked, []) for side in sides}
+                _, _, prompts = await decode(host.prepare, data, question, {side: [] for side in sides})
             yield show(True) | {question_box: ""}
             sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": int(length)}
             async with aclosing(host.answer(picture, prompts, request.session_hash, True, **sampling)) as growing:
@@ -1769,7 +1916,7 @@ def build_page(host: Host, args) -> gr.Blocks:
         if not isinstance(data, Upload):
             return {notices: show_notice("")}
         try:
-            await decode(open_picture, data, host.processor)
+            await decode(read_picture, data)
             shown = await decode(show_picture, data)
             return {photo: shown, notices: show_notice("")}
         except Refused as error:
@@ -1778,7 +1925,7 @@ def build_page(host: Host, args) -> gr.Blocks:
     def blank(view) -> dict:
         """The page without a conversation."""
         return {
-            question_box: "", state: [], talk: render_talk(titles, [], SIDES[view]), notices: show_notice(""),
+            question_box: "", state: [], talk: render_talk(titles, [], host.views[view]), notices: show_notice(""),
             send: gr.Button(visible=True), halt: gr.Button(visible=False),
             again: gr.Button(interactive=False), save: gr.Button(interactive=False),
         }  # fmt: skip
@@ -1799,14 +1946,12 @@ def build_page(host: Host, args) -> gr.Blocks:
         image = load_image(data) if data and turns else None
         if image is None or zlib.crc32(image.tobytes()) != turns[-1]["digest"]:
             return "", show_notice("The last answer is about another picture; put that one back, or ask again.")
-        settings = {"model": args.model_path, "lora": args.lora_path, **turns[-1]["settings"], "candidates": args.verify,
-                    "check": args.clip_model or "yes/no questions"}  # fmt: skip
-        return pack_pair(image, titles, turns[-1], settings), show_notice("")
+        return pack_pair(image, titles, turns[-1], host.settings | turns[-1]["settings"]), show_notice("")
 
     async def answer_api(image, question: str, adapter: bool, temperature: float, top_p: float, max_new_tokens: int):
         """Ask a question about a picture; streams the answer as it grows, each message the whole text so far."""
         try:
-            side = bool(adapter) and bool(host.adapter)
+            side = bool(adapter) if both else next(iter(titles))
             numbers = all(isinstance(value, int | float) for value in (temperature, top_p, max_new_tokens))
             if (
                 not numbers
@@ -1816,7 +1961,7 @@ def build_page(host: Host, args) -> gr.Blocks:
             ):
                 raise Refused("temperature must be from 0 to 2, top_p above 0 and up to 1, max_new_tokens from 1 to "
                                  f"{args.max_new_tokens:,}.")  # fmt: skip
-            picture, _, prompts = await decode(prepare, image, question, {side: []})
+            picture, _, prompts = await decode(host.prepare, image, question, {side: []})
             sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": int(max_new_tokens)}
             async with aclosing(host.answer(picture, prompts, "", False, **sampling)) as growing:
                 async for answers in growing:
@@ -1826,9 +1971,8 @@ def build_page(host: Host, args) -> gr.Blocks:
 
     with gr.Blocks(title="LLaVA, aligned", analytics_enabled=False) as page:
         state = gr.State([], time_to_live=3600)
-        names = f"Base `{host.base}`" + (f" · adapter `{host.adapter}`" if host.adapter else "")
-        gr.Markdown(f"# LLaVA-1.6 before and after alignment\nGive a picture, ask about it, compare. {names}")
-        if Path(args.model_path) == MINIATURE / "model":
+        gr.Markdown(host.headline)
+        if args.test_mode:
             gr.HTML(
                 '<p class="legend">This is the miniature: it knows drawn scenes like the examples, and nothing else.</p>'
             )
@@ -1855,16 +1999,14 @@ def build_page(host: Host, args) -> gr.Blocks:
                     send = gr.Button("Ask", variant="primary", elem_id="send")
                     halt = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
                     again = gr.Button("Regenerate", interactive=False, elem_id="again")
-                    save = gr.Button("Save pair" if host.adapter else "Save", interactive=False, elem_id="save")
+                    save = gr.Button("Save pair" if both else "Save", interactive=False, elem_id="save")
                     reset = gr.Button("Clear", elem_id="clear")
                 gr.Examples([[question] for question in QUESTIONS], question_box, label="Questions to try")
                 notices = gr.HTML("", visible=False, elem_id="notices")
-                talk = gr.HTML(render_talk(titles, [], SIDES[views[0]]), elem_id="talk")
-                check = "the base model, asked about it, did not say yes"
-                if args.clip_model:
-                    check = jinja2.filters.escape(f"CLIP ({Path(args.clip_model).name}) does not find it")
-                differs = "<mark>word</mark> differs from the other answer &nbsp; " if host.adapter else ""
-                gr.HTML(f'<p class="legend">{differs}<u>object</u> {check} (which can be wrong)</p>')  # fmt: skip
+                talk = gr.HTML(render_talk(titles, [], host.views[views[0]]), elem_id="talk")
+                checker = jinja2.filters.escape(host.checker)
+                differs = "<mark>word</mark> differs from the other answer &nbsp; " if both else ""
+                gr.HTML(f'<p class="legend">{differs}<u>object</u> {checker} (which can be wrong)</p>')  # fmt: skip
                 gr.HTML(f'<p class="status">{args.max_num_seqs} answers are generated at a time; {args.queue_size} more '
                         "may wait. Pictures are not kept on the server.</p>")  # fmt: skip
         packed = gr.Textbox(visible=False)
@@ -1886,7 +2028,9 @@ def build_page(host: Host, args) -> gr.Blocks:
         reset.click(clear, view, [photo, *changed], **private, **fast)
         examples.dataset.click(lambda: show_notice(""), None, notices, **private, **fast)
         photo.input(receive, photo, [photo, notices], **private, **fast)
-        view.change(lambda view, turns: render_talk(titles, turns, SIDES[view]), [view, state], talk, **private, **fast)
+        view.change(
+            lambda view, turns: render_talk(titles, turns, host.views[view]), [view, state], talk, **private, **fast
+        )
         made = save.click(pack, [photo, state], [packed, notices], **private, **fast)
         made.then(None, packed, None, js=DOWNLOAD, **private)
         page.unload(leave)
