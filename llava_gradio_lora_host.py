@@ -1452,6 +1452,12 @@ class Host:
                          "check": args.clip_model or "yes/no questions"}  # fmt: skip
         self.engine = Engine(model, self.processor, args.max_num_seqs, self.clip)
 
+    def stop_session(self, session: str) -> None:
+        self.engine.stop_session(session)
+
+    def forget(self, session: str) -> None:
+        self.engine.forget(session)
+
     def prepare(self, data: bytes | None, question: str, wanted: dict[bool, list]) -> tuple:
         """The picture, the question and the prompts, which follow `wanted`: earlier (question, Answer) turns for adapter
         on or off. Raises Refused."""
@@ -1592,7 +1598,8 @@ class Upload(bytes):
 
 
 READ: dict[Path, float] = {}  # when an uploaded file was last read, time.time()
-READ_SECONDS, UNREAD_SECONDS = 20, 900  # after which it goes: another user may have sent the same, and have to wait
+READ_SECONDS = 20  # after which it goes: another user may have sent the same, and have to wait
+UNREAD_SECONDS = 900  # after which one goes that nobody asked about
 
 
 def sweep_uploads() -> None:
@@ -1833,7 +1840,7 @@ def pack_pair(image: Image.Image, titles: dict[bool, str], turn: dict, settings:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def build_page(host: Host, args) -> gr.Blocks:
+def build_page(host, args) -> gr.Blocks:
     """The page and its API."""
     titles, views, both = host.titles, list(host.views), len(host.titles) == 2
 
@@ -1932,14 +1939,14 @@ def build_page(host: Host, args) -> gr.Blocks:
 
     def clear(view, request: gr.Request):
         host.clears[request.session_hash] += 1
-        host.engine.forget(request.session_hash)
+        host.forget(request.session_hash)
         return blank(view) | {photo: None}
 
     def stop_session(request: gr.Request):
-        host.engine.stop_session(request.session_hash)
+        host.stop_session(request.session_hash)
 
     def leave(request: gr.Request):
-        host.engine.forget(request.session_hash)
+        host.forget(request.session_hash)
         host.clears.pop(request.session_hash, None)
 
     def pack(data, turns):
@@ -2062,15 +2069,19 @@ def launch_page(page: gr.Blocks, args, port: int | None) -> None:
     )  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    try:  # what is wrong shows before the model is loaded
+def check_port(args) -> None:
+    """Stop if the address or the port cannot be had, before the model is loaded."""
+    try:
         socket.create_server((args.host, args.port or 0)).close()
     except OSError as error:
         where = f"--host {args.host}" + (f" --port {args.port}" if args.port else "")
-        stop(
-            f"{where} cannot be listened on ({os.strerror(error.errno) if error.errno else error}); name another, or end what listens there."
-        )
+        reason = os.strerror(error.errno) if error.errno else error
+        stop(f"{where} cannot be listened on ({reason}); name another, or end what listens there.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    check_port(args)
     if args.lora_path:
         adapter_folder(args.lora_path)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that UPLOADS is deleted
