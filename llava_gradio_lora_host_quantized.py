@@ -93,7 +93,9 @@ def read_users(parser: argparse.ArgumentParser, path: Path) -> list[tuple[str, s
 if __name__ == "__main__":
     parse_args()  # answers --help and refuses wrong flags before the heavy imports
     if importlib.util.find_spec("gradio") is None:
-        sys.exit("error: gradio is not installed; pip install -r requirements/vllm.txt")
+        sys.exit(
+            "error: gradio is not installed; pip install -r requirements/vllm.txt (or, for --server_url alone, train.txt and host.txt)"
+        )
 
 import asyncio
 import atexit
@@ -494,6 +496,7 @@ class Server:
                 stop(f"--server_url {url} does not answer as vLLM's server does ({type(error).__name__}: "
                      f"{str(error).splitlines()[0]}); start it first, or correct the address.")  # fmt: skip
         self.model, self.name = model.id, "/".join(Path(model.id).parts[-2:])
+        self.limit = getattr(model, "max_model_len", None) or 2**20  # more is refused
         self.lacks_bos = words[0] != "<s>"  # the hub's template has none, and the model was trained with it
         self.client = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=600)
 
@@ -516,7 +519,8 @@ class Server:
         tokens, text = [], ""
         try:
             async with await self.client.chat.completions.create(
-                model=self.model, messages=prompt, temperature=temperature, top_p=top_p, max_completion_tokens=max_new_tokens,
+                model=self.model, messages=prompt, temperature=temperature, top_p=top_p, 
+                max_completion_tokens=min(max_new_tokens, self.limit),
                 stream=True, extra_body={"add_special_tokens": self.lacks_bos, "return_token_ids": True},
             ) as chunks:  # fmt: skip
                 async for chunk in chunks:

@@ -63,7 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=64,
     )
     add(gate, "--max_new_tokens", "tokens an answer may have in the gate", type=int, default=128)
-    add(gate, "--max_kl", "mean KL divergence a token, in nats, above which the gate fails", type=float, default=0.05)
+    add(gate, "--max_kl", "mean KL divergence a token, in nats, above which the gate fails", type=float, default=0.02)
     args = parser.parse_args(argv)
     for name in ("calibration_samples", "max_new_tokens", "max_kl"):
         if getattr(args, name) <= 0:
@@ -660,6 +660,22 @@ def digest_checkpoint(path: str) -> str:
     return digest.hexdigest()[:16]
 
 
+# Copied from llava_gradio_lora_host.build_chat
+def build_chat(
+    processor, image_size: tuple[int, int], question: str, earlier: list[tuple[str, list[int]]]
+) -> list[int]:
+    """Token ids of a prompt that goes on from `earlier` (question, answer's tokens) turns about the same picture."""
+    tokenizer = processor.tokenizer
+    if not earlier:
+        return build_prompt(processor, question, image_size)
+    pattern = "[INST] {} [/INST]" if "[INST]" in (processor.chat_template or "[INST]") else "USER: {} ASSISTANT:"
+    ids = build_prompt(processor, earlier[0][0], image_size)
+    for (_, tokens), asked in zip(earlier, [*[asked for asked, _ in earlier[1:]], question], strict=True):
+        ids += tokens if tokens and tokens[-1] == tokenizer.eos_token_id else [*tokens, tokenizer.eos_token_id]
+        ids += tokenizer(pattern.format(asked), add_special_tokens=False, split_special_tokens=True).input_ids
+    return ids
+
+
 # ---------------------------------------------------------------------------- merging, a shard at a time
 
 # any layout's key names -> transformers' module names
@@ -674,13 +690,12 @@ HUB_KEYS = [
 # LLaVA's prompt, with BOS, for whoever sends messages: `[INST] <image>\nquestion [/INST] answer</s>[INST] …`. The picture
 # stands first, wherever it comes in the message.
 TEMPLATE = (
-    "{{ bos_token }}HEAD{% for message in messages %}"
-    "{% if message['content'] is string %}{% set parts = [{'type': 'text', 'text': message['content']}] %}"
-    "{% else %}{% set parts = message['content'] %}{% endif %}"
-    "{% if message['role'] == 'user' %}BEFORE"
-    "{% for part in parts if part['type'] == 'image' %}<image>\n{% endfor %}"
-    "{% for part in parts if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}AFTER"
-    "{% elif message['role'] == 'assistant' %} {% for part in parts %}{{ part['text'] }}{% endfor %}{{ eos_token }}"
+    "{{ bos_token }}GAPHEAD{% for message in messages %}{% if message['role'] == 'user' %}BEFORE"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>GAP\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}AFTER"
+    "{% elif message['role'] == 'assistant' %} {% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}{{ eos_token }}GAP"
     "{% else %}{{ raise_exception('LLaVA-1.6 knows the roles user and assistant only.') }}{% endif %}{% endfor %}"
 )
 
@@ -749,7 +764,11 @@ def stage_checkpoint(model_path: str, folder: Path):
 
 
 def fill_template(processor) -> str:
-    """TEMPLATE with the words of build_prompt: Mistral's, or Vicuna's where the processor's template is Vicuna's."""
+    """TEMPLATE with the words of build_prompt: Mistral's, or Vicuna's where the processor's template is Vicuna's.
+
+    Some tokenizers put a space after a special token by themselves and some do not: taken is what gives, for a question, an
+    answer and a question more, exactly the tokens that the model was trained and measured with.
+    """
     before, after, head = "[INST] ", " [/INST]", ""
     if "[INST]" not in (processor.chat_template or before):
         head = (
@@ -757,7 +776,24 @@ def fill_template(processor) -> str:
             "detailed, and polite answers to the human's questions. "
         )
         before, after = "USER: ", " ASSISTANT:"
-    return TEMPLATE.replace("HEAD", head).replace("BEFORE", before).replace("AFTER", after)
+    tokenizer, image = processor.tokenizer, processor.image_token_id
+    said = tokenizer(" It is.", add_special_tokens=False).input_ids
+    wanted = build_chat(processor, (64, 64), "And now?", [("Is it?", said)])
+    wanted = [token for place, token in enumerate(wanted) if token != image or wanted[place - 1] != image]
+    asked = [{"type": "text", "text": "Is it?"}, {"type": "image"}]
+    talk = [
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": "It is."},
+        {"role": "user", "content": "And now?"},
+    ]
+    for gap in ("", " "):
+        template = TEMPLATE.replace("GAP", gap).replace("HEAD", head).replace("BEFORE", before).replace("AFTER", after)
+        text = processor.apply_chat_template(talk, chat_template=template)
+        if tokenizer(text, add_special_tokens=False).input_ids == wanted:
+            return template
+    stop(
+        "no prompt template gives this tokenizer's prompts; its version of transformers differs from the tested 5.17.0."
+    )
 
 
 class Merge:
