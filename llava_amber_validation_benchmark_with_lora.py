@@ -966,9 +966,11 @@ def start_vllm(model_path: str, processor, max_new_tokens: int) -> Callable:
         from vllm import LLM, SamplingParams
     except ImportError as error:
         stop(
-            f"--backend vllm cannot be loaded ({error}); install it into an environment of its own: pip install vllm==0.32.0 peft accelerate rich matplotlib jinja2"
+            f"--backend vllm cannot be loaded ({error}); install it into an environment of its own: pip install -r requirements/vllm.txt"
         )
-    engine = LLM(model=model_path, enable_prefix_caching=True, limit_mm_per_prompt={"image": 1})
+    on_cpu = not torch.cuda.is_available()  # for trying, where starting soon counts for more
+    engine = LLM(model=model_path, enable_prefix_caching=True, limit_mm_per_prompt={"image": 1}, enforce_eager=on_cpu,
+                 skip_mm_profiling=on_cpu, distributed_executor_backend="uni" if on_cpu else None)  # fmt: skip
     greedy = SamplingParams(temperature=0, max_tokens=max_new_tokens)
     image_token = processor.image_token_id
 

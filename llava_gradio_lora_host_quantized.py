@@ -32,6 +32,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(model, "--server_url", "OpenAI-compatible server that runs one, such as `vllm serve` (its key: OPENAI_API_KEY in the "
         "environment); a second one, or one beside --model_path, answers beside the first", nargs="+", default=[])  # fmt: skip
     add(model, "--tensor_parallel_size", "GPUs that share the model", type=int, default=1)
+    add(model, "--dtype", "numbers that what is not quantized is computed in; auto: bfloat16, on older GPUs float16",
+        default="auto", choices=["auto", "bfloat16", "float16", "float32"])  # fmt: skip
     add(model, "--test_mode", "use the miniature that llava_quantize_vllm.py --test_mode has quantized",
         action="store_true")  # fmt: skip
 
@@ -134,6 +136,7 @@ for name, value in {
 
 import gradio as gr
 import gradio.component_meta
+import httpx
 import jinja2
 import matplotlib
 import numpy as np
@@ -423,9 +426,9 @@ class LocalEngine:
             )
         if importlib.util.find_spec("vllm") is None:
             stop("vLLM is not installed; pip install -r requirements/vllm.txt, or name a server with --server_url.")
+        import torch
         from transformers import AutoProcessor
         from vllm import AsyncEngineArgs, SamplingParams
-        from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -434,10 +437,11 @@ class LocalEngine:
             SamplingParams,
             EngineDeadError,
         )
+        on_cpu = not torch.cuda.is_available()  # for trying, where starting soon counts for more
         settings = AsyncEngineArgs(
-            model=str(folder), tensor_parallel_size=args.tensor_parallel_size, max_num_seqs=args.max_num_seqs,
+            model=str(folder), dtype=args.dtype, tensor_parallel_size=args.tensor_parallel_size, max_num_seqs=args.max_num_seqs,
             limit_mm_per_prompt={"image": 1}, enable_prefix_caching=True, enable_log_requests=False, disable_log_stats=True,
-            enforce_eager=current_platform.is_cpu(),
+            enforce_eager=on_cpu, skip_mm_profiling=on_cpu, distributed_executor_backend="uni" if on_cpu else None,
         )  # fmt: skip
         try:
             self.processor = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
@@ -516,7 +520,7 @@ class Server:
 
     async def stream(self, prompt: list, temperature: float, top_p: float, max_new_tokens: int) -> AsyncIterator[tuple]:
         """Generate; yields (tokens, text, None, or how it ended: stop or length). Whoever stops reading ends it."""
-        tokens, text = [], ""
+        tokens, text, end = [], "", None
         try:
             async with await self.client.chat.completions.create(
                 model=self.model, messages=prompt, temperature=temperature, top_p=top_p, 
@@ -526,12 +530,14 @@ class Server:
                 async for chunk in chunks:
                     for choice in chunk.choices:
                         tokens += getattr(choice, "token_ids", None) or []
-                        text += choice.delta.content or ""
-                        yield tokens, text, choice.finish_reason
+                        text, end = text + (choice.delta.content or ""), choice.finish_reason
+                        yield tokens, text, end
         except openai.APIStatusError as error:
             raise Refused(f"The model's server refuses this: {error.message[:300]}") from error
-        except openai.OpenAIError as error:
+        except (openai.OpenAIError, httpx.HTTPError) as error:
             raise Refused(f"The model's server at {self.url} does not answer; ask again in a moment.") from error
+        if not end:
+            raise Refused(f"The model's server at {self.url} broke off in the middle; ask again.")
 
     def close(self) -> None:
         pass

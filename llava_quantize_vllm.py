@@ -924,8 +924,9 @@ class Merge:
 
 
 def list_ignored(names: list[str]) -> list[str]:
-    """--ignore as regular expressions, which match in transformers' key layout as well as in vLLM's."""
-    return ["re:.*embed.*", *(name if name.startswith("re:") else f"re:.*{re.escape(name)}.*" for name in names)]
+    """--ignore as regular expressions, which match in transformers' key layout as well as in vLLM's; with what is no linear
+    layer, as model_free_ptq knows names only."""
+    return ["re:.*(embed|norm).*", *(name if name.startswith("re:") else f"re:.*{re.escape(name)}.*" for name in names)]
 
 
 def read_samples(source: str, split: str, start: int, count: int) -> list[tuple[Image.Image, str, str]]:

@@ -116,3 +116,18 @@ def build_original_llava(folder: Path, language: str):
     (folder / "config.json").write_text(json.dumps(written))
     shutil.copy(files("mistral_common") / "data" / "tokenizer.model.v1", folder / "tokenizer.model")
     return folder, model, config
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> dict[str, Path]:
+    """The miniature with its adapter, quantized in every scheme: {scheme: folder}."""
+    import llava_quantize_vllm as quantizing
+
+    root = tmp_path_factory.mktemp("quantized")
+    for scheme in quantizing.SCHEMES:
+        flags = ["--test_mode", "--scheme", scheme, "--output_dir", str(root / scheme), "--calibration_samples", "48"]
+        flags += ["--gate_samples", "12" if scheme == "FP8_DYNAMIC" else "0"]
+        if scheme == "FP8_BLOCK":  # the miniature's k_proj has 64 rows
+            flags += ["--ignore", "lm_head", "vision_tower", "multi_modal_projector", "self_attn"]
+        quantizing.main(flags)
+    return {scheme: root / scheme for scheme in quantizing.SCHEMES}
