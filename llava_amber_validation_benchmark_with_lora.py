@@ -970,7 +970,7 @@ def start_vllm(model_path: str, processor, max_new_tokens: int) -> Callable:
         )
     on_cpu = not torch.cuda.is_available()  # for trying, where starting soon counts for more
     engine = LLM(model=model_path, enable_prefix_caching=True, limit_mm_per_prompt={"image": 1}, enforce_eager=on_cpu,
-                 skip_mm_profiling=on_cpu, distributed_executor_backend="uni" if on_cpu else None)  # fmt: skip
+                 skip_mm_profiling=on_cpu)  # fmt: skip
     greedy = SamplingParams(temperature=0, max_tokens=max_new_tokens)
     image_token = processor.image_token_id
 

@@ -441,7 +441,7 @@ class LocalEngine:
         settings = AsyncEngineArgs(
             model=str(folder), dtype=args.dtype, tensor_parallel_size=args.tensor_parallel_size, max_num_seqs=args.max_num_seqs,
             limit_mm_per_prompt={"image": 1}, enable_prefix_caching=True, enable_log_requests=False, disable_log_stats=True,
-            enforce_eager=on_cpu, skip_mm_profiling=on_cpu, distributed_executor_backend="uni" if on_cpu else None,
+            enforce_eager=on_cpu, skip_mm_profiling=on_cpu,
         )  # fmt: skip
         try:
             self.processor = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)

@@ -75,8 +75,7 @@ def model_server(made, tmp_path_factory):
     """`vllm serve` with the FP8 checkpoint: its address."""
     port = free_port()
     command = ["-m", "vllm.entrypoints.openai.api_server", "--model", made["FP8_DYNAMIC"], "--port", port, "--enforce-eager",
-               "--limit-mm-per-prompt", '{"image": 1}', "--api-key", "secret", "--skip-mm-profiling",
-               "--distributed-executor-backend", "uni"]  # fmt: skip
+               "--limit-mm-per-prompt", '{"image": 1}', "--api-key", "secret", "--skip-mm-profiling"]  # fmt: skip
     os.environ["OPENAI_API_KEY"] = "secret"
     process = start(command, tmp_path_factory.mktemp("logs") / "server.log", "Application startup complete")
     yield f"http://127.0.0.1:{port}"
@@ -169,6 +168,25 @@ def test_ambers_script_runs_on_the_quantized_checkpoint(made, tmp_path):
         for folder in ("vllm", "plain")
     ]
     assert abs(scores[0]["cover"] - scores[1]["cover"]) < 6
+
+
+@needs_vllm
+def test_vllm_knows_the_readmes_flags():
+    """Every `vllm serve` of the README, as its own parser reads it."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ").replace("…", "folder")
+    lines = [line for line in re.findall(r"vllm serve ([^`\n]+)", text) if "--" in line]
+    assert len(lines) >= 3
+    program = """if 1:
+        import shlex, sys
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+        parser = make_arg_parser(FlexibleArgumentParser())
+        for line in sys.argv[1:]:
+            args = parser.parse_args(shlex.split(line))
+            print(args.model_tag, args.limit_mm_per_prompt, args.distributed_executor_backend, args.allowed_media_domains)"""
+    run = subprocess.run([str(PYTHON), "-c", program, *lines], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "{'image': 1}" in run.stdout and " ray " in run.stdout and "upload.wikimedia.org" in run.stdout
 
 
 @needs_vllm
