@@ -796,6 +796,11 @@ def fill_template(processor) -> str:
     )
 
 
+def merges_into_nf4(lora_path: str | None, choice: str) -> bool:
+    """Whether --merge_lora, `choice`, has the base rounded to NF4 before this adapter is merged into it."""
+    return bool(lora_path) and (choice == "nf4" or (choice == "trained" and bool(trained_on_nf4(lora_path))))
+
+
 class Merge:
     """A compressed-tensors converter that turns a shard of the base into one of base and adapter, in the hub's key layout
     and in bfloat16. It sees a shard at a time, so that no more than that is in memory.
@@ -809,8 +814,9 @@ class Merge:
             self.model = LlavaNextForConditionalGeneration(config)
         self.rows = config.text_config.vocab_size
         self.vocabulary = ("model.language_model.embed_tokens", "lm_head")
-        self.lora_path, self.config, self.updates = lora_path, None, {}
-        self.nf4 = bool(lora_path) and (choice == "nf4" or (choice == "trained" and bool(trained_on_nf4(lora_path))))
+        self.lora_path, self.config, self.updates, self.whole = lora_path, None, {}, {}
+        self.nf4 = merges_into_nf4(lora_path, choice)
+        self.modules = dict(self.model.named_modules())
         self.merged, self.changed = set(), set()
         places, wrong = self.model.state_dict(), []
         weights = list_weights(folder)
@@ -836,8 +842,10 @@ class Merge:
             self.config, weights = read_adapter(self.model, processor, model_path, lora_path)
             for key, weight in weights.items():
                 module, _, rest = key.removeprefix("base_model.model.").partition(".lora_")
-                place, rest = (module, f"lora_{rest}") if rest else module.rsplit(".", 1)
-                self.updates.setdefault(place, {})[rest] = weight
+                if rest:
+                    self.updates.setdefault(module, {})[f"lora_{rest}"] = weight
+                else:
+                    self.whole[module] = weight
 
     def is_spare(self, name: str) -> bool:
         """Whether a tensor is one that older versions saved and none needs, such as positions that are counted anyway."""
@@ -850,7 +858,7 @@ class Merge:
             if self.is_spare(name):
                 continue
             if tensor.is_floating_point() and not tensor.is_meta:
-                tensor = self.merge(name.removesuffix(".weight"), tensor).to(torch.bfloat16)
+                tensor = self.merge(name, tensor).to(torch.bfloat16)
             shard[rename_key(name, HUB_KEYS)] = tensor.contiguous()
         return shard
 
@@ -865,56 +873,60 @@ class Merge:
     def get_dependencies(self, name: str) -> set[str]:
         return set()
 
-    def merge(self, module: str, weight: torch.Tensor) -> torch.Tensor:
-        """A layer's weight with its update, if it has one."""
-        from peft import get_peft_model, set_peft_model_state_dict
-
+    def merge(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """A tensor with its update, or what was trained in its place, if there is either."""
+        module = name.removesuffix(".weight")
         if module in self.vocabulary:
             weight = add_rows(weight, self.rows)
-        before = weight.to(torch.bfloat16)
-        own = dict(self.model.named_modules()).get(module)
-        if self.nf4 and isinstance(own, torch.nn.Linear) and ".language_model." in f".{module}":
+        before, layer = weight.to(torch.bfloat16), self.modules.get(module)
+        if self.nf4 and isinstance(layer, torch.nn.Linear) and ".language_model." in module:
             weight = round_to_nf4(weight.float())
-        if module not in self.updates:
-            return weight
-        update = self.updates[module]
-        if "weight" in update:  # trained as a whole
-            weight = update["weight"].to(weight.device)
+        if name in self.whole:
+            weight = self.whole[name].to(weight.device)
+        elif module in self.updates:
+            weight = self.merge_layer(module, layer, weight)
         else:
-            own.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
-            config = copy(self.config)
-            config.task_type = None  # one layer is no language model
-            config.r = config.rank_pattern.get(re.escape(module), config.r)
-            config.lora_alpha = config.alpha_pattern.get(re.escape(module), config.lora_alpha)
-            config.target_modules, config.modules_to_save, config.rank_pattern, config.alpha_pattern = (
-                {"layer"},
-                None,
-                {},
-                {},
-            )
-            try:
-                adapted = get_peft_model(torch.nn.ModuleDict({"layer": own}), config)
-                report = set_peft_model_state_dict(
-                    adapted, {f"base_model.model.layer.{key}": value for key, value in update.items()}
-                )
-                lost = [key for key in report.missing_keys if "lora_" in key] + report.unexpected_keys
-                if lost:
-                    raise ValueError(f"{lost[0]} did not find its place")
-                weight = adapted.merge_and_unload(safe_merge=True)["layer"].weight.data
-            except Exception as error:  # sizes of another base, values that are no numbers
-                stop(f"--lora_path {self.lora_path} cannot be merged into {module} ({type(error).__name__}: "
-                     f"{' '.join(str(error).split())[:200]}).")  # fmt: skip
-            own.weight = torch.nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
-        self.merged.add(module)
+            return weight
+        self.merged.add(name if name in self.whole else module)
         if not torch.equal(weight.to(torch.bfloat16), before):
             self.changed.add(module)
         return weight
 
+    def merge_layer(self, module: str, layer: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
+        """PEFT's merge of one layer by itself, in float32."""
+        from peft import get_peft_model, set_peft_model_state_dict
+
+        layer.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+        config = copy(self.config)
+        config.task_type = None  # one layer is no language model
+        config.r = config.rank_pattern.get(re.escape(module), config.r)
+        config.lora_alpha = config.alpha_pattern.get(re.escape(module), config.lora_alpha)
+        config.target_modules, config.modules_to_save, config.rank_pattern, config.alpha_pattern = (
+            {"layer"},
+            None,
+            {},
+            {},
+        )
+        try:
+            adapted = get_peft_model(torch.nn.ModuleDict({"layer": layer}), config)
+            update = {f"base_model.model.layer.{key}": value for key, value in self.updates[module].items()}
+            report = set_peft_model_state_dict(adapted, update)
+            lost = [key for key in report.missing_keys if "lora_" in key] + report.unexpected_keys
+            if lost:
+                raise ValueError(f"{lost[0]} did not find its place")
+            weight = adapted.merge_and_unload(safe_merge=True)["layer"].weight.data
+        except Exception as error:  # sizes of another base, values that are no numbers
+            stop(f"--lora_path {self.lora_path} cannot be merged into {module} ({type(error).__name__}: "
+                 f"{' '.join(str(error).split())[:200]}).")  # fmt: skip
+        layer.weight = torch.nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+        return weight
+
     def prove(self) -> dict:
         """What was merged, for the report. Stops if a layer of the adapter was not met, or if none changed."""
-        if self.updates.keys() - self.merged:
-            stop(f"--lora_path {self.lora_path}: {min(self.updates.keys() - self.merged)} was not merged.")
-        if self.updates and not self.changed:
+        lost = (self.updates.keys() | self.whole.keys()) - self.merged
+        if lost:
+            stop(f"--lora_path {self.lora_path}: {min(lost)} was not merged.")
+        if self.lora_path and not self.changed:
             stop(f"--lora_path {self.lora_path} changes no weight by as much as bfloat16 can show.")
         return {"layers": len(self.merged), "changed": len(self.changed),
                 "into": "NF4-rounded weights" if self.nf4 else "the base's own weights"}  # fmt: skip
@@ -1063,9 +1075,7 @@ def run_gate(args, folder: Path) -> dict:
     Compared are the distributions over the next token along base + adapter's greedy answers, and both greedy answers.
     """
     samples = read_samples(args.dataset, "held_out", 0, args.gate_samples)
-    merged = args.lora_path and (
-        args.merge_lora == "nf4" or (args.merge_lora == "trained" and trained_on_nf4(args.lora_path))
-    )
+    merged = merges_into_nf4(args.lora_path, args.merge_lora)
     model, processor = load_llava(
         args.model_path, args.lora_path, args.device, merge_lora=args.merge_lora if merged else None
     )

@@ -123,11 +123,12 @@ def made(tmp_path_factory) -> dict[str, Path]:
     """The miniature with its adapter, quantized in every scheme: {scheme: folder}."""
     import llava_quantize_vllm as quantizing
 
-    root = tmp_path_factory.mktemp("quantized")
-    for scheme in quantizing.SCHEMES:
-        flags = ["--test_mode", "--scheme", scheme, "--output_dir", str(root / scheme), "--calibration_samples", "48"]
+    root = tmp_path_factory.mktemp("made") / "quantized_models"
+    folders = {scheme: root / f"miniature-{name}" for scheme, name in quantizing.SCHEMES.items()}
+    for scheme, folder in folders.items():
+        flags = ["--test_mode", "--scheme", scheme, "--output_dir", str(folder), "--calibration_samples", "48"]
         flags += ["--gate_samples", "12" if scheme == "FP8_DYNAMIC" else "0"]
         if scheme == "FP8_BLOCK":  # the miniature's k_proj has 64 rows
             flags += ["--ignore", "lm_head", "vision_tower", "multi_modal_projector", "self_attn"]
         quantizing.main(flags)
-    return {scheme: root / scheme for scheme in quantizing.SCHEMES}
+    return folders

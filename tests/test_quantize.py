@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import MINIATURE, ROOT, build_original_llava
 from safetensors.torch import load_file, save_file
+from test_loading import make_adapter
 
 import llava_quantize_vllm as quantizing
 from llava_orpo_training import build_prompt, generate_answers, load_llava, probe_logits
@@ -44,6 +45,32 @@ def test_the_merge_is_pefts_and_in_the_hubs_layout(made):
         assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, wanted[name].to(torch.bfloat16)), name
     adapter = read_report(made["BF16"])["adapter"]
     assert (adapter["layers"], adapter["changed"], adapter["into"]) == (28, 28, "the base's own weights")
+
+
+@pytest.mark.parametrize("options", [{"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}},
+                                     {"modules_to_save": ["linear_1"]}, {"target_modules": ["lm_head", "embed_tokens", "v_proj"]},
+                                     {"target_modules": "all-linear", "exclude_modules": ["lm_head"]}])  # fmt: skip
+def test_every_kind_of_lora_is_merged_as_peft_does(options, tmp_path):
+    make_adapter(tmp_path / "adapter", **options)
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    trained = {
+        key: value + 0.1 * torch.randn_like(value)
+        for key, value in weights.items()
+        if "linear_1" in key and "lora" not in key
+    }
+    save_file(weights | trained, tmp_path / "adapter" / "adapter_model.safetensors", {"format": "pt"})
+    flags = ["--test_mode", "--scheme", "BF16", "--lora_path", str(tmp_path / "adapter"), "--gate_samples", "0"]
+    quantizing.main([*flags, "--output_dir", str(tmp_path / "q")])
+    wanted = merged_by_peft(tmp_path / "adapter")[0].state_dict()
+    base = own_names(load_file(MINIATURE / "model" / "model.safetensors"))
+    changed = set()
+    for name, tensor in own_names(load_file(tmp_path / "q" / "model.safetensors")).items():
+        assert torch.allclose(tensor.float(), wanted[name], rtol=0.005, atol=1e-6), name
+        if not torch.equal(tensor, base[name]):
+            changed.add(name.removesuffix(".weight"))
+    report = read_report(tmp_path / "q")["adapter"]
+    assert len(changed) == report["changed"] == report["layers"] > 3
+    assert {key.removeprefix("base_model.model.").removesuffix(".weight") for key in trained} <= changed
 
 
 def test_after_qlora_the_merge_is_into_rounded_weights(tmp_path):

@@ -65,7 +65,7 @@ def end(process):
 @pytest.fixture(scope="module")
 def whole(made, tmp_path_factory):
     """The merged checkpoint, under a name that says that it is to be computed in float32."""
-    folder = tmp_path_factory.mktemp("float32") / "miniature-BF16"
+    folder = tmp_path_factory.mktemp("float32") / "quantized_models" / "miniature-BF16"
     shutil.copytree(made["BF16"], folder)
     return folder
 
@@ -269,7 +269,7 @@ def test_the_page_shows_both_models_beside_each_other(page, wanted):
     assert page.locator(".base .answer").inner_text().startswith("The image shows ")
     line = page.locator(".aligned .cost").inner_text()
     assert re.search(r"s to first token · [\d.]+ tokens/s · .*miniature-BF16", line), line
-    assert "FP8_DYNAMIC" in page.locator(".base .cost").inner_text()
+    assert "miniature-FP8-Dynamic" in page.locator(".base .cost").inner_text()
     if SCREENSHOTS:
         page.screenshot(path=f"{SCREENSHOTS}/host_quantized.png")
     ask(page, "Is there a cup in this image?")  # a follow-up, which sees the conversation
