@@ -136,7 +136,6 @@ for name, value in {
 
 import gradio as gr
 import gradio.component_meta
-import httpx
 import jinja2
 import matplotlib
 import numpy as np
@@ -486,22 +485,22 @@ class Server:
 
     def __init__(self, url: str):
         self.url = url.rstrip("/").removesuffix("/v1")
-        key = os.environ.get("OPENAI_API_KEY", "none")
-        with openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=1, timeout=20) as client:
-            try:
+        key = os.environ.get("OPENAI_API_KEY") or "none"
+        try:
+            with openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=1, timeout=20) as client:
                 model = client.models.list().data[0]
                 words = client.post(
                     f"{self.url}/tokenize", cast_to=object,
                     body={"model": model.id, "messages": [{"role": "user", "content": "Is it?"}], "return_token_strs": True},
                 )["token_strs"]  # fmt: skip
-            except openai.AuthenticationError:
-                stop(f"--server_url {url} wants a key; put it into the environment as OPENAI_API_KEY.")
-            except (openai.OpenAIError, LookupError, TypeError) as error:
-                stop(f"--server_url {url} does not answer as vLLM's server does ({type(error).__name__}: "
-                     f"{str(error).splitlines()[0]}); start it first, or correct the address.")  # fmt: skip
+            self.lacks_bos = words[0] != "<s>"  # the hub's template has none, and the model was trained with it
+        except openai.AuthenticationError:
+            stop(f"--server_url {url} wants a key; put it into the environment as OPENAI_API_KEY.")
+        except Exception as error:  # whatever else listens there
+            stop(f"--server_url {url} does not answer as vLLM's server does ({type(error).__name__}: "
+                 f"{(str(error) or '?').splitlines()[0]}); start it first, or correct the address.")  # fmt: skip
         self.model, self.name = model.id, "/".join(Path(model.id).parts[-2:])
         self.limit = getattr(model, "max_model_len", None) or 2**20  # more is refused
-        self.lacks_bos = words[0] != "<s>"  # the hub's template has none, and the model was trained with it
         self.client = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=600)
 
     def write_prompt(self, picture: ShownPicture, question: str, earlier: list) -> list[dict]:
@@ -530,14 +529,15 @@ class Server:
                 async for chunk in chunks:
                     for choice in chunk.choices:
                         tokens += getattr(choice, "token_ids", None) or []
-                        text, end = text + (choice.delta.content or ""), choice.finish_reason
+                        text, end = text + (choice.delta.content or ""), choice.finish_reason or end
                         yield tokens, text, end
         except openai.APIStatusError as error:
             raise Refused(f"The model's server refuses this: {error.message[:300]}") from error
-        except (openai.OpenAIError, httpx.HTTPError) as error:
-            raise Refused(f"The model's server at {self.url} does not answer; ask again in a moment.") from error
-        if not end:
-            raise Refused(f"The model's server at {self.url} broke off in the middle; ask again.")
+        except Exception as error:  # a lost connection, or lines that are no answer; users need not know the address
+            console.print(f"{self.url}: {type(error).__name__}: {error}", markup=False)
+            raise Refused(f"The server of {self.name} does not answer; ask again in a moment.") from error
+        if end not in ("stop", "length"):
+            raise Refused(f"The server of {self.name} broke off in the middle; ask again.")
 
     def close(self) -> None:
         pass
@@ -553,7 +553,7 @@ class VllmHost:
         self.find, self.clears = choose_nouns(), Counter()
         self.queue_size, self.places = args.queue_size, asyncio.Semaphore(args.max_num_seqs)
         self.checking = asyncio.Semaphore(8)
-        self.waiting: list[Answer] = []
+        self.waiting: dict[int, Answer] = {}  # by id: answers that have not begun are all equal
         self.running: dict[str, set[asyncio.Task]] = {}
         self.loop: asyncio.AbstractEventLoop | None = None
         name = models[0].name
@@ -589,15 +589,14 @@ class VllmHost:
     async def grow(self, side: bool, answer: Answer, prompt, sampling: dict) -> None:
         """Generate an answer into `answer`, when there is a place for it."""
         asked, first, end = time.monotonic(), 0.0, None
-        self.waiting.append(answer)
         try:
             async with self.places:
-                self.waiting.remove(answer)
+                self.waiting.pop(id(answer), None)
                 answer.line = "reading the picture …"
                 async with aclosing(self.models[side].stream(prompt, **sampling)) as growing:
                     async for update in growing:
                         tokens, text, end = update
-                        if not tokens:
+                        if not tokens and not text:
                             continue
                         first = first or time.monotonic()
                         answer.tokens, answer.text = tokens, text.strip().rstrip("\ufffd")
@@ -610,9 +609,6 @@ class VllmHost:
         except asyncio.CancelledError:
             answer.line = f"{answer.line} · stopped" if first else "stopped"
             raise
-        finally:
-            if answer in self.waiting:
-                self.waiting.remove(answer)
 
     async def answer(
         self, picture: ShownPicture, prompts: dict[bool, object], session: str, mark: bool, **sampling
@@ -630,6 +626,7 @@ class VllmHost:
         if sampling["temperature"] < 0.01:
             sampling["temperature"] = 0
         answers = {side: Answer() for side in prompts}
+        self.waiting |= {id(answer): answer for answer in answers.values()}
         tasks = {
             asyncio.create_task(self.grow(side, answers[side], prompt, sampling)) for side, prompt in prompts.items()
         }
@@ -638,7 +635,7 @@ class VllmHost:
             pending = tasks
             while pending:
                 _, pending = await asyncio.wait(pending, timeout=0.1)
-                for place, answer in enumerate(self.waiting):
+                for place, answer in enumerate(self.waiting.values()):
                     answer.line = f"waiting for a place, {place} before this one …"
                 yield {side: replace(answer) for side, answer in answers.items()}
             stopped = any(task.cancelled() for task in tasks)
@@ -646,16 +643,21 @@ class VllmHost:
                 if not task.cancelled() and task.exception():
                     raise task.exception()
             if not stopped:
-                try:
-                    await self.find_doubtful(picture, answers, mark)
-                except Exception as error:  # the answers are there all the same
-                    console.print(f"a check failed: {type(error).__name__}: {error}", markup=False)
+                checking = asyncio.create_task(self.find_doubtful(picture, answers, mark))
+                tasks.add(checking)
+                self.running[session].add(checking)
+                await asyncio.wait({checking})
+                if checking.cancelled() or checking.exception():  # the answers are there all the same
+                    if not checking.cancelled():
+                        console.print(f"a check failed: {checking.exception()!r}", markup=False)
                     for answer in answers.values():
                         answer.line += " · not checked"
             yield answers
         finally:
             for task in tasks:
                 task.cancel()
+            for answer in answers.values():
+                self.waiting.pop(id(answer), None)
             self.running[session] -= tasks
             if not self.running[session]:
                 del self.running[session]
@@ -1221,9 +1223,12 @@ def main(argv: list[str] | None = None) -> None:
     names = " and ".join(model.name for model in host.models.values())
     console.print(f"serving {names} at {page.local_url}{f' and {page.share_url}' if page.share_url else ''}; Ctrl+C ends it",
                   soft_wrap=True)  # fmt: skip
-    while not host.dead:
-        time.sleep(0.5)
-    time.sleep(3)  # in which the pages hear of it
+    try:
+        while not host.dead:
+            time.sleep(0.5)
+        time.sleep(3)  # in which the pages hear of it
+    finally:
+        host.close()
     stop("the model's engine has died; its own lines above say why. Start this again.", code=1)
 
 

@@ -617,7 +617,7 @@ def merge_adapter(model, processor, lora_path: str, weights: str):
         module.weight.data = module.__dict__.pop("whole")
 
     linear = [module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
-              and ".language_model." in name and ".lora_" not in name]  # fmt: skip
+              and ".language_model." in name and ".lora_" not in name and ".modules_to_save." not in name]  # fmt: skip
     on_base = probe_logits(model, processor)
     hooks = [hook for module in linear for hook in
              (module.register_forward_pre_hook(exchange), module.register_forward_hook(give_back))]  # fmt: skip

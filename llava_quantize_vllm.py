@@ -44,7 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(to, "--scheme", "FP8_DYNAMIC: 8-bit floats, a scale a row and a token; FP8_BLOCK: a scale a block of 128x128; "
         "W8A8: 8-bit integers; W4A16: 4-bit weights; both by GPTQ, on --dataset; BF16: merge only",
         choices=list(SCHEMES), default="FP8_DYNAMIC")  # fmt: skip
-    add(to, "--ignore", "layers left as they are, by a part of their names or by re:… (embeddings always are)", nargs="*",
+    add(to, "--ignore", "layers left as they are, by a part of their names or by re:…; embeddings and head always are", nargs="*",
         default=["lm_head", "vision_tower", "multi_modal_projector"])  # fmt: skip
     add(to, "--calibration_samples", "pictures with questions that GPTQ sees", type=int, default=256)
 
@@ -104,7 +104,6 @@ import time
 from contextlib import nullcontext, suppress
 from copy import copy
 from functools import wraps
-from itertools import islice
 from typing import NoReturn
 
 for name, value in {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
@@ -115,6 +114,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks fo
 import datasets
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from loguru import logger
 from PIL import Image, ImageOps
 from rich.console import Console
@@ -621,7 +621,7 @@ def merge_adapter(model, processor, lora_path: str, weights: str):
         module.weight.data = module.__dict__.pop("whole")
 
     linear = [module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
-              and ".language_model." in name and ".lora_" not in name]  # fmt: skip
+              and ".language_model." in name and ".lora_" not in name and ".modules_to_save." not in name]  # fmt: skip
     on_base = probe_logits(model, processor)
     hooks = [hook for module in linear for hook in
              (module.register_forward_pre_hook(exchange), module.register_forward_hook(give_back))]  # fmt: skip
@@ -936,46 +936,82 @@ class Merge:
 
 
 def list_ignored(names: list[str]) -> list[str]:
-    """--ignore as regular expressions, which match in transformers' key layout as well as in vLLM's; with what is no linear
-    layer, as model_free_ptq knows names only."""
-    return ["re:.*(embed|norm).*", *(name if name.startswith("re:") else f"re:.*{re.escape(name)}.*" for name in names)]
+    """--ignore as regular expressions that match in transformers' key layout as well as in vLLM's; with embeddings and norms,
+    as model_free_ptq tells layers by their names alone, and the head, which vLLM wants whole."""
+    patterns = [name.removeprefix("re:") if name.startswith("re:") else f"{re.escape(name)}.*" for name in names]
+    return ["re:.*(embed|norm|lm_head).*", *(f"re:{'' if name.startswith('.*') else '.*'}{name}" for name in patterns)]
 
 
-def read_samples(source: str, split: str, start: int, count: int) -> list[tuple[Image.Image, str, str]]:
-    """(picture, question, answer) of `count` rows; `split` is train, or held_out, which is train too if there is no other."""
+def check_layers(args, model) -> None:
+    """Stop if vLLM or transformers would not load what --scheme and --ignore make of the model's layers."""
+    patterns = [pattern.removeprefix("re:") for pattern in list_ignored(args.ignore)]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    spellings = {name: (name, rename_key(f"{name}.weight", HUB_KEYS).removesuffix(".weight")) for name in layers}
+    quantized = set()
+    for given, pattern in zip([None, *args.ignore], patterns, strict=True):
+        try:
+            if not any(re.match(pattern, spelling) for both in spellings.values() for spelling in both):
+                stop(f"--ignore {given} matches no layer; names look like {spellings[min(layers)][1]}.")
+        except re.error as error:
+            stop(f"--ignore {given} is no regular expression ({error}).")
+    for name, both in spellings.items():
+        ignored = {any(re.match(pattern, spelling) for pattern in patterns) for spelling in both}
+        if len(ignored) == 2:
+            stop(f"--ignore matches {' or '.join(both)} by one of its names only; give a part that both have.")
+        if ignored == {False}:
+            quantized.add(name)
+    for name in quantized:
+        size = (layers[name].out_features, layers[name].in_features)
+        if args.scheme == "FP8_BLOCK" and any(side % 128 for side in size):
+            stop(f"--scheme FP8_BLOCK needs sizes that 128 divides, and {name} is {size[0]} x {size[1]}; use FP8_DYNAMIC, or "
+                 "--ignore these layers.")  # fmt: skip
+        parent, _, last = name.rpartition(".")
+        for fused in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            others = {f"{parent}.{other}" for other in fused if last in fused} & layers.keys()
+            if others - quantized:
+                stop(f"--ignore has {min(others - quantized)} and not {name}; vLLM computes {', '.join(fused)} as one, so ignore "
+                     "all of them or none.")  # fmt: skip
+    if not quantized:
+        stop("--ignore leaves no layer to quantize.")
+
+
+def read_samples(source: str, count: int, start: int = 0, held_out: bool = True) -> list[tuple[Image.Image, str, str]]:
+    """Up to `count` (picture, question, answer) of a dataset's held-out split, or of train, in which those that the gate takes
+    from it, `start`, are passed over. Rows without a readable picture or a question are left out."""
     path = Path(source)
     builder = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.get(path.suffix)
+    if path.is_file() and not builder:
+        stop(f"--dataset {source} ends in {path.suffix or 'nothing'}; a file must be .parquet or .jsonl.")
+    samples, root = [], path.parent if path.is_file() else path
     try:
         if path.is_file():
             splits = datasets.load_dataset(builder, data_files=str(path), streaming=True)
         else:
             splits = datasets.load_dataset(source, streaming=True)
-    except Exception as error:
-        stop(f"--dataset {source} cannot be read: {(str(error) or '?').splitlines()[0]} "
-             "Give a hub id, or a folder or file of parquet or jsonl.")  # fmt: skip
-    held_out = [name for name in ("test", "validation") if name in splits]
-    name = held_out[0] if split == "held_out" and held_out else "train"
-    skipped = start if name == "train" and (split == "held_out" or not held_out) else 0
-    samples, root = [], path.parent if path.is_file() else path
-    try:
-        rows = splits[name]
+        own = next((name for name in ("test", "validation") if name in splits), None)
+        rows = splits[own if held_out and own else "train"]
         if rows.features and "image" in rows.features:
             rows = rows.cast_column("image", datasets.Image(decode=False))
-        for row in islice(rows, skipped, None):
+        for row in rows:
             picture = row["image"] if isinstance(row["image"], dict) else {"path": row["image"]}
             with suppress(OSError, TypeError):  # a broken picture
                 image = load_image(picture.get("bytes") or root / picture["path"])
-                samples.append((image, str(row["question"]), str(row.get("chosen") or "")))
-            if len(samples) == count:
+                if isinstance(row["question"], str) and row["question"].strip():
+                    samples.append((image, row["question"], str(row.get("chosen") or "")))
+            if len(samples) == count + (0 if own else start):
                 break
     except KeyError as error:
         stop(f"--dataset {source} has no column or split {error}; it must have RLAIF-V's columns image and question.")
-    if not samples:
-        stop(f"--dataset {source} has no usable row; it must have RLAIF-V's columns image and question.")
-    return samples
+    except Exception as error:  # files can be broken in more ways than libraries foresee
+        stop(f"--dataset {source} cannot be read ({type(error).__name__}: {(str(error) or 'it is empty').splitlines()[0]}); "
+             "give a hub id, or a folder or file of parquet or jsonl.")  # fmt: skip
+    if len(samples) <= (0 if own else start):
+        stop(f"--dataset {source} has {len(samples)} rows with a picture and a question{'' if own or not start else f', of which the gate takes {start}'}; "
+             "more are needed.")  # fmt: skip
+    return samples if own else samples[start:]
 
 
-def calibrate(merged: Path, folder: Path, args, ignored: list[str]) -> None:
+def calibrate(merged: Path, folder: Path, args, ignored: list[str], samples: list) -> None:
     """Quantize a merged checkpoint by GPTQ (Frantar et al. 2022), a layer of the language model at a time."""
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
@@ -983,7 +1019,7 @@ def calibrate(merged: Path, folder: Path, args, ignored: list[str]) -> None:
     model, processor = load_llava(str(merged), device=args.device)
     model = model.to(torch.bfloat16)
     rows = []
-    for image, question, answer in read_samples(args.dataset, "train", args.gate_samples, args.calibration_samples):
+    for image, question, answer in samples:
         ids = build_prompt(processor, question, image.size)
         ids += processor.tokenizer(f" {answer}", add_special_tokens=False, split_special_tokens=True).input_ids
         pixels = processor.image_processor(image, return_tensors="pt")
@@ -1005,8 +1041,8 @@ def calibrate(merged: Path, folder: Path, args, ignored: list[str]) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def quantize(args, stage: Path, folder: Path, merge: Merge) -> None:
-    """Write the merged and quantized checkpoint to `folder`."""
+def quantize(args, stage: Path, folder: Path, merge: Merge, samples: list) -> None:
+    """Write the merged and quantized checkpoint to `folder`; `samples` are for the schemes that are calibrated."""
     from compressed_tensors.entrypoints.convert import convert_checkpoint
     from llmcompressor import model_free_ptq
 
@@ -1015,9 +1051,10 @@ def quantize(args, stage: Path, folder: Path, merge: Merge) -> None:
     device = args.device if args.device not in ("auto", "all", "mps") else None if torch.cuda.is_available() else "cpu"
     ignored = list_ignored(args.ignore)
     if args.scheme in CALIBRATED:
-        with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder.parent) as merged:
-            convert_checkpoint(stage, merged, merge, device=device)
-            calibrate(Path(merged), folder, args, ignored)
+        merged = folder / "merged"
+        convert_checkpoint(stage, merged, merge, device=device)
+        calibrate(merged, folder, args, ignored, samples)
+        shutil.rmtree(merged)
     elif args.scheme == "BF16":
         convert_checkpoint(stage, folder, merge, device=device)
     else:
@@ -1034,7 +1071,7 @@ def make_batch(model, processor, samples: list[tuple[Image.Image, str]], answers
     """The model's input for prompts that go on with `answers`, (samples, longest), padded on the left."""
     rows = [build_prompt(processor, question, image.size) + answer
             for (image, question), answer in zip(samples, answers, strict=True)]  # fmt: skip
-    longest, pad = max(map(len, rows)), processor.tokenizer.pad_token_id
+    longest, pad = max(map(len, rows)), processor.tokenizer.pad_token_id or 0
     pixels = processor.image_processor([image for image, _ in samples], return_tensors="pt")
     batch = {
         "input_ids": torch.tensor([[pad] * (longest - len(row)) + row for row in rows]),
@@ -1049,9 +1086,16 @@ def make_batch(model, processor, samples: list[tuple[Image.Image, str]], answers
 def answer_greedily(model, processor, samples: list[tuple[Image.Image, str]], max_new_tokens: int) -> list[list[int]]:
     """Token ids of the greedy answers, with their end tokens."""
     batch = make_batch(model, processor, samples, [[]] * len(samples))
-    pad = processor.tokenizer.pad_token_id
+    pad = processor.tokenizer.pad_token_id or 0
     output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
-    return [[token for token in row if token != pad] for row in output[:, batch["input_ids"].shape[1] :].tolist()]
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    ends = core.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    answers = []
+    for row in output[:, batch["input_ids"].shape[1] :].tolist():
+        end = next((place for place, token in enumerate(row) if token in ends), len(row))
+        answers.append(row[: end + 1])  # after an end comes padding
+    return answers
 
 
 @torch.no_grad()
@@ -1069,12 +1113,11 @@ def measure_divergence(wanted: list[torch.Tensor], found: list[torch.Tensor]) ->
     return torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(wanted, found, strict=True)]).clamp(min=0)
 
 
-def run_gate(args, folder: Path) -> dict:
+def run_gate(args, folder: Path, samples: list) -> dict:
     """Ask base + adapter and the new checkpoint the same; returns what differs.
 
     Compared are the distributions over the next token along base + adapter's greedy answers, and both greedy answers.
     """
-    samples = read_samples(args.dataset, "held_out", 0, args.gate_samples)
     merged = merges_into_nf4(args.lora_path, args.merge_lora)
     model, processor = load_llava(
         args.model_path, args.lora_path, args.device, merge_lora=args.merge_lora if merged else None
@@ -1111,15 +1154,28 @@ def run_gate(args, folder: Path) -> dict:
 # ---------------------------------------------------------------------------- the run
 
 
-def open_output(args) -> Path:
-    """The folder to work in, beside --output_dir, which gets its name when all is done. Stops if there is no place for it."""
-    output_dir = args.output_dir
+def open_output(output_dir: Path) -> tuple[Path, FileLock]:
+    """The folder to work in, beside --output_dir, whose name it gets when all is done, and its lock. Stops if there is no
+    place for it."""
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         stop(f"--output_dir {output_dir} is not empty; name a new folder, or delete it.")
+    if output_dir.is_mount():
+        stop(f"--output_dir {output_dir} is a mount point; name a folder in it.")
     folder = output_dir.with_name(output_dir.name + ".partial")
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    folder.mkdir(parents=True)
-    return folder
+    if folder.exists() and not (folder / ".lock").exists():
+        stop(f"{folder} is there, and this script did not make it; move it away, or name another --output_dir.")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        stop(f"another run is writing {output_dir}; wait for it, or name another --output_dir.")
+    for path in folder.iterdir():  # of a run that was killed
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
+    return folder, lock
 
 
 def check_room(args, size: int) -> None:
@@ -1131,19 +1187,6 @@ def check_room(args, size: int) -> None:
     if free < share * size:
         stop(f"--output_dir {args.output_dir} has {free / 1e9:.1f} GB of free disk, {args.scheme} of this base takes about "
              f"{share * size / 1e9:.1f} GB; make room, or name a folder on another disk.")  # fmt: skip
-
-
-def check_blocks(args, model) -> None:
-    """Stop if a layer does not divide into FP8_BLOCK's blocks of 128 x 128, which vLLM would refuse."""
-    for name, module in model.named_modules():
-        skipped = any(re.match(pattern.removeprefix("re:"), name) for pattern in list_ignored(args.ignore))
-        if (
-            isinstance(module, torch.nn.Linear)
-            and not skipped
-            and (module.in_features % 128 or module.out_features % 128)
-        ):
-            stop(f"--scheme FP8_BLOCK needs sizes that 128 divides, and {name} is {module.out_features} x {module.in_features}; "
-                 "use FP8_DYNAMIC, or --ignore these layers (of q_proj, k_proj, v_proj all or none).")  # fmt: skip
 
 
 def warn_of_gpu(scheme: str) -> None:
@@ -1174,12 +1217,12 @@ def print_report(report: dict, output_dir: Path) -> None:
         table.add_row("top-1 agreement", "", f"{quality['top1_agreement']:.2%} of {quality['tokens']:,} tokens")
         table.add_row("KL divergence, nats a token", "", f"{quality['kl']:.5f} (worst {quality['kl_max']:.3f})")
         if quality["kl_base_alone"] is not None:
-            table.add_row("the same to the base without adapter", "", f"{quality['kl_base_alone']:.5f}")
+            table.add_row("of the base without adapter from it", "", f"{quality['kl_base_alone']:.5f}")
         table.add_row("greedy answers that changed", "", f"{quality['answers_changed']} of {quality['samples']}")
     console.print(table)
 
 
-def make_checkpoint(args, folder: Path) -> dict:
+def make_checkpoint(args, folder: Path, samples: list) -> dict:
     """Merge and quantize into `folder`; returns what the report says of it."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="llava_stage_") as stage:
@@ -1188,13 +1231,22 @@ def make_checkpoint(args, folder: Path) -> dict:
         sizes = [file.stat().st_size for file in stage.glob("*.safetensors")]
         check_room(args, sum(sizes))
         merge = Merge(args.model_path, stage, processor, args.lora_path, args.merge_lora)
-        if args.scheme == "FP8_BLOCK":
-            check_blocks(args, merge.model)
+        if args.scheme != "BF16":
+            check_layers(args, merge.model)
         before = peak_memory()
-        quantize(args, stage, folder, merge)
+        try:
+            quantize(args, stage, folder, merge, samples)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:  # of llmcompressor
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            stop(f"--scheme {args.scheme} cannot be applied to {args.model_path} ({type(error).__name__}: "
+                 f"{(str(error) or '?').splitlines()[0][:200]}).")  # fmt: skip
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # so that a server under another user can read it
     quantized = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     found = {
         "size_bytes": {"base": sum(sizes), "largest_shard": max(sizes), "quantized": quantized, "ratio": quantized / sum(sizes)},
+        "calibration_samples": len(samples),
         "seconds": {"checkpoint": round(time.monotonic() - started, 1)},
         "peak_memory_bytes": {"before": before, "checkpoint": peak_memory()},
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
@@ -1212,20 +1264,30 @@ def main(argv: list[str] | None = None) -> None:
     warn_of_gpu(args.scheme)
     if not args.lora_path:
         console.print("no --lora_path: the base alone is used")
-    folder, started = open_output(args), time.monotonic()
+    args.output_dir = args.output_dir.resolve()
+    (folder, lock), started = open_output(args.output_dir), time.monotonic()
     try:
+        asked = read_samples(args.dataset, args.gate_samples) if args.gate_samples else []
+        samples = []
+        if args.scheme in CALIBRATED:
+            samples = read_samples(args.dataset, args.calibration_samples, start=len(asked), held_out=False)
+            if len(samples) < args.calibration_samples:
+                console.print(f"--dataset has {len(samples)} rows to calibrate on, --calibration_samples asks for "
+                              f"{args.calibration_samples}: all of them are used")  # fmt: skip
         report = {
             "scheme": args.scheme,
             "ignored": list_ignored(args.ignore) if args.scheme != "BF16" else None,
             "base": {"path": args.model_path, "digest": digest_checkpoint(args.model_path)},
             "adapter": None,
-            **make_checkpoint(args, folder),
-            "quality": run_gate(args, folder) if args.gate_samples else None,
+            **make_checkpoint(args, folder, samples),
+            "quality": run_gate(args, folder, asked) if asked else None,
         }
         report["seconds"]["gate"] = round(time.monotonic() - started - report["seconds"]["checkpoint"], 1)
         report["peak_memory_bytes"]["gate"] = peak_memory()
         (folder / "quantization_report.json").write_text(json.dumps(report, indent=1))
-        with suppress(OSError):
+        lock.release()
+        (folder / ".lock").unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
             args.output_dir.rmdir()  # an empty one
         os.replace(folder, args.output_dir)
     finally:

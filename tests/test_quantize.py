@@ -147,7 +147,7 @@ def test_the_gates_figures_are_those_of_one_question_at_a_time(made):
     quality = read_report(made["FP8_DYNAMIC"])["quality"]
     before, processor = load_llava(str(MINIATURE / "model"), str(MINIATURE / "adapter"))
     after, _ = load_llava(str(made["FP8_DYNAMIC"]))
-    samples = quantizing.read_samples(str(MINIATURE / "preferences"), "held_out", 0, 12)
+    samples = quantizing.read_samples(str(MINIATURE / "preferences"), 12)
     kl, base_kl, same, changed = [], [], [], 0
     for image, question, _ in samples:
         texts = [generate_answers(model, processor, [image], [question], 128)[0] for model in (before, after)]
@@ -164,15 +164,23 @@ def test_the_gates_figures_are_those_of_one_question_at_a_time(made):
 
         p, q = predict(before), predict(after)
         with before.disable_adapter():
-            base_kl.append((p.exp() * (p - predict(before))).sum(-1))
+            alone = predict(before)
+        base_kl.append((alone.exp() * (alone - q)).sum(-1))
         kl.append((p.exp() * (p - q)).sum(-1))
         same.append(p.argmax(-1) == q.argmax(-1))
     assert quality["samples"] == 12 and quality["tokens"] == len(torch.cat(kl))
     assert quality["kl"] == pytest.approx(torch.cat(kl).mean().item(), rel=0.2)  # bfloat16 rounds otherwise in a batch
-    assert quality["kl_base_alone"] == pytest.approx(torch.cat(base_kl).mean().item(), rel=0.02)
+    assert quality["kl_base_alone"] == pytest.approx(torch.cat(base_kl).mean().item(), rel=0.05)
     assert quality["kl_base_alone"] > 20 * quality["kl"]  # the adapter is in it
-    assert quality["top1_agreement"] == pytest.approx(torch.cat(same).float().mean().item(), abs=0.005)
+    assert quality["top1_agreement"] == pytest.approx(torch.cat(same).float().mean().item(), abs=0.012)
     assert quality["answers_changed"] == changed
+
+
+def test_divergence_of_known_distributions():
+    """KL of (1/2, 1/2) from (1/4, 3/4) is ln 2 - ln 3 / 2; the other way round it is 3/4 ln 3 - ln 2."""
+    even, uneven = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    found = quantizing.measure_divergence([even, uneven], [uneven, even])
+    assert torch.allclose(found, torch.tensor([0.143841, 0.130812]), atol=1e-5)
 
 
 def test_a_failed_gate_is_exit_code_4_and_the_files_stay(tmp_path, capsys):
@@ -286,10 +294,22 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(made, tmp_path, capsys, mo
     assert (tmp_path / "full" / "mine.txt").read_text() == "precious"
     out = ["--output_dir", str(tmp_path / "q")]
     assert "128 divides" in refuse(capsys, "--scheme", "FP8_BLOCK", *out)
+    for ignore, words in (("q_proj", "all of them or none"), ("gate_proj", "all of them or none"), ("heads", "matches no layer"),
+                          ("re:[", "no regular expression"), ("model.language_model.layers.0", "one of its names only")):  # fmt: skip
+        assert words in refuse(capsys, "--ignore", "vision_tower", "multi_modal_projector", ignore, *out)
+    (tmp_path / "q.partial").mkdir()
+    assert "this script did not make it" in refuse(capsys, *out)
+    (tmp_path / "q.partial").rmdir()
     assert "is quantized already" in refuse(capsys, "--model_path", str(made["W8A8"]), *out)
     assert "is no folder" in refuse(capsys, "--model_path", "nowhere", *out)
     assert "is no folder" in refuse(capsys, "--lora_path", "nowhere", *out)
     assert "cannot be read" in refuse(capsys, "--dataset", str(tmp_path / "none"), "--gate_samples", "2", *out)
+    rows = tmp_path / "rows.jsonl"
+    for content, words in (('{"image": 1, "question": "x"}\n{broken', "cannot be read"), ("", "cannot be read"),
+                           ('{"question": "x"}', "no column or split 'image'"), ('{"image": "gone.png", "question": "x"}', "0 rows")):  # fmt: skip
+        rows.write_text(content)
+        assert words in refuse(capsys, "--dataset", str(rows), "--gate_samples", "2", *out)
+    rows.unlink()
     broken = tmp_path / "broken"
     shutil.copytree(MINIATURE / "model", broken)
     break_config(broken)
@@ -329,6 +349,27 @@ def test_bad_flags_are_one_sentence(flags, words, capsys):
     with pytest.raises(SystemExit) as error:
         quantizing.parse_args(flags)
     assert error.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_names_of_layers_match_however_they_are_written(made, tmp_path):
+    """`re:` without a leading .* matches anywhere too, the head stays whole, and a linked folder is followed."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    flags = [
+        "--ignore",
+        "re:vision_tower.*",
+        "re:multi_modal_projector",
+        "--gate_samples",
+        "0",
+        "--output_dir",
+        str(tmp_path / "link"),
+    ]
+    quantizing.main(["--test_mode", *flags])
+    ours, usual = (load_file(folder / "model.safetensors") for folder in (tmp_path / "real", made["FP8_DYNAMIC"]))
+    assert ours.keys() == usual.keys() and all(torch.equal(ours[key].float(), usual[key].float()) for key in ours)
+    model, processor = load_llava(str(tmp_path / "link"))
+    wanted = load_llava(str(made["FP8_DYNAMIC"]))[0]
+    assert torch.equal(probe_logits(model, processor), probe_logits(wanted, processor))
 
 
 def test_the_seeds_names_are_the_defaults():

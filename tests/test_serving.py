@@ -312,6 +312,8 @@ class Stub(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.headers["Authorization"] != "Bearer secret":
+            return self.reply({"error": {"message": "no key"}}, 401)
         if self.path == "/tokenize":
             return self.reply({"token_strs": ["<s>", "[INST]"] if self.mode == "bos" else ["[INST]", "Is"]})
         self.asked.append(body)
@@ -322,8 +324,13 @@ class Stub(BaseHTTPRequestHandler):
         self.end_headers()
         words = ["A", " red", " cup"] if self.mode != "endless" else ["A"] * 500
         for number, word in enumerate(words):
+            if self.mode == "garbage":
+                self.wfile.write(b"data: {no json\n\n")
+                return
             choice = {"index": 0, "delta": {"content": word}, "token_ids": [number],
-                      "finish_reason": "stop" if number == len(words) - 1 else None}  # fmt: skip
+                      "finish_reason": ("stop", "abort")[self.mode == "aborting"] if number == len(words) - 1 else None}  # fmt: skip
+            if self.mode == "plain":
+                del choice["token_ids"]
             self.wfile.write(
                 f"data: {json.dumps({'id': '1', 'object': 'chat.completion.chunk', 'choices': [choice]})}\n\n".encode()
             )
@@ -344,18 +351,19 @@ class Stub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def stub():
+def stub(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     Stub.asked.clear()
     Stub.mode = "good"
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
     yield f"http://127.0.0.1:{server.server_port}/v1/"
     server.shutdown()
 
 
-def collect(server, question="What is this?", **sampling):
+def collect(server, question="What is this?", earlier=(), **sampling):
     async def run():
-        prompt = server.write_prompt(serving.ShownPicture(load_image(PICTURES[0]), 0), question, [])
+        prompt = server.write_prompt(serving.ShownPicture(load_image(PICTURES[0]), 0), question, list(earlier))
         sampling_ = {"temperature": 0, "top_p": 1, "max_new_tokens": 1000} | sampling
         return [(list(tokens), text) async for tokens, text, _ in server.stream(prompt, **sampling_)]
 
@@ -364,28 +372,44 @@ def collect(server, question="What is this?", **sampling):
 
 
 def test_a_server_is_asked_as_the_model_was_trained(stub):
-    states = collect(serving.Server(stub), "Is <image> a </s>?", temperature=0.5)
+    states = collect(serving.Server(stub), "Is <image> a </s>?", temperature=0.5, top_p=0.25)
     assert states == [([0], "A"), ([0, 1], "A red"), ([0, 1, 2], "A red cup")]
     asked = Stub.asked[-1]
     assert asked["add_special_tokens"] is True and asked["max_completion_tokens"] == 100 and asked["temperature"] == 0.5
+    assert asked["top_p"] == 0.25
     assert [part["type"] for part in asked["messages"][0]["content"]] == ["image_url", "text"]
     assert asked["messages"][0]["content"][1]["text"] == "Is (image) a (/s)?"
     data = asked["messages"][0]["content"][0]["image_url"]["url"]
     assert load_image(base64.b64decode(data.split(",")[1])).tobytes() == load_image(PICTURES[0]).tobytes()
     Stub.mode = "bos"
-    collect(serving.Server(stub))
+    collect(serving.Server(stub), "And?", [("What is it?", serving.Answer("A cup."))])
     assert Stub.asked[-1]["add_special_tokens"] is False
+    messages = Stub.asked[-1]["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant", "user"]
+    assert [part["type"] for message in messages[::2] for part in message["content"]] == ["image_url", "text", "text"]
+    assert messages[1]["content"] == "A cup." and messages[2]["content"][0]["text"] == "And?"
+    Stub.mode = "plain"  # an older vLLM
+    assert collect(serving.Server(stub))[-1] == ([], "A red cup")
 
 
-def test_what_goes_wrong_at_a_server_is_one_sentence(stub, capsys):
+def test_what_goes_wrong_at_a_server_is_one_sentence(stub, capsys, monkeypatch):
     server = serving.Server(stub)
-    for mode, words in (("refusing", "refuses this: .*too long for me"), ("breaking", "broke off in the middle")):
+    for mode, words in (("refusing", "refuses this: .*too long for me"), ("breaking", "broke off in the middle"),
+                        ("aborting", "broke off in the middle"), ("garbage", "does not answer")):  # fmt: skip
         Stub.mode = mode
-        with pytest.raises(serving.Refused, match=words):
+        with pytest.raises(serving.Refused, match=words) as refused:
             collect(server)
+        assert server.url not in str(refused.value)
+    monkeypatch.setattr(Stub, "do_GET", lambda self: self.reply("<html>"))
+    for address in (f"http://127.0.0.1:{free_port()}", stub):  # nobody, and somebody else
+        with pytest.raises(SystemExit) as error:
+            serving.Server(address)
+        assert error.value.code == 2 and "start it first, or correct the address" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setenv("OPENAI_API_KEY", "wrong")
     with pytest.raises(SystemExit) as error:
-        serving.Server(f"http://127.0.0.1:{free_port()}")
-    assert error.value.code == 2 and "start it first, or correct the address" in capsys.readouterr().err
+        serving.Server(stub)
+    assert error.value.code == 2 and "wants a key" in capsys.readouterr().err
 
 
 def test_users_wait_in_order_too_many_are_refused_and_stop_stops(stub):
@@ -409,11 +433,13 @@ def test_users_wait_in_order_too_many_are_refused_and_stop_stops(stub):
         await until(lambda: first and first[-1].tokens)
         two = asyncio.create_task(ask_one("two", second))
         await until(lambda: second and "waiting for a place, 0 before this one" in second[-1].line)
+        burst = await asyncio.gather(*(ask_one(str(number), []) for number in range(5)), return_exceptions=True)
+        assert all(isinstance(error, serving.Refused) for error in burst)  # at once too
         with pytest.raises(serving.Refused, match="queue is full: 1 answers wait"):
             await ask_one("three", [])
         host.stop_session("one")
         await one
-        assert first[-1].line.endswith("stopped") and not first[-1].doubtful
+        assert first[-1].line.endswith("stopped") and not first[-1].objects  # nothing is checked after Stop
         await until(lambda: second[-1].tokens)  # its place went to who waited
         two.cancel()  # who leaves, stops
         sent = Stub.sent
