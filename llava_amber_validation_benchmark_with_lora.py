@@ -430,6 +430,8 @@ def load_llava(
     if wrong:
         stop(f"--model_path {model_path}: its weights do not fit its config.json: {wrong[0]}"
              f"{f' and {len(wrong) - 1} more' if wrong[1:] else ''}.")  # fmt: skip
+    if hasattr(model, "ct_decompress_hook"):  # a quantized one, which else waits for a forward of the model as a whole
+        model.hf_quantizer.compressor.decompress_model(model)
     if tower:
         model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)  # saved in the hub's layout
         # 64 rows more, each the mean of all others: its logit is the mean logit, and so never the greatest
@@ -969,6 +971,7 @@ def start_vllm(model_path: str, processor, max_new_tokens: int) -> Callable:
             f"--backend vllm cannot be loaded ({error}); install it into an environment of its own: pip install -r requirements/vllm.txt"
         )
     on_cpu = not torch.cuda.is_available()  # for trying, where starting soon counts for more
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM's own choice is half of the memory
     engine = LLM(model=model_path, enable_prefix_caching=True, limit_mm_per_prompt={"image": 1}, enforce_eager=on_cpu,
                  skip_mm_profiling=on_cpu)  # fmt: skip
     greedy = SamplingParams(temperature=0, max_tokens=max_new_tokens)

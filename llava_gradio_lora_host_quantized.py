@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     answers = parser.add_argument_group("answers")
     add(answers, "--max_tokens", "tokens an answer may have; the page's slider ends there", type=int, default=1024,
-        dest="max_new_tokens")  # fmt: skip
+        dest="max_new_tokens", metavar="MAX_TOKENS")  # fmt: skip
     add(
         answers,
         "--temperature",
@@ -437,6 +437,7 @@ class LocalEngine:
             EngineDeadError,
         )
         on_cpu = not torch.cuda.is_available()  # for trying, where starting soon counts for more
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM's own choice is half of the memory
         settings = AsyncEngineArgs(
             model=str(folder), dtype=args.dtype, tensor_parallel_size=args.tensor_parallel_size, max_num_seqs=args.max_num_seqs,
             limit_mm_per_prompt={"image": 1}, enable_prefix_caching=True, enable_log_requests=False, disable_log_stats=True,
@@ -495,7 +496,8 @@ class Server:
                 )["token_strs"]  # fmt: skip
             self.lacks_bos = words[0] != "<s>"  # the hub's template has none, and the model was trained with it
         except openai.AuthenticationError:
-            stop(f"--server_url {url} wants a key; put it into the environment as OPENAI_API_KEY.")
+            stop(f"--server_url {url} {'refuses' if key != 'none' else 'wants'} a key: put its own into the environment, as "
+                 "OPENAI_API_KEY.")  # fmt: skip
         except Exception as error:  # whatever else listens there
             stop(f"--server_url {url} does not answer as vLLM's server does ({type(error).__name__}: "
                  f"{(str(error) or '?').splitlines()[0]}); start it first, or correct the address.")  # fmt: skip

@@ -363,6 +363,8 @@ def load_llava(
     if wrong:
         stop(f"--model_path {model_path}: its weights do not fit its config.json: {wrong[0]}"
              f"{f' and {len(wrong) - 1} more' if wrong[1:] else ''}.")  # fmt: skip
+    if hasattr(model, "ct_decompress_hook"):  # a quantized one, which else waits for a forward of the model as a whole
+        model.hf_quantizer.compressor.decompress_model(model)
     if tower:
         model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)  # saved in the hub's layout
         # 64 rows more, each the mean of all others: its logit is the mean logit, and so never the greatest

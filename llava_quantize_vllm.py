@@ -358,6 +358,8 @@ def load_llava(
     if wrong:
         stop(f"--model_path {model_path}: its weights do not fit its config.json: {wrong[0]}"
              f"{f' and {len(wrong) - 1} more' if wrong[1:] else ''}.")  # fmt: skip
+    if hasattr(model, "ct_decompress_hook"):  # a quantized one, which else waits for a forward of the model as a whole
+        model.hf_quantizer.compressor.decompress_model(model)
     if tower:
         model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)  # saved in the hub's layout
         # 64 rows more, each the mean of all others: its logit is the mean logit, and so never the greatest
@@ -1211,7 +1213,7 @@ def print_report(report: dict, output_dir: Path) -> None:
     sizes, quality = report["size_bytes"], report["quality"]
     table = Table("", "before", "after", title=f"{output_dir.name}")
     table.add_row(
-        "weights", f"{sizes['base'] / 1e9:.3f} GB", f"{sizes['quantized'] / 1e9:.3f} GB ({sizes['ratio']:.0%})"
+        "weights", f"{sizes['base'] / 1e6:,.1f} MB", f"{sizes['quantized'] / 1e6:,.1f} MB ({sizes['ratio']:.0%})"
     )
     if quality:
         table.add_row("top-1 agreement", "", f"{quality['top1_agreement']:.2%} of {quality['tokens']:,} tokens")
@@ -1277,9 +1279,10 @@ def main(argv: list[str] | None = None) -> None:
         report = {
             "scheme": args.scheme,
             "ignored": list_ignored(args.ignore) if args.scheme != "BF16" else None,
-            "base": {"path": args.model_path, "digest": digest_checkpoint(args.model_path)},
             "adapter": None,
             **make_checkpoint(args, folder, samples),
+            "base": {"path": args.model_path, "digest": digest_checkpoint(args.model_path)},
+            "dataset": args.dataset if asked or samples else None,
             "quality": run_gate(args, folder, asked) if asked else None,
         }
         report["seconds"]["gate"] = round(time.monotonic() - started - report["seconds"]["checkpoint"], 1)
@@ -1298,7 +1301,8 @@ def main(argv: list[str] | None = None) -> None:
         stop(f"the gate failed: KL divergence is {quality['kl']:.5f}, --max_kl {args.max_kl}; the checkpoint is in "
              f"{args.output_dir} all the same. A scheme with more bits, or more --ignore, comes closer.", code=4)  # fmt: skip
     verdict = f"the gate passed: KL divergence {quality['kl']:.5f}, --max_kl {args.max_kl}; " if quality else ""
-    console.print(f"{verdict}serve it: vllm serve {args.output_dir} --limit-mm-per-prompt '{{\"image\": 1}}'", soft_wrap=True)  # fmt: skip
+    console.print(f"{verdict}in vLLM's environment, serve it: python llava_gradio_lora_host_quantized.py --model_path "
+                  f"{args.output_dir}, or vllm serve {args.output_dir}", soft_wrap=True)  # fmt: skip
 
 
 if __name__ == "__main__":

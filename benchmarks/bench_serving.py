@@ -31,8 +31,12 @@ def parse_args(argv=None):
     parser.add_argument("--model_path", default=str(MINIATURE / "model"), help="base, for transformers")
     parser.add_argument("--lora_path", default=str(MINIATURE / "adapter"), help="adapter, for transformers")
     quantized = ROOT / "quantized_models"
-    parser.add_argument("--merged_path", type=Path, default=quantized / "miniature-BF16", help="for vLLM")
-    parser.add_argument("--quantized_path", type=Path, default=quantized / "miniature-FP8-Dynamic", help="for vLLM")
+    parser.add_argument(
+        "--merged_path", type=Path, default=quantized / "miniature-BF16", help="merged checkpoint, for vLLM"
+    )
+    parser.add_argument(
+        "--quantized_path", type=Path, default=quantized / "miniature-FP8-Dynamic", help="FP8 checkpoint, for vLLM"
+    )
     parser.add_argument("--image_dir", type=Path, default=MINIATURE / "amber" / "image", help="pictures")
     parser.add_argument(
         "--vllm_python", default=str(ROOT / ".venv-vllm" / "bin" / "python"), help="Python that has vLLM"

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from test_loading import make_adapter
 
 import llava_quantize_vllm as quantizing
-from llava_orpo_training import build_prompt, generate_answers, load_llava, probe_logits
+from llava_amber_validation_benchmark_with_lora import answer_questions
+from llava_orpo_training import build_prompt, generate_answers, load_image, load_llava, probe_logits
 
 SCRIPT = ROOT / "llava_quantize_vllm.py"
 
@@ -99,6 +100,11 @@ def test_transformers_loads_it_right(made, scheme):
     kept = {name: own for name, own in model.state_dict().items() if re.search("vision|projector|lm_head|embed", name)}
     assert len(kept) > 60 and all(torch.equal(own.to(torch.bfloat16), wanted.state_dict()[name].to(torch.bfloat16))
                                   for name, own in kept.items())  # fmt: skip
+    image = load_image(sorted((MINIATURE / "amber" / "image").glob("*.webp"))[0])
+    pixels = loaded.image_processor(image, return_tensors="pt")
+    fresh = load_llava(str(made[scheme]))[0]  # whose first forward is that of AMBER's script and of the page: a part's
+    ((_, _, text, complete),) = answer_questions(fresh, loaded, [image], pixels, [["Describe this image."]], 60)
+    assert complete and text == generate_answers(model, loaded, [image], ["Describe this image."], 60)[0]
     projection = model.model.language_model.layers[1].mlp.down_proj
     assert hasattr(projection, "quantization_scheme") == (scheme != "BF16")
 
