@@ -48,7 +48,7 @@ def test_the_merge_is_pefts_and_in_the_hubs_layout(made):
     assert (adapter["layers"], adapter["changed"], adapter["into"]) == (28, 28, "the base's own weights")
 
 
-@pytest.mark.parametrize("options", [{"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}},
+@pytest.mark.parametrize("options", [{"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
                                      {"modules_to_save": ["linear_1"]}, {"target_modules": ["lm_head", "embed_tokens", "v_proj"]},
                                      {"target_modules": "all-linear", "exclude_modules": ["lm_head"]}])  # fmt: skip
 def test_every_kind_of_lora_is_merged_as_peft_does(options, tmp_path):
