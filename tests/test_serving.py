@@ -25,7 +25,10 @@ from conftest import MINIATURE, ROOT
 from playwright.sync_api import expect
 from test_host_page import ask, browser, give  # noqa: F401
 
+UPLOADS = os.environ["GRADIO_TEMP_DIR"]  # of the first host, which test_host_page imports: two never share a process
 import llava_gradio_lora_host_quantized as serving
+
+os.environ["GRADIO_TEMP_DIR"] = UPLOADS
 from llava_orpo_training import build_prompt, generate_answers, load_image, load_llava
 
 SCRIPT = ROOT / "llava_gradio_lora_host_quantized.py"
