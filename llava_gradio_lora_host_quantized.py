@@ -496,8 +496,8 @@ class Server:
                 )["token_strs"]  # fmt: skip
             self.lacks_bos = words[0] != "<s>"  # the hub's template has none, and the model was trained with it
         except openai.AuthenticationError:
-            stop(f"--server_url {url} {'refuses' if key != 'none' else 'wants'} a key: put its own into the environment, as "
-                 "OPENAI_API_KEY.")  # fmt: skip
+            found = "refuses the key in" if key != "none" else "wants a key, and there is none in"
+            stop(f"--server_url {url} {found} OPENAI_API_KEY; put its own into the environment.")
         except Exception as error:  # whatever else listens there
             stop(f"--server_url {url} does not answer as vLLM's server does ({type(error).__name__}: "
                  f"{(str(error) or '?').splitlines()[0]}); start it first, or correct the address.")  # fmt: skip
@@ -636,7 +636,8 @@ class VllmHost:
         try:
             pending = tasks
             while pending:
-                _, pending = await asyncio.wait(pending, timeout=0.1)
+                growing = sum(map(len, self.running.values()))
+                _, pending = await asyncio.wait(pending, timeout=0.1 + 0.01 * growing)  # sending costs the server time
                 for place, answer in enumerate(self.waiting.values()):
                     answer.line = f"waiting for a place, {place} before this one …"
                 yield {side: replace(answer) for side, answer in answers.items()}
