@@ -13,7 +13,7 @@ page: .venv/host.done ## serve the miniature, before and after alignment, at htt
 
 serve: .venv/quantize.done .venv-vllm/done ## quantize the miniature to FP8 and serve it over vLLM, on the CPU, at http://127.0.0.1:7860
 	test -d quantized_models/miniature-FP8-Dynamic || $(BIN)/python llava_quantize_vllm.py --test_mode
-	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/python llava_gradio_lora_host_quantized.py --test_mode
+	$(VLLM)/python llava_gradio_lora_host_quantized.py --test_mode
 
 test: .venv/test.done .venv/browser.done .venv-vllm/done ## everything that continuous integration runs
 	$(BIN)/ruff format --check $(SCRIPTS)

@@ -1460,21 +1460,18 @@ class Host:
     def forget(self, session: str) -> None:
         self.engine.forget(session)
 
-    def prepare(self, data: bytes | None, question: str, wanted: dict[bool, list]) -> tuple:
-        """The picture, the question and the prompts, which follow `wanted`: earlier (question, Answer) turns for adapter
-        on or off. Raises Refused."""
-        image = read_picture(data)
-        picture = Picture(
-            image, zlib.crc32(image.tobytes()), self.processor.image_processor(image, return_tensors="pt")
-        )
-        question = check_question(question)
-        prompts = {
+    def prepare(self, data: bytes | None, question: str) -> tuple[Picture, str]:
+        """The picture and the question as they are asked. Raises Refused."""
+        return open_picture(data, self.processor), check_question(question)
+
+    def write_prompts(self, picture: Picture, question: str, wanted: dict[bool, list]) -> dict[bool, list[int]]:
+        """The prompts, which follow `wanted`: earlier (question, Answer) turns for adapter on or off."""
+        return {
             adapter: build_chat(
-                self.processor, picture.image.size, question, [(old, answer.tokens) for old, answer in history]
+                self.processor, picture.image.size, question, [(old, answer.tokens) for old, answer in turns]
             )
-            for adapter, history in wanted.items()
+            for adapter, turns in wanted.items()
         }
-        return picture, question, prompts
 
     async def answer(
         self, picture: Picture, prompts: dict[bool, list[int]], session: str, mark: bool, **sampling
@@ -1880,12 +1877,12 @@ def build_page(host, args) -> gr.Blocks:
         if replaced:
             turns = turns[:-1]
         try:
-            earlier = {side: [(old["asked"], old["answers"][side]) for old in turns if side in old["answers"]] if remember else []
-                       for side in sides}  # fmt: skip
-            picture, asked, prompts = await decode(host.prepare, data, question, earlier)
+            picture, asked = await decode(host.prepare, data, question)
             if turns and turns[-1]["digest"] != picture.digest:  # another picture, another conversation
                 turns = []
-                _, _, prompts = await decode(host.prepare, data, question, {side: [] for side in sides})
+            earlier = {side: [(old["asked"], old["answers"][side]) for old in turns if side in old["answers"]] if remember else []
+                       for side in sides}  # fmt: skip
+            prompts = await decode(host.write_prompts, picture, asked, earlier)
             yield show(True) | {question_box: ""}
             sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": int(length)}
             async with aclosing(host.answer(picture, prompts, request.session_hash, True, **sampling)) as growing:
@@ -1970,7 +1967,8 @@ def build_page(host, args) -> gr.Blocks:
             ):
                 raise Refused("temperature must be from 0 to 2, top_p above 0 and up to 1, max_new_tokens from 1 to "
                                  f"{args.max_new_tokens:,}.")  # fmt: skip
-            picture, _, prompts = await decode(host.prepare, image, question, {side: []})
+            picture, asked = await decode(host.prepare, image, question)
+            prompts = await decode(host.write_prompts, picture, asked, {side: []})
             sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": int(max_new_tokens)}
             async with aclosing(host.answer(picture, prompts, "", False, **sampling)) as growing:
                 async for answers in growing:

@@ -30,7 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(model, "--model_path", "folder of a merged or quantized checkpoint, which vLLM runs in this process "
         "(default: quantized_models/llava-v1.6-mistral-7b-hf-FP8-Dynamic, if there is no --server_url)")  # fmt: skip
     add(model, "--server_url", "OpenAI-compatible server that runs one, such as `vllm serve` (its key: OPENAI_API_KEY in the "
-        "environment); a second one, or one beside --model_path, answers beside the first", nargs="+", default=[])  # fmt: skip
+        "environment); a second one, or one beside --model_path, answers beside the first", nargs="+")  # fmt: skip
     add(model, "--tensor_parallel_size", "GPUs that share the model", type=int, default=1)
     add(model, "--dtype", "numbers that what is not quantized is computed in; auto: bfloat16, on older GPUs float16",
         default="auto", choices=["auto", "bfloat16", "float16", "float32"])  # fmt: skip
@@ -66,6 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--temperature is {args.temperature}; it must be from 0 to 2")
     if args.port is not None and not 0 < args.port < 65536:
         parser.error(f"--port is {args.port}; it must be from 1 to 65535")
+    args.server_url = args.server_url or []
     for url in args.server_url:
         if not url.startswith(("http://", "https://")):
             parser.error(f"--server_url {url} is no address; give one such as http://127.0.0.1:8000")
@@ -580,13 +581,14 @@ class VllmHost:
     def forget(self, session: str) -> None:
         self.stop_session(session)  # nothing else is kept for it here
 
-    def prepare(self, data: bytes | None, question: str, wanted: dict[bool, list]) -> tuple:
-        """The picture, the question and the prompts, which follow `wanted`: earlier (question, Answer) turns for this model
-        and the other. Raises Refused."""
+    def prepare(self, data: bytes | None, question: str) -> tuple[ShownPicture, str]:
+        """The picture and the question as they are asked. Raises Refused."""
         image = read_picture(data)
-        picture, question = ShownPicture(image, zlib.crc32(image.tobytes())), check_question(question)
-        prompts = {side: self.models[side].write_prompt(picture, question, turns) for side, turns in wanted.items()}
-        return picture, question, prompts
+        return ShownPicture(image, zlib.crc32(image.tobytes())), check_question(question)
+
+    def write_prompts(self, picture: ShownPicture, question: str, wanted: dict[bool, list]) -> dict[bool, object]:
+        """The prompts, which follow `wanted`: earlier (question, Answer) turns for this model and the other."""
+        return {side: self.models[side].write_prompt(picture, question, turns) for side, turns in wanted.items()}
 
     async def grow(self, side: bool, answer: Answer, prompt, sampling: dict) -> None:
         """Generate an answer into `answer`, when there is a place for it."""
@@ -1013,12 +1015,12 @@ def build_page(host, args) -> gr.Blocks:
         if replaced:
             turns = turns[:-1]
         try:
-            earlier = {side: [(old["asked"], old["answers"][side]) for old in turns if side in old["answers"]] if remember else []
-                       for side in sides}  # fmt: skip
-            picture, asked, prompts = await decode(host.prepare, data, question, earlier)
+            picture, asked = await decode(host.prepare, data, question)
             if turns and turns[-1]["digest"] != picture.digest:  # another picture, another conversation
                 turns = []
-                _, _, prompts = await decode(host.prepare, data, question, {side: [] for side in sides})
+            earlier = {side: [(old["asked"], old["answers"][side]) for old in turns if side in old["answers"]] if remember else []
+                       for side in sides}  # fmt: skip
+            prompts = await decode(host.write_prompts, picture, asked, earlier)
             yield show(True) | {question_box: ""}
             sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": int(length)}
             async with aclosing(host.answer(picture, prompts, request.session_hash, True, **sampling)) as growing:
@@ -1103,7 +1105,8 @@ def build_page(host, args) -> gr.Blocks:
             ):
                 raise Refused("temperature must be from 0 to 2, top_p above 0 and up to 1, max_new_tokens from 1 to "
                                  f"{args.max_new_tokens:,}.")  # fmt: skip
-            picture, _, prompts = await decode(host.prepare, image, question, {side: []})
+            picture, asked = await decode(host.prepare, image, question)
+            prompts = await decode(host.write_prompts, picture, asked, {side: []})
             sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": int(max_new_tokens)}
             async with aclosing(host.answer(picture, prompts, "", False, **sampling)) as growing:
                 async for answers in growing:

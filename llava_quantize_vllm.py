@@ -102,7 +102,7 @@ import signal
 import tempfile
 import time
 from contextlib import nullcontext, suppress
-from copy import copy
+from dataclasses import replace
 from functools import wraps
 from typing import NoReturn
 
@@ -899,16 +899,11 @@ class Merge:
         from peft import get_peft_model, set_peft_model_state_dict
 
         layer.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
-        config = copy(self.config)
-        config.task_type = None  # one layer is no language model
-        config.r = config.rank_pattern.get(re.escape(module), config.r)
-        config.lora_alpha = config.alpha_pattern.get(re.escape(module), config.lora_alpha)
-        config.target_modules, config.modules_to_save, config.rank_pattern, config.alpha_pattern = (
-            {"layer"},
-            None,
-            {},
-            {},
-        )
+        config = replace(
+            self.config, task_type=None, target_modules={"layer"}, modules_to_save=None,  # one layer is no language model
+            r=self.config.rank_pattern.get(re.escape(module), self.config.r), rank_pattern={},
+            lora_alpha=self.config.alpha_pattern.get(re.escape(module), self.config.lora_alpha), alpha_pattern={},
+        )  # fmt: skip
         try:
             adapted = get_peft_model(torch.nn.ModuleDict({"layer": layer}), config)
             update = {f"base_model.model.layer.{key}": value for key, value in self.updates[module].items()}

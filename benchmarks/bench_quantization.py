@@ -36,7 +36,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     miniature = ROOT / "miniature"
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # vLLM starts sooner
 
     def run(python, script, *flags):
         subprocess.run([str(python), str(ROOT / script), *map(str, flags)], check=True, env=environment)

@@ -425,7 +425,8 @@ def test_users_wait_in_order_too_many_are_refused_and_stop_stops(stub):
     data = PICTURES[0].read_bytes()
 
     async def ask_one(session, states):
-        picture, _, prompts = host.prepare(data, CAPTION, {True: []})
+        picture, question = host.prepare(data, CAPTION)
+        prompts = host.write_prompts(picture, question, {True: []})
         async for answers in host.answer(picture, prompts, session, True, temperature=0, top_p=1, max_new_tokens=99):
             states.append(answers[True])
 
