@@ -32,7 +32,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(data, "--eval_fraction", "share of pairs held out, if the set has no test split", type=float, default=0.1)
     add(data, "--max_length", "tokens a prompt and one response may have; longer responses are cut, longer prompts "
         "dropped", type=int, default=4096)  # fmt: skip
-    add(data, "--num_workers", "processes that decode and resize pictures", type=int)
+    add(data, "--num_workers", "processes that decode and resize pictures (default: one a core but one, at most 8)",
+        type=int)  # fmt: skip
+    add(data, "--cache_vision_features", "keep what the frozen vision tower makes of each picture in this folder, "
+        "so that later epochs and runs need neither picture nor tower (6 MB a picture; safe to delete)", type=Path)  # fmt: skip
+    add(data, "--cache_gb", "most that folder may grow to", type=float, default=200.0)
     add(
         data,
         "--test_mode",
@@ -59,8 +63,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(run, "--warmup_ratio", "share of the steps that warm up", type=float, default=0.1)
     add(run, "--beta", "weight of the odds-ratio term (the paper's lambda)", type=float, default=0.1)
     add(run, "--seed", "of split, order, adapter and dropout", type=int, default=42)
-    add(run, "--gradient_checkpointing", "trade compute for memory", action=argparse.BooleanOptionalAction,
-        default=True)  # fmt: skip
+    add(run, "--gradient_checkpointing", "recompute activations in the backward pass: in as many layers as the memory asks "
+        "for (auto), in all (on, or no value) or in none (off)", nargs="?", choices=["auto", "on", "off"], const="on",
+        default="auto")  # fmt: skip
+    run.add_argument("--no-gradient_checkpointing", dest="gradient_checkpointing", action="store_const", const="off",
+                     help="the same as --gradient_checkpointing off")  # fmt: skip
+    add(run, "--packing", "lay a batch's pairs out as one row without padding (default: on a GPU, where attention skips what "
+        "is masked)", action=argparse.BooleanOptionalAction)  # fmt: skip
+    add(run, "--compile", "compile the decoder layers: a slow first step, and worth it or not by the GPU; "
+        "benchmarks/bench_orpo_step.py tells", action="store_true")  # fmt: skip
     add(run, "--no_prefix_sharing", "plain form: two rows a pair, for comparison", action="store_true")
     add(run, "--save_steps", "steps between checkpoints; the newest two are kept", type=int, default=200)
     add(run, "--eval_steps", "steps between evaluations (default: once an epoch)", type=int)
@@ -77,7 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if (getattr(args, name) or 0) < 0:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least 0")
     for name in ("max_samples", "max_length", "lora_rank", "lora_alpha", "epochs", "batch_size", "learning_rate", "beta",
-                 "gradient_accumulation_steps", "save_steps", "eval_steps"):  # fmt: skip
+                 "gradient_accumulation_steps", "save_steps", "eval_steps", "cache_gb"):  # fmt: skip
         value = getattr(args, name)
         if value is not None and value <= 0:
             parser.error(f"--{name} is {value}; it must be above 0")
@@ -104,7 +115,7 @@ import resource
 import shutil
 import time
 from collections import Counter
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial, wraps
 from itertools import chain
 from typing import NoReturn
@@ -122,18 +133,23 @@ import datasets
 import jinja2
 import matplotlib
 import numpy as np
+import psutil
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets.exceptions import DatasetsError
 from huggingface_hub import ModelCardData
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
+from torch.nn.attention.flex_attention import create_block_mask
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 matplotlib.use("Agg")
@@ -764,12 +780,59 @@ def split_rows(rows: datasets.Dataset, good: list[int], eval_fraction: float, se
     return good[~held_out].tolist(), good[held_out].tolist()
 
 
+class VisionCache:
+    """What the frozen vision tower makes of pictures, unrounded, one file a picture; every file may be deleted at any time.
+
+    A file is known by the picture's bytes, the tower's weights and type, and the image processor's settings, so that
+    nothing stale is ever read.
+    """
+
+    def __init__(self, folder: Path, model, processor):
+        tower = model.get_base_model().model.vision_tower
+        settings = (str(tower.dtype), model.config.vision_feature_layer, processor.image_processor.to_json_string())
+        digest = hashlib.sha256(repr(settings).encode())
+        for weight in tower.state_dict().values():
+            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        self.folder = folder / digest.hexdigest()[:16]
+
+    def file(self, picture: bytes) -> Path:
+        name = hashlib.sha256(picture).hexdigest()
+        return self.folder / name[:2] / f"{name[2:]}.safetensors"
+
+    def read(self, picture: bytes) -> dict[str, torch.Tensor] | None:
+        """pixel_values (tiles, 1, patches + 1, hidden), in place of pixels, and image_sizes (2); None if not there."""
+        try:
+            return load_file(self.file(picture))
+        except (OSError, SafetensorError):
+            return None
+
+
+class PicturesToCache(torch.utils.data.Dataset):
+    """The pictures of pairs, decoded: None for one whose features are there, or that breaks off."""
+
+    def __init__(self, pairs: "PreferencePairs", cache: VisionCache):
+        self.pairs, self.cache = pairs, cache
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict | None:
+        with suppress(OSError):
+            picture = self.pairs.picture(index)
+            if not self.cache.file(picture).exists():
+                pixels = self.pairs.processor.image_processor(load_image(picture), return_tensors="pt")
+                return {"picture": picture, **{name: values[0] for name, values in pixels.items()}}
+        return None
+
+
 class PreferencePairs(torch.utils.data.Dataset):
     """Pairs as token ids and pixels, made when asked for: `__getitem__` runs in the data loader's workers.
 
     What only shows then (a picture that breaks off, responses that are equal once cut to `max_length`) is noted in
-    `dropped_file`, and the next row stands in.
+    `dropped_file`, and the next row stands in. With a `cache`, a picture whose features are there is not decoded.
     """
+
+    cache: VisionCache | None = None
 
     def __init__(
         self, rows: datasets.Dataset, indices: list[int], root: Path, processor, max_length: int, dropped_file: Path
@@ -788,17 +851,19 @@ class PreferencePairs(torch.utils.data.Dataset):
         """ORPOTrainer tokenizes text by three calls of `map`; there is nothing left for them to do."""
         return self
 
+    def picture(self, index: int) -> bytes:
+        """A picture's file. Raises OSError if it is not there."""
+        image = self.rows[self.indices[index]]["image"]
+        return image["bytes"] if image["bytes"] is not None else (self.root / image["path"]).read_bytes()
+
     def row(self, index: int) -> dict:
         """Question, chosen and rejected of a pair, and its picture, decoded. Raises OSError if that breaks off."""
-        row = self.rows[self.indices[index]]
-        content, path = row["image"]["bytes"], row["image"]["path"]
-        return {**row, "image": load_image(content if content is not None else self.root / path)}
+        return {**self.rows[self.indices[index]], "image": load_image(self.picture(index))}
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int, use_cache: bool = True) -> dict:
         for candidate in (*range(index, len(self)), *range(index)):
             try:
-                row = self.row(candidate)
-                features = self.encode(row["image"], row["question"], row["chosen"], row["rejected"])
+                features = self.features(candidate, use_cache)
                 reason = None if features["chosen"] != features["rejected"] else "chosen equals rejected once cut"
             except OSError:
                 reason = "image breaks off when decoded"
@@ -808,31 +873,61 @@ class PreferencePairs(torch.utils.data.Dataset):
                 file.write(json.dumps({"split": self.split, "row": self.indices[candidate], "reason": reason}) + "\n")
         raise LookupError(f"no row of the {self.split} pairs can be used; see {self.dropped_file}.")
 
-    def encode(self, image: Image.Image, question: str, chosen: str, rejected: str) -> dict:
-        """One pair: prompt ids, response ids closed by EOS (cut to `max_length`, the prompt never), pixels, size."""
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        """A batch: pixels for all, or cached features for all."""
+        batch = [self[index] for index in indices]
+        if len({features["pixel_values"].shape[1] for features in batch}) > 1:
+            batch = [self.__getitem__(index, use_cache=False) for index in indices]
+        return batch
+
+    def features(self, index: int, use_cache: bool) -> dict:
+        row = self.rows[self.indices[index]]
+        texts = row["question"], row["chosen"], row["rejected"]
+        cached = self.cache.read(self.picture(index)) if self.cache and use_cache else None
+        if cached:
+            height, width = cached["image_sizes"].tolist()
+            return {**self.encode_texts((width, height), *texts), **cached}
+        return self.encode(self.row(index)["image"], *texts)
+
+    def encode_texts(self, image_size: tuple[int, int], question: str, chosen: str, rejected: str) -> dict:
+        """Ids of the prompt about a picture of (width, height), and of both responses, closed by EOS (cut to
+        `max_length`, the prompt never)."""
         tokenizer = self.processor.tokenizer
-        prompt = build_prompt(self.processor, question, image.size)
-        responses = [
-            tokenizer(text.strip(), add_special_tokens=False, split_special_tokens=True).input_ids
-            + [tokenizer.eos_token_id]
+        prompt = build_prompt(self.processor, question, image_size)
+        chosen_ids, rejected_ids = (
+            (tokenizer(text.strip(), add_special_tokens=False, split_special_tokens=True).input_ids
+             + [tokenizer.eos_token_id])[: self.max_length - len(prompt)]
             for text in (chosen, rejected)
-        ]
-        chosen_ids, rejected_ids = (ids[: self.max_length - len(prompt)] for ids in responses)
+        )  # fmt: skip
+        return {"prompt": prompt, "chosen": chosen_ids, "rejected": rejected_ids}
+
+    def encode(self, image: Image.Image, question: str, chosen: str, rejected: str) -> dict:
+        """One pair: the ids of encode_texts, pixel_values (tiles, 3, H, W) and image_sizes (2) as (height, width)."""
         pixels = self.processor.image_processor(image, return_tensors="pt")
         return {
-            "prompt": prompt,
-            "chosen": chosen_ids,
-            "rejected": rejected_ids,
+            **self.encode_texts(image.size, question, chosen, rejected),
             "pixel_values": pixels["pixel_values"][0],
             "image_sizes": pixels["image_sizes"][0],
         }
+
+    def longest(self) -> dict:
+        """The longest texts of these pairs with a picture of the shape that takes most tokens: no pair needs more memory."""
+        texts = self.rows.select_columns(["question", "chosen", "rejected"]).with_format("arrow")[:]
+        lengths = sum(pc.binary_length(texts[name]).to_numpy() for name in texts.column_names)
+        row = self.rows[int(self.indices[np.argmax(lengths[self.indices])])]
+        shapes = [
+            Image.new("RGB", (width, height)) for height, width in self.processor.image_processor.image_grid_pinpoints
+        ]
+        pairs = [self.encode(image, row["question"], row["chosen"], row["rejected"]) for image in shapes]
+        fitting = [pair for pair in pairs if len(pair["prompt"]) < self.max_length] or [self[0]]
+        return max(fitting, key=lambda pair: sum(len(pair[name]) for name in ("prompt", "chosen", "rejected")))
 
 
 def collate_pairs(features: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
     """Batch pairs of B rows: prompts padded on the left, so that all responses start in one column.
 
     Returns prompt_input_ids and prompt_attention_mask (B, P), chosen_labels (B, C) and rejected_labels (B, R) padded
-    with -100, pixel_values (B, most tiles, 3, H, W) and image_sizes (B, 2) as (height, width).
+    with -100, pixel_values (B, most tiles, 3, H, W), or features in their place (B, most tiles, 1, patches, hidden), and image_sizes (B, 2) as (height, width).
     """
 
     def pad(name: str, value: int, left: bool = False) -> torch.Tensor:
@@ -855,33 +950,44 @@ def collate_pairs(features: list[dict], pad_token_id: int) -> dict[str, torch.Te
 # ---------------------------------------------------------------------------- the loss
 
 
-def share_prefix(batch: dict, pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Lay a pair out as one sequence, `prompt | chosen | rejected`, whose two responses cannot see each other.
+def share_prefix(batch: dict, pad_token_id: int, packing: bool, block_mask: bool) -> dict:
+    """Lay a batch of B pairs out as B rows `prompt | chosen | rejected`, whose two responses cannot see each other.
 
     Both responses' positions follow the prompt's last. `logits_to_keep` (C + R) indexes the columns that predict the
-    C chosen and R rejected tokens; a response's first token is predicted by the prompt's last.
+    C chosen and R rejected tokens; a response's first token is predicted by the prompt's last. With `packing`, all pairs
+    stand one after the other in a single row without padding, none sees another, and what is kept is what predicts the
+    real tokens. The mask is dense (rows, 1, S, S), or FlexAttention's with `block_mask`, which costs memory and time
+    only where something is visible.
     """
     prompt, real_prompt = batch["prompt_input_ids"], batch["prompt_attention_mask"]
     responses = torch.cat([batch["chosen_labels"], batch["rejected_labels"]], dim=1)
     length, n_chosen, n_rejected = prompt.shape[1], batch["chosen_labels"].shape[1], batch["rejected_labels"].shape[1]
     device = prompt.device
     real = torch.cat([real_prompt.bool(), responses != -100], dim=1)
+    ids = torch.cat([prompt, responses.masked_fill(responses == -100, pad_token_id)], dim=1)
+    steps = torch.cat([torch.arange(n, device=device) for n in (n_chosen, n_rejected)])
+    positions = torch.cat([(real_prompt.cumsum(1) - 1).clamp(min=0), real_prompt.sum(1, keepdim=True) + steps], dim=1)
     part = torch.repeat_interleave(
         torch.arange(3, device=device), torch.tensor([length, n_chosen, n_rejected], device=device)
-    )
-    causal = torch.ones(len(part), len(part), dtype=torch.bool, device=device).tril()
-    visible = causal & ((part == 0) | (part[:, None] == part))
-    itself = torch.eye(len(part), dtype=torch.bool, device=device)  # a padded row that sees nothing would be NaN
-    steps = torch.cat([torch.arange(n, device=device) for n in (n_chosen, n_rejected)])
-    return {
-        "input_ids": torch.cat([prompt, responses.masked_fill(responses == -100, pad_token_id)], dim=1),
-        "attention_mask": ((visible & real[:, None, :]) | itself)[:, None],
-        "position_ids": torch.cat(
-            [(real_prompt.cumsum(1) - 1).clamp(min=0), real_prompt.sum(1, keepdim=True) + steps], dim=1
-        ),
-        "logits_to_keep": torch.cat([length - 1 + steps[:n_chosen], torch.tensor([length - 1], device=device),
-                                     length + n_chosen + steps[n_chosen:-1]]),
-    }  # fmt: skip
+    ).expand_as(ids)
+    pair = torch.arange(len(ids), device=device)[:, None].where(real, -1)  # padding sees padding alone
+    columns = torch.cat([length - 1 + steps[:n_chosen], torch.tensor([length - 1], device=device),
+                         length + n_chosen + steps[n_chosen:-1]])  # fmt: skip
+    if packing:
+        columns = (real.flatten().cumsum(0) - 1).view_as(real)[:, columns][responses != -100]
+        ids, positions, part, pair = (tensor[real][None] for tensor in (ids, positions, part, pair))
+
+    def visible(row, head, query, key):
+        shared = (part[row, key] == 0) | (part[row, key] == part[row, query])
+        return (query >= key) & (pair[row, query] == pair[row, key]) & shared
+
+    rows, size = ids.shape
+    if block_mask:
+        mask = create_block_mask(visible, rows, None, size, size, device, _compile=device.type == "cuda")
+    else:
+        index = torch.arange(max(rows, size), device=device)
+        mask = visible(index[:rows, None, None, None], None, index[:size, None], index[:size])
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": columns}
 
 
 def two_rows(batch: dict, pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -906,35 +1012,59 @@ class LlavaORPOTrainer(ORPOTrainer):
     would make the loss depend on how pairs fall into batches, accumulation steps and processes.
     """
 
-    prefix_sharing = True
+    prefix_sharing, packing, block_mask = True, False, False
+    seconds_waited = 0.0
 
     def concatenated_forward(self, model, batch: dict) -> tuple[torch.Tensor, ...]:
-        """Returns chosen and rejected log-probabilities (B), their logits (B, C, V) and (B, R, V), and the NLL."""
-        n_chosen, n_rejected = batch["chosen_labels"].shape[1], batch["rejected_labels"].shape[1]
+        """Returns the mean log-probability of each chosen and rejected response's tokens (B), their mean logits (B), and
+        the NLL."""
+        labels = torch.cat([batch["chosen_labels"], batch["rejected_labels"]], dim=1)
+        real, n_chosen = labels != -100, batch["chosen_labels"].shape[1]
         pictures = {name: batch[name] for name in ("pixel_values", "image_sizes")}
+        packing = self.packing and self.prefix_sharing
         if self.prefix_sharing:
-            logits = model(**share_prefix(batch, self.padding_value), **pictures, use_cache=False).logits.float()
-            chosen_logits, rejected_logits = logits.split([n_chosen, n_rejected], dim=1)
+            inputs = share_prefix(batch, self.padding_value, packing, self.block_mask)
+            logits = model(**inputs, **pictures, use_cache=False).logits.float()
         else:
             pictures = {name: torch.cat([tensor, tensor]) for name, tensor in pictures.items()}
             logits = model(**two_rows(batch, self.padding_value), **pictures, use_cache=False).logits.float()
-            chosen_logits, rejected_logits = logits[:, batch["prompt_input_ids"].shape[1] - 1 :].chunk(2)
-            chosen_logits, rejected_logits = chosen_logits[:, :n_chosen], rejected_logits[:, :n_rejected]
-        # "encoder-decoder" is TRL's word for logits that already stand at their labels
-        chosen_logps, rejected_logps = (
-            self.get_batch_logps(part, batch[labels], average_log_prob=True, is_encoder_decoder=True)
-            for part, labels in ((chosen_logits, "chosen_labels"), (rejected_logits, "rejected_labels"))
-        )
-        return chosen_logps, rejected_logps, chosen_logits, rejected_logits, -chosen_logps.mean()
+            chosen, rejected = logits[:, batch["prompt_input_ids"].shape[1] - 1 : -1].chunk(2)
+            logits = torch.cat([chosen[:, :n_chosen], rejected[:, : labels.shape[1] - n_chosen]], dim=1)
+        targets = labels[real] if packing else labels.flatten()
+        logps = -torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+
+        def means(
+            values: torch.Tensor,
+        ) -> list[torch.Tensor]:  # over the tokens of each chosen and each rejected response
+            table = values.new_zeros(real.shape).masked_scatter(real, values if packing else values.view_as(real)[real])
+            return [part.sum(1) / count.sum(1) for part, count in
+                    ((table[:, :n_chosen], real[:, :n_chosen]), (table[:, n_chosen:], real[:, n_chosen:]))]  # fmt: skip
+
+        chosen_logps, rejected_logps = means(logps)
+        return chosen_logps, rejected_logps, *means(logits.detach().mean(-1).flatten()), -chosen_logps.mean()
+
+    @contextmanager
+    def plain_forward(self):
+        """For generate(), and for a forward to compare with: no FlexAttention, nothing compiled."""
+        speed_up(self.model, block_mask=False, autocast=False)
+        with torch.compiler.set_stance("force_eager"):
+            yield
+        speed_up(self.model, self.block_mask, self.args.bf16)
+
+    def get_batch_samples(self, *args, **kwargs):
+        """What comes next from the data loader; the time it takes is the time that training waits for it."""
+        start = time.perf_counter()
+        samples = super().get_batch_samples(*args, **kwargs)
+        self.seconds_waited += time.perf_counter() - start
+        return samples
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """TRL's eval metrics, but exact: means over pairs, whatever the last batch holds and however many processes."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             forward = self.concatenated_forward(model, inputs)
-        means = torch.stack([logits.mean((1, 2)) for logits in forward[2:4]], dim=1)
         # without the rows that even out the last batch among processes
-        chosen, rejected, means = self.accelerator.gather_for_metrics((forward[0], forward[1], means))
+        chosen, rejected, *logits = self.accelerator.gather_for_metrics(forward[:4])
         losses, chosen_rewards, rejected_rewards, log_odds_ratio, log_odds_chosen = self.odds_ratio_loss(
             chosen, rejected
         )
@@ -945,8 +1075,8 @@ class LlavaORPOTrainer(ORPOTrainer):
             "rewards/margins": chosen_rewards - rejected_rewards,
             "logps/rejected": rejected,
             "logps/chosen": chosen,
-            "logits/rejected": means[:, 1],
-            "logits/chosen": means[:, 0],
+            "logits/rejected": logits[1],
+            "logits/chosen": logits[0],
             "nll_loss": -chosen,
             "log_odds_ratio": log_odds_ratio,
             "log_odds_chosen": log_odds_chosen,
@@ -981,8 +1111,87 @@ def add_adapter(model, args: argparse.Namespace) -> PeftModel:
         stop(f"--lora_target_modules {' '.join(args.lora_target_modules)}: {str(error).splitlines()[0]}")
 
 
-def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs) -> None:
-    """Check on a real pair what goes wrong silently; print a table, and stop with one sentence if any line fails."""
+def freeze_tower(model) -> None:
+    """Run the vision tower without a graph, which checkpointing's hooks would else make it keep. Features of the cache,
+    which have one channel in place of three, pass through it as they are."""
+    tower, layer = model.get_base_model().model.vision_tower, model.config.vision_feature_layer
+    run = tower.forward
+
+    @torch.no_grad()
+    def forward(pixel_values, **options):
+        if pixel_values.shape[1] == 1:
+            return BaseModelOutputWithPooling(hidden_states={layer: pixel_values[:, 0].to(tower.dtype)})
+        return run(pixel_values, **options)
+
+    tower.forward = forward
+
+
+def speed_up(model, block_mask: bool, autocast: bool) -> None:
+    """FlexAttention in the language model, and adapters that take their input in its own type under autocast (PEFT would
+    turn it to float32 and autocast back). For the trainer's forward; generate() wants both off."""
+    model.get_base_model().model.language_model.set_attn_implementation("flex_attention" if block_mask else "sdpa")
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = not autocast
+
+
+def checkpoint_layers(model, count: int) -> None:
+    """Let the first `count` decoder layers recompute their activations in the backward pass; the others keep them."""
+    language_model = model.get_base_model().model.language_model
+    language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    for i, layer in enumerate(language_model.layers):
+        layer.gradient_checkpointing = i < count
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that the device can still give."""
+    if device.type == "cuda":
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
+    return psutil.virtual_memory().available
+
+
+def kept_bytes(trainer: LlavaORPOTrainer, batch: dict) -> int:
+    """Bytes of the tensors that autograd keeps for the backward pass of one forward."""
+    weights = {weight.untyped_storage().data_ptr() for weight in trainer.model.parameters()}
+    kept = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), trainer.accelerator.autocast():
+        forward = trainer.concatenated_forward(trainer.model, batch)  # a name, so that the graph and its tensors stay
+    return sum(kept.values()) if forward else 0
+
+
+def plan_checkpointing(trainer: LlavaORPOTrainer, batch: dict) -> int:
+    """How many decoder layers must recompute their activations for `batch`, the longest, to fit the memory.
+
+    Counted are what autograd keeps, twice a layer's activations for the one that is being recomputed and its gradients,
+    and gradients and AdamW's two moments of the adapter; a tenth of the memory is left for the rest.
+    """
+    model = trainer.model.train()
+    layers = len(model.get_base_model().model.language_model.layers)
+    checkpoint_layers(model, layers)
+    least = kept_bytes(trainer, batch)
+    checkpoint_layers(model, layers - 1)
+    a_layer = kept_bytes(trainer, batch) - least
+    tokens = sum(batch[name].numel() for name in ("prompt_input_ids", "chosen_labels", "rejected_labels"))
+    inputs = layers * tokens * model.config.text_config.hidden_size * model.lm_head.weight.itemsize
+    adapter = 3 * sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+    room = 0.9 * free_memory(trainer.accelerator.device) - least - inputs - adapter - 2 * a_layer
+    return min(max(layers - int(room // a_layer), 0), layers)
+
+
+def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs, checkpointing: str) -> None:
+    """Check on a real pair what goes wrong silently, and on the longest batch that the memory is enough; print a table,
+    and stop with one sentence if any line fails. Sets gradient checkpointing (auto, on or off)."""
     model, processor = trainer.model, pairs.processor
     pair = pairs[0]
     batch = trainer._prepare_inputs(collate_pairs([pair], processor.tokenizer.pad_token_id))
@@ -998,8 +1207,10 @@ def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs) -> None:
         apart = 0.0
         for name, shared in zip(("chosen", "rejected"), trainer.concatenated_forward(model, batch)[:2], strict=True):
             row = torch.tensor([pair["prompt"] + pair[name]], device=model.device)
-            logits = model(input_ids=row, **pictures, logits_to_keep=len(pair[name]) + 1).logits[:, :-1].float()
+            with trainer.plain_forward():
+                logits = model(input_ids=row, **pictures, logits_to_keep=len(pair[name]) + 1).logits[:, :-1].float()
             labels = row[:, -len(pair[name]) :]
+            # "encoder-decoder" is TRL's word for logits that already stand at their labels
             alone = trainer.get_batch_logps(logits, labels, average_log_prob=True, is_encoder_decoder=True)
             apart = max(apart, (alone - shared).abs().item())
     model.train()
@@ -1007,8 +1218,25 @@ def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs) -> None:
     fresh = [weight for name, weight in trainable.items() if "lora_B" in name]
     for weight in fresh:  # these start at zero, which leaves lora_A without a gradient: not so for the probe
         torch.nn.init.normal_(weight, std=1e-2)
-    with trainer.accelerator.autocast():
-        trainer.get_batch_loss_metrics(model, batch)[0].backward()
+    longest = [pairs.longest()] * trainer.args.per_device_train_batch_size
+    longest = trainer._prepare_inputs(collate_pairs(longest, processor.tokenizer.pad_token_id))
+    layers = len(model.get_base_model().model.language_model.layers)
+    recomputed = {"on": layers, "off": 0}.get(checkpointing)
+    if recomputed is None:
+        recomputed = plan_checkpointing(trainer, longest)
+    for attempt in (recomputed, layers):
+        try:
+            checkpoint_layers(model, attempt)
+            with trainer.accelerator.autocast():
+                chosen, rejected, _, _, nll = trainer.concatenated_forward(model, longest)
+                (nll - trainer.odds_ratio_loss(chosen, rejected)[0].mean()).backward()
+            recomputed = attempt
+            break
+        except torch.OutOfMemoryError:
+            if checkpointing != "auto" or attempt == layers:
+                raise
+            model.zero_grad()
+    row = sum(longest[name].shape[1] for name in ("prompt_input_ids", "chosen_labels", "rejected_labels"))
     dead = [
         name for name, weight in trainable.items()
         if weight.grad is None or not weight.grad.any() or not weight.grad.isfinite().all()
@@ -1035,6 +1263,8 @@ def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs) -> None:
         ("every trainable weight gets a gradient", dead[0] if dead else f"{size:,} in "
          + ", ".join(f"{n} {name}" for name, n in modules.items()), bool(trainable) and not dead),
         ("embeddings and head stay frozen", stray[0] if stray else "none trainable", not stray),
+        ("the longest batch fits the memory", f"{row:,} tokens a pair; {recomputed} of {layers} layers recompute "
+         "their activations", True),
     ]  # fmt: skip
     table = Table("preflight", "found", "")
     for name, found, passed in checks:
@@ -1070,6 +1300,11 @@ def embed_picture(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def count_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def read_jsonl(path: Path) -> list[dict]:
     """The file's lines up to the first that is no JSON, such as one whose writing was cut short; none if no file."""
     rows = []
@@ -1081,10 +1316,10 @@ def read_jsonl(path: Path) -> list[dict]:
 class RunRecorder(ProgressCallback):
     """Progress bar, metrics.jsonl, and at each evaluation a few answers beside chosen and rejected (samples.html)."""
 
-    def __init__(self, output_dir: Path, processor, eval_pairs: PreferencePairs | None, num_samples: int = 4):
+    def __init__(self, trainer, output_dir: Path, processor, eval_pairs: PreferencePairs | None, num_samples: int = 4):
         super().__init__()
-        self.output_dir, self.processor, self.samples = output_dir, processor, []
-        self.last_log = (0, 0.0)
+        self.trainer, self.output_dir, self.processor, self.samples = trainer, output_dir, processor, []
+        self.last_log, self.seconds = (0, 0.0), 0.0
         for index in range(len(eval_pairs or [])):
             with suppress(OSError):  # a picture that breaks off is no sample
                 self.samples.append(eval_pairs.row(index))
@@ -1102,6 +1337,7 @@ class RunRecorder(ProgressCallback):
             step, then = self.last_log
             self.last_log = (state.global_step, time.perf_counter())
             a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            self.seconds += self.last_log[1] - then
             logs["pairs_per_second"] = (state.global_step - step) * a_step / (self.last_log[1] - then)
             self.training_bar.set_postfix(
                 loss=f"{logs['loss']:.3f}",
@@ -1117,7 +1353,8 @@ class RunRecorder(ProgressCallback):
         if state.is_world_process_zero and self.samples:
             model = model.module if hasattr(model, "module") else model  # without the wrapper of several processes
             images, questions = [row["image"] for row in self.samples], [row["question"] for row in self.samples]
-            answers = generate_answers(model.eval(), self.processor, images, questions)
+            with self.trainer.plain_forward():
+                answers = generate_answers(model.eval(), self.processor, images, questions)
             with (self.output_dir / "samples.jsonl").open("a") as file:
                 file.write(json.dumps({"step": state.global_step, "answers": answers}) + "\n")
             evaluations = read_jsonl(self.output_dir / "samples.jsonl")
@@ -1220,8 +1457,9 @@ def last_checkpoint(output_dir: Path) -> Path | None:
 def open_run(args: argparse.Namespace) -> Path | None:
     """Make the output folder ready; returns the checkpoint to go on from. Refuses to write over another run."""
     output_dir = args.output_dir
-    settings = {name: str(value) for name, value in vars(args).items()
-                if name not in ("resume", "report_to", "wandb_project", "wandb_entity", "num_workers")}  # fmt: skip
+    free = ("resume", "report_to", "wandb_project", "wandb_entity", "num_workers", "gradient_checkpointing", "packing",
+            "compile", "cache_vision_features", "cache_gb")  # fmt: skip
+    settings = {name: str(value) for name, value in vars(args).items() if name not in free}
     if output_dir.exists() and not output_dir.is_dir():
         stop(f"--output_dir {output_dir} is a file; name a folder.")
     checkpoint = last_checkpoint(output_dir)
@@ -1233,7 +1471,9 @@ def open_run(args: argparse.Namespace) -> Path | None:
         noted = output_dir / "arguments.json"
         before = json.loads(noted.read_text()) if noted.exists() else settings
         changed = [
-            f"--{name} was {before[name]}, is {settings[name]}" for name in before if before[name] != settings.get(name)
+            f"--{name} was {before[name]}, is {value}"
+            for name, value in settings.items()
+            if before.get(name, value) != value
         ]
         if changed:
             stop(f"--resume cannot change the run in {output_dir}: {'; '.join(changed)}.")
@@ -1279,6 +1519,9 @@ def make_pairs(args, rows: datasets.DatasetDict, processor) -> tuple[PreferenceP
 def build_trainer(args, model, processor, train_pairs, eval_pairs, checkpoint: Path | None) -> LlavaORPOTrainer:
     on_gpu = torch.cuda.is_available()
     batches = math.ceil(len(train_pairs) / (args.batch_size * int(os.environ.get("WORLD_SIZE", 1))))
+    workers = args.num_workers
+    if workers is None:
+        workers = min(8, max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     config = ORPOConfig(
         output_dir=str(args.output_dir),
         num_train_epochs=args.epochs,
@@ -1292,8 +1535,7 @@ def build_trainer(args, model, processor, train_pairs, eval_pairs, checkpoint: P
         max_length=args.max_length,
         padding_value=processor.tokenizer.pad_token_id,
         disable_dropout=False,  # there is none but LoRA's, which was asked for
-        gradient_checkpointing=args.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        ddp_find_unused_parameters=False,  # preflight has seen that each gets a gradient
         bf16=on_gpu and torch.cuda.is_bf16_supported(),
         use_cpu=not on_gpu,
         seed=args.seed,
@@ -1304,7 +1546,11 @@ def build_trainer(args, model, processor, train_pairs, eval_pairs, checkpoint: P
         eval_on_start=eval_pairs is not None and not checkpoint,  # the base; trainer.evaluate() would undo DDP here
         save_steps=args.save_steps,
         save_total_limit=2,
-        dataloader_num_workers=min(8, max(1, os.cpu_count() - 1)) if args.num_workers is None else args.num_workers,
+        dataloader_num_workers=workers,
+        # the batches of an optimizer step are asked for at once
+        dataloader_prefetch_factor=max(2, math.ceil(args.gradient_accumulation_steps / workers) + 1)
+        if workers
+        else None,
         remove_unused_columns=False,
         report_to=args.report_to,
         run_name=args.output_dir.name,
@@ -1319,10 +1565,60 @@ def build_trainer(args, model, processor, train_pairs, eval_pairs, checkpoint: P
         processing_class=processor,
     )
     trainer.prefix_sharing = not args.no_prefix_sharing
+    trainer.block_mask = on_gpu and trainer.prefix_sharing
+    trainer.packing = trainer.block_mask if args.packing is None else args.packing
+    freeze_tower(model)
+    speed_up(model, trainer.block_mask, config.bf16)
+    if args.compile:
+        for layer in model.get_base_model().model.language_model.layers:
+            layer.compile()
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(RunRecorder(args.output_dir, processor, eval_pairs))
+    trainer.recorder = RunRecorder(trainer, args.output_dir, processor, eval_pairs)
+    trainer.add_callback(trainer.recorder)
     return trainer
+
+
+def fill_cache(args, trainer: LlavaORPOTrainer, *sets: PreferencePairs | None) -> None:
+    """Run the vision tower once over each picture that --cache_vision_features does not hold yet, before training.
+
+    Stops at --cache_gb or a full disk; what is not there is computed when it is needed. Each process does its share.
+    """
+    model, accelerator = trainer.model.eval(), trainer.accelerator
+    cache = VisionCache(args.cache_vision_features, model, trainer.processing_class)
+    try:
+        cache.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        stop(f"--cache_vision_features {args.cache_vision_features} cannot be used: {error.strerror}; name a folder.")
+    pairs = [pairs for pairs in sets if pairs]
+    size = sum(file.stat().st_size for file in cache.folder.rglob("*.safetensors"))
+    room = (args.cache_gb * 1e9 - size) / accelerator.num_processes
+    share = torch.utils.data.Subset(
+        torch.utils.data.ConcatDataset([PicturesToCache(each, cache) for each in pairs]),
+        range(accelerator.process_index, sum(map(len, pairs)), accelerator.num_processes),
+    )
+    loader = torch.utils.data.DataLoader(share, batch_size=None, num_workers=trainer.args.dataloader_num_workers)
+    tower, layer = model.get_base_model().model.vision_tower, model.config.vision_feature_layer
+    for item in tqdm(loader, desc="vision features", disable=not MAIN_PROCESS):
+        file = item and cache.file(item["picture"])
+        if not item or file.exists():
+            continue
+        with accelerator.autocast():
+            hidden = tower(item["pixel_values"].to(tower.device), output_hidden_states=True).hidden_states[layer]
+        features = {"pixel_values": hidden[:, None].to(tower.dtype).cpu(), "image_sizes": item["image_sizes"]}
+        content = save(features)
+        room -= len(content)
+        try:
+            if room < 0:
+                raise OSError("--cache_gb is reached")
+            file.parent.mkdir(exist_ok=True)
+            write_whole(file, content)
+        except OSError as error:
+            console.print(f"vision features: {error.strerror or error}; the rest is computed when it is needed")
+            break
+    accelerator.wait_for_everyone()
+    for each in pairs:
+        each.cache = cache
 
 
 def fingerprint(pairs: PreferencePairs) -> str:
@@ -1337,6 +1633,7 @@ def fingerprint(pairs: PreferencePairs) -> str:
 def finish_run(args: argparse.Namespace, trainer: LlavaORPOTrainer, seconds: float) -> None:
     """Write adapter, model card, curves and training_summary.json, and print what the run changed."""
     output_dir, train_pairs, eval_pairs = args.output_dir, trainer.train_dataset, trainer.eval_dataset
+    data_wait = trainer.seconds_waited / max(trainer.recorder.seconds, 1e-9)
     metrics = read_jsonl(output_dir / "metrics.jsonl")
     evaluations = [row for row in metrics if "eval_loss" in row]
     before, after = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
@@ -1353,6 +1650,7 @@ def finish_run(args: argparse.Namespace, trainer: LlavaORPOTrainer, seconds: flo
                  "fingerprint": fingerprint(train_pairs),
                  "dropped": dropped},
         "steps": trainer.state.global_step,
+        "data_wait_share": data_wait,
         "seconds": round(seconds, 1),
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak,
         "before": before,
@@ -1379,6 +1677,8 @@ def finish_run(args: argparse.Namespace, trainer: LlavaORPOTrainer, seconds: flo
     write_whole(output_dir / "training_summary.json", json.dumps(summary, indent=2))
     if dropped:
         console.print("rows left out: " + ", ".join(f"{n} x {reason}" for reason, n in dropped.most_common()))
+    console.print(f"{data_wait:.1%} of the training time was waiting for pictures"
+                  f"{'; more --num_workers can help' if data_wait > 0.03 else ''}")  # fmt: skip
     console.print(f"adapter, card, curves and summary are in {output_dir}")
 
 
@@ -1396,7 +1696,9 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = load_llava(args.model_path, device=device, load_4bit=args.load_4bit, load_8bit=args.load_8bit)
     train_pairs, eval_pairs = make_pairs(args, rows, processor)
     trainer = build_trainer(args, add_adapter(model, args), processor, train_pairs, eval_pairs, checkpoint)
-    preflight(trainer, train_pairs)
+    preflight(trainer, train_pairs, args.gradient_checkpointing)
+    if args.cache_vision_features:
+        fill_cache(args, trainer, train_pairs, eval_pairs)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.accelerator.wait_for_everyone()
     metrics = read_jsonl(args.output_dir / "metrics.jsonl")
@@ -1419,3 +1721,8 @@ if __name__ == "__main__":
         stop(
             "the GPU's memory is full; use a smaller --batch_size with more --gradient_accumulation_steps, or --load_4bit."
         )
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        stop("a process that decodes pictures was killed: too little memory, or too little shared memory (in a container: "
+             "--shm-size 8g); use a smaller --num_workers, and --resume.")  # fmt: skip

@@ -1,0 +1,178 @@
+"""Several processes: the configurations of accelerate_configs, the README's commands, weights split by FSDP2, and a run
+that another number of processes goes on with."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import datasets
+import pytest
+from accelerate.commands.config import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, patch_environment
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from conftest import MINIATURE, ROOT
+from safetensors.torch import load_file
+from torch.distributed.run import get_args_parser
+
+import llava_orpo_training as training
+
+CONFIGS = ROOT / "accelerate_configs"
+KINDS = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed_zero2": "DEEPSPEED", "deepspeed_zero3": "DEEPSPEED"}
+FLAGS = [
+    "--model_path",
+    str(MINIATURE / "model"),
+    "--report_to",
+    "none",
+    "--batch_size",
+    "4",
+    "--learning_rate",
+    "1e-3",
+]
+FLAGS += ["--num_workers", "0", "--lora_dropout", "0", "--save_steps", "2"]
+
+
+def commands() -> list[str]:
+    """What the README starts the training with on several GPUs or machines, each on one line."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    return re.findall(r"(?:accelerate launch|torchrun)[^\n`|]*llava_orpo_training\.py[^\n`|]*", text)
+
+
+def launch(command: str):
+    """`accelerate launch`'s arguments, filled up from the configuration file."""
+    return _validate_launch_command(launch_command_parser().parse_args(shlex.split(command)[2:]))[0]
+
+
+def environment(args) -> dict[str, str]:
+    """What the launcher hands to the processes it starts."""
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ""
+        return prepare_deepspeed_cmd_env(args)[1]
+    return prepare_multi_gpu_env(args)
+
+
+def pairs(folder, **sizes):
+    for split, size in sizes.items():
+        file = str(MINIATURE / "preferences" / f"{split}.parquet")
+        datasets.load_dataset("parquet", data_files=file, split="train").select(range(size)).to_parquet(
+            folder / f"{split}.parquet"
+        )
+    return folder
+
+
+def losses(folder) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in training.read_jsonl(folder / "metrics.jsonl") if "loss" in row}
+
+
+def start(*command, **variables):
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
+    done = subprocess.run([sys.executable, "-m", *map(str, command)], env=variables, timeout=240, cwd=ROOT,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_configuration_loads_and_says_what_it_means(name):
+    file = CONFIGS / f"{name}.yaml"
+    config = load_config_from_file(str(file))
+    assert config.distributed_type == KINDS[name] and config.mixed_precision == "bf16" and config.num_machines == 1
+    command = f"accelerate launch --config_file {file} --num_processes 2 llava_orpo_training.py"
+    variables = {key: value for key, value in environment(launch(command)).items() if key not in os.environ}
+    assert variables["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    with patch_environment(**variables):
+        if name == "fsdp2":
+            plugin = FullyShardedDataParallelPlugin()
+            assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+            assert plugin.transformer_cls_names_to_wrap == ["MistralDecoderLayer"]
+            assert plugin.state_dict_type.name == "FULL_STATE_DICT"  # save_model() writes nothing with another
+            assert not plugin.activation_checkpointing and not plugin.cpu_ram_efficient_loading
+        elif name != "ddp":
+            settings = DeepSpeedPlugin().deepspeed_config
+            stage = int(name[-1])
+            assert settings["zero_optimization"]["stage"] == stage
+            assert settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is (stage == 3)
+            for setting in ("gradient_accumulation_steps", "gradient_clipping", "train_batch_size"):
+                assert settings[setting] == "auto"  # from the script
+
+
+def test_the_readmes_commands_parse():
+    found = commands()
+    for name in KINDS:
+        assert any(f"accelerate_configs/{name}.yaml" in command for command in found), name
+    assert any("--num_machines 2" in command for command in found) and any("--nnodes" in command for command in found)
+    for command in found:
+        command = command.replace("…", "")
+        if command.startswith("torchrun"):
+            args = get_args_parser().parse_args(shlex.split(command)[1:])
+            assert args.nproc_per_node.isdigit()
+        else:
+            args = launch(command)
+            assert args.num_processes % args.num_machines == 0
+            if args.num_machines > 1:
+                assert environment(args) and int(args.nproc_per_node) * int(args.nnodes) == args.num_processes
+                assert args.rdzv_endpoint == f"{args.main_process_ip}:{args.main_process_port}"
+        assert args.training_script == "llava_orpo_training.py"
+        training.parse_args(args.training_script_args)
+
+
+def test_another_number_of_processes_goes_on_with_a_run(tmp_path, monkeypatch, capsys):
+    """One process begins, two go on, one ends: the curve is that of one process from begin to end."""
+    data = pairs(tmp_path, train=48)
+    flags = [*FLAGS, "--dataset", str(data), "--epochs", "2", "--eval_fraction", "0"]
+    one, two = ["--gradient_accumulation_steps", "2"], ["--gradient_accumulation_steps", "1"]
+    training.main([*flags, "--output_dir", str(tmp_path / "unbroken"), *one])
+    folder = tmp_path / "run"
+    flags += ["--output_dir", str(folder)]
+
+    def break_off(self, args, state, *_, **__):
+        if state.global_step == 5:
+            raise ConnectionError("the machine is gone")
+
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+        patch.setattr(training.RunRecorder, "on_step_begin", break_off)
+        training.main([*flags, *one])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="2"):
+        patch.setenv("WORLD_SIZE", "2")
+        training.main([*flags, *one, "--resume"])
+    error = " ".join(capsys.readouterr().err.split())
+    assert "--resume needs the 8 pairs an optimizer step" in error and "x 2 processes = 16" in error
+    start("torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29541", "llava_orpo_training.py",
+          *flags, *two, "--resume")  # fmt: skip
+    assert {file.name for file in (folder / "checkpoint-10").glob("rng*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    assert losses(folder) == pytest.approx(losses(tmp_path / "unbroken"), abs=1e-4)
+    for file in ("training_summary.json", "adapter_model.safetensors"):
+        (folder / file).unlink()
+    shutil.rmtree(folder / "checkpoint-12")
+    training.main([*flags, *one, "--resume"])
+    assert losses(folder) == pytest.approx(losses(tmp_path / "unbroken"), abs=1e-4)
+    assert list(losses(folder)) == list(range(1, 13))
+    expected = load_file(tmp_path / "unbroken" / "adapter_model.safetensors")
+    for name, weight in load_file(folder / "adapter_model.safetensors").items():
+        assert (weight - expected[name]).abs().max() < 1e-3, name
+
+
+def test_weights_split_by_fsdp2_give_the_loss_of_whole_ones(tmp_path):
+    """The script over two processes by accelerate_configs/fsdp2.yaml: losses, answers and adapter of one process."""
+    data = pairs(tmp_path, train=24, test=2)
+    flags = [*FLAGS, "--dataset", str(data)]
+    training.main([*flags, "--output_dir", str(tmp_path / "whole"), "--gradient_accumulation_steps", "2"])
+    start("accelerate.commands.launch", "--config_file", CONFIGS / "fsdp2.yaml", "--num_processes", "2",
+          "--mixed_precision", "no", "--main_process_port", "29542", ROOT / "tests" / "fsdp_on_cpu.py",
+          *flags, "--output_dir", tmp_path / "split", "--gradient_accumulation_steps", "1",
+          SPLIT_FILE=str(tmp_path / "facts.json"))  # fmt: skip
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    units = ["FSDPEmbedding", *["FSDPMistralDecoderLayer"] * 4, "FSDPLinear", "FSDPPeftModelForCausalLM"]
+    assert sorted(facts["units"]) == sorted(units) and facts["whole"] == []
+    assert facts["share"] == pytest.approx(0.5, abs=0.01)
+    assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+    answers = [(tmp_path / name / "samples.jsonl").read_text() for name in ("split", "whole")]
+    assert answers[0] == answers[1] and len(answers[0].splitlines()) == 2
+    expected = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    found = load_file(tmp_path / "split" / "adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        assert (weight - expected[name]).abs().max() < 1e-3, name

@@ -1,0 +1,224 @@
+"""Each faster path gives the loss and the gradients of the plain one, and what it saves is there."""
+
+import json
+
+import datasets
+import pytest
+import torch
+from conftest import MINIATURE
+from PIL import Image
+from safetensors.torch import load_file
+from test_loss import PAIRS, encode, loss_and_gradients, make_trainer, with_adapter
+from test_training import few_pairs, losses, run  # noqa: F401
+from torch.nn.attention import flex_attention
+from transformers.integrations.flex_attention import WrappedFlexAttention
+
+import llava_orpo_training as training
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    """(model with a trained-looking adapter, processor, a batch of three pairs, its loss and gradients in two rows)."""
+    model, processor = training.load_llava(str(MINIATURE / "model"), device="cpu")
+    features = [encode(processor, pair, seed) for seed, pair in enumerate(PAIRS)]
+    batch = training.collate_pairs(features, processor.tokenizer.pad_token_id)
+    model = with_adapter(model, train_projector=True).train()
+    loss, _, gradients = loss_and_gradients(make_trainer(False), model, batch)
+    assert len(gradients) == 2 * (4 * 7 + 2) and all(gradient.any() for gradient in gradients.values())
+    return model, processor, batch, loss, gradients
+
+
+def assert_equal(adapted, trainer, batch=None, model=None):
+    loss, _, gradients = loss_and_gradients(trainer, model or adapted[0], batch or adapted[2])
+    assert loss == pytest.approx(adapted[3], abs=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, adapted[4][name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture
+def uncompiled_flex(monkeypatch):
+    """FlexAttention's reference implementation, which has a backward pass on the CPU where the check for one is lifted."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda _: flex_attention.flex_attention)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("block_mask", [False, True])
+def test_every_layout_equals_two_rows(packing, block_mask, adapted, uncompiled_flex):
+    trainer = make_trainer(True)
+    trainer.packing, trainer.block_mask = packing, block_mask
+    training.speed_up(adapted[0], block_mask, autocast=False)
+    assert_equal(adapted, trainer)
+    training.speed_up(adapted[0], block_mask=False, autocast=False)
+
+
+def test_a_packed_row_has_no_padding(adapted):
+    batch = adapted[2]
+    shared = training.share_prefix(batch, 513, packing=False, block_mask=False)
+    packed = training.share_prefix(batch, 513, packing=True, block_mask=False)
+    real = batch["prompt_attention_mask"].sum() + sum(
+        (batch[f"{name}_labels"] != -100).sum() for name in ("chosen", "rejected")
+    )
+    assert packed["input_ids"].shape == (1, real) and real < shared["input_ids"].numel()
+    assert len(packed["logits_to_keep"]) == real - batch["prompt_attention_mask"].sum()
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_block_mask_hides_what_the_dense_one_hides(packing, photo_llava):
+    """At a real photo's length, where whole blocks of 128 are skipped; compiled, as on a GPU, but without gradients."""
+    model, processor = training.load_llava(str(photo_llava), device="cpu")
+    sizes = ((336, 672), (500, 333), (336, 336))
+    pairs = training.PreferencePairs(None, [], None, processor, 4096, None)
+    features = [
+        pairs.encode(Image.effect_noise(size, 50).convert("RGB"), *texts[1:])
+        for size, texts in zip(sizes, PAIRS, strict=True)
+    ]
+    batch = training.collate_pairs(features, processor.tokenizer.pad_token_id)
+    model = with_adapter(model).eval()
+    trainer = make_trainer(True)
+    trainer.packing = packing
+    with torch.no_grad():
+        dense = trainer.concatenated_forward(model, batch)
+        trainer.block_mask = True
+        training.speed_up(model, block_mask=True, autocast=False)
+        for found, expected in zip(trainer.concatenated_forward(model, batch), dense, strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    mask = training.share_prefix(batch, 0, packing, block_mask=True)["attention_mask"]
+    assert mask.sparsity() > (70 if packing else 30)  # % of the blocks that are not computed
+
+
+def test_compiled_layers_equal_plain_ones(adapted):
+    model, processor = training.load_llava(str(MINIATURE / "model"), device="cpu")
+    model = with_adapter(model, train_projector=True).train()
+    for layer in model.get_base_model().model.language_model.layers:
+        layer.compile()
+    assert_equal(adapted, make_trainer(True), model=model)
+
+
+@pytest.mark.parametrize("recomputed", [0, 2, 4])
+def test_recomputed_layers_equal_kept_ones(recomputed, adapted):
+    training.checkpoint_layers(adapted[0], recomputed)
+    assert_equal(adapted, make_trainer(True))
+    training.checkpoint_layers(adapted[0], 0)
+
+
+def test_the_tower_keeps_nothing_for_the_backward_pass():
+    model, processor = training.load_llava(str(MINIATURE / "model"), device="cpu")
+    batch = training.collate_pairs([encode(processor, PAIRS[0])], 513)
+    model = with_adapter(model).train()
+    for parameter in model.get_base_model().model.vision_tower.parameters():
+        parameter.requires_grad_(True)
+    before = training.kept_bytes(make_kept(model), batch)
+    training.freeze_tower(model)
+    assert training.kept_bytes(make_kept(model), batch) < 0.7 * before
+    make_trainer(True).get_batch_loss_metrics(model, batch)[0].backward()
+    reached = [name for name, weight in model.named_parameters() if weight.grad is not None]
+    assert len(reached) == 2 * 4 * 7 and not any("vision_tower" in name for name in reached)
+
+
+def make_kept(model):
+    trainer = make_trainer(True)
+    trainer.model, trainer.accelerator.autocast = model, training.nullcontext
+    trainer.accelerator.device = torch.device("cpu")
+    return trainer
+
+
+def test_checkpointing_is_as_much_as_the_memory_asks_for(adapted, monkeypatch):
+    model, _, batch, *_ = adapted
+    trainer = make_kept(model)
+    counts = []
+    for free in (0, 2e6, 20e6, 40e6, 80e6, 1e12):
+        monkeypatch.setattr(training, "free_memory", lambda _, free=free: free)
+        counts.append(training.plan_checkpointing(trainer, batch))
+    training.checkpoint_layers(model, 0)
+    assert counts[0] == 4 and counts[-1] == 0 and counts == sorted(counts, reverse=True)
+    assert len(set(counts)) > 2  # some layers, not all or none
+
+
+def test_autocast_without_the_detour_over_float32_is_the_same():
+    model, processor = training.load_llava(str(MINIATURE / "model"), device="cpu")
+    batch = training.collate_pairs([encode(processor, pair) for pair in PAIRS], 513)
+    model = with_adapter(model.bfloat16()).train()
+    found = []
+    for autocast in (False, True):
+        training.speed_up(model, block_mask=False, autocast=autocast)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(make_trainer(True).concatenated_forward(model, batch)[:2])
+    assert {weight.dtype for name, weight in model.named_parameters() if "lora_" in name} == {torch.float32}
+    for plain, fast in zip(*found, strict=True):
+        torch.testing.assert_close(fast, plain, atol=0, rtol=0)
+
+
+def test_cached_features_train_the_same(tmp_path, few_pairs, monkeypatch):  # noqa: F811
+    flags = ["--epochs", "2", "--lora_dropout", "0", "--save_steps", "100"]
+    plain = run(tmp_path / "plain", few_pairs, *flags)
+    cached = run(tmp_path / "cached", few_pairs, *flags, "--cache_vision_features", str(tmp_path / "features"))
+    assert losses(cached) == pytest.approx(losses(plain), abs=1e-5)
+    expected = load_file(plain / "adapter_model.safetensors")
+    for name, weight in load_file(cached / "adapter_model.safetensors").items():
+        torch.testing.assert_close(weight, expected[name], atol=1e-5, rtol=1e-4)
+    files = sorted((tmp_path / "features").rglob("*.safetensors"))
+    pictures = {row["bytes"] for split in ("train", "test") for row in
+                datasets.load_dataset("parquet", data_files=str(few_pairs / f"{split}.parquet"), split="train")
+                .cast_column("image", datasets.Image(decode=False))["image"]}  # fmt: skip
+    assert len(files) == len(pictures)
+
+    decoded = []
+    load = training.load_image
+    monkeypatch.setattr(training, "load_image", lambda source: decoded.append(1) or load(source))
+    again = run(tmp_path / "again", few_pairs, *flags, "--cache_vision_features", str(tmp_path / "features"))
+    assert losses(again) == pytest.approx(losses(plain), abs=1e-5)
+    first = len(decoded)
+    assert first < 10  # what preflight and samples.html show, against 2 x 48 + 3 x 9 otherwise
+
+    files[0].unlink()  # one is deleted, another one breaks off: both are computed anew
+    files[1].write_bytes(files[1].read_bytes()[:1000])
+    mended = run(tmp_path / "mended", few_pairs, *flags, "--cache_vision_features", str(tmp_path / "features"))
+    assert losses(mended) == pytest.approx(losses(plain), abs=1e-5)
+    assert files[0].exists()
+
+
+def test_the_cache_stays_within_its_bound(tmp_path, few_pairs, capsys):  # noqa: F811
+    folder = tmp_path / "features"
+    plain = run(tmp_path / "plain", few_pairs, "--lora_dropout", "0")
+    flags = ["--lora_dropout", "0", "--cache_vision_features", str(folder), "--cache_gb", "0.001"]
+    bounded = run(tmp_path / "bounded", few_pairs, *flags)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    assert 0.5e6 < size <= 1e6 and "--cache_gb is reached" in " ".join(capsys.readouterr().err.split())
+    assert losses(bounded) == pytest.approx(losses(plain), abs=1e-5)
+
+
+def test_another_tower_reads_no_stale_features():
+    model, processor = training.load_llava(str(MINIATURE / "model"), device="cpu")
+    model = with_adapter(model)
+    first = training.VisionCache(MINIATURE, model, processor)
+    assert training.VisionCache(MINIATURE, model, processor).folder == first.folder
+    weight = next(model.get_base_model().model.vision_tower.parameters())
+    weight.data.view(-1)[-1] += 1e-3
+    assert training.VisionCache(MINIATURE, model, processor).folder != first.folder
+    assert first.file(b"one") != first.file(b"other")
+
+
+def test_the_wait_for_data_is_measured(tmp_path, few_pairs, monkeypatch, capsys):  # noqa: F811
+    """Without workers, decoding is waiting: 0.05 s more a pair must show."""
+    features = training.PreferencePairs.features
+
+    def slow(self, *args):
+        training.time.sleep(0.05)
+        return features(self, *args)
+
+    monkeypatch.setattr(training.PreferencePairs, "features", slow)
+    folder = run(tmp_path / "slow", few_pairs)
+    summary = json.loads((folder / "training_summary.json").read_text())
+    seconds = sum(8 / row["pairs_per_second"] for row in training.read_jsonl(folder / "metrics.jsonl") if "loss" in row)
+    assert summary["data_wait_share"] * seconds > 48 * 0.05 and summary["data_wait_share"] < 1
+    assert "more --num_workers can help" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_longest_pair_is_no_shorter_than_any(few_pairs):  # noqa: F811
+    _, processor = training.load_llava(str(MINIATURE / "model"), device="cpu")
+    rows = training.load_rows(str(few_pairs))["train"]
+    pairs = training.PreferencePairs(rows, list(range(len(rows))), few_pairs, processor, 512, None)
+    names = ("prompt", "chosen", "rejected")
+    longest = sum(len(pairs.longest()[name]) for name in names)
+    assert longest >= max(sum(len(pairs[i][name]) for name in names) for i in range(len(rows)))
