@@ -1,13 +1,20 @@
-"""Seconds a pair and peak memory of one ORPO training step: one shared-prefix row a pair against two full rows.
+"""One ORPO training step in its forms: seconds a pair, share of the device's matrix-product rate, peak memory.
 
-The model is randomly initialised with LLaVA-1.6's picture geometry and vocabulary (32,064): a 640x480 photo is 2,340
-image tokens, chosen and rejected have 130 and 120. Three forms, each in a process of its own, so that its peak memory is
-its own: trl, ORPOTrainer's own forward and loss given the pictures (two rows a pair, vision tower twice, logits and
-log-probabilities for every position); plain, llava_orpo_training.py --no_prefix_sharing (the same, but log-probabilities
-for the responses only); shared, what llava_orpo_training.py does. The ratios are to trl.
+The model is randomly initialised with LLaVA-1.6's picture geometry and vocabulary (32,064); pictures have the sizes of
+real photos (1,464 to 2,928 image tokens), responses 60 to 160 tokens. The forms, each in a process of its own:
 
-    python benchmarks/bench_orpo_step.py                      # narrow model (hidden 512, 4 layers)
-    python benchmarks/bench_orpo_step.py --size 7b --batch_size 4 --steps 10        # on a GPU
+    trl     ORPOTrainer's own forward and loss given the pictures: two rows a pair, vision tower twice, logits and
+            log-probabilities for every position
+    plain   llava_orpo_training.py --no_prefix_sharing: the same, but log-probabilities for the responses only
+    shared  one row a pair, logits for the responses only
+    packed  --packing: the rows of shared, one after the other in a single row without padding
+
+On a GPU, shared and packed use FlexAttention's block mask. The share is what a pair needs at least (no padding, nothing
+computed twice or recomputed) by the second, over the rate of one large matrix product, measured in the same process.
+
+    python benchmarks/bench_orpo_step.py                                            # narrow model (hidden 512, 4 layers)
+    python benchmarks/bench_orpo_step.py --size 7b --batch_size 1 2 4 8 16          # on a GPU: LoRA in bfloat16
+    python benchmarks/bench_orpo_step.py --size 7b --batch_size 1 2 4 8 16 --load_4bit                        # QLoRA
 """
 
 import argparse
@@ -22,21 +29,27 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+FORMS = ["trl", "plain", "shared", "packed"]
+# (height, width) of a photo, its image tokens; the model itself refuses a wrong number
+PHOTOS = [((480, 640), 2340), ((640, 427), 2160), ((333, 500), 1464), ((640, 480), 2352), ((600, 600), 2928)]
+RESPONSES = [(130, 120), (90, 100), (160, 140), (60, 70)]  # chosen and rejected, tokens
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["narrow", "7b"], default="narrow", help="language model (default: narrow)")
-    parser.add_argument("--batch_size", type=int, default=1, help="pairs a step (default: 1)")
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[1], help="pairs a step, ascending (default: 1)")
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one to warm up (default: 3)")
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="in both forms")
-    parser.add_argument(
-        "--form", choices=["trl", "plain", "shared"], help=argparse.SUPPRESS
-    )  # a child process runs one form
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, help="which to run (default: all)")
+    parser.add_argument("--load_4bit", action="store_true", help="QLoRA: the language model in NF4")
+    parser.add_argument("--gradient_checkpointing", choices=["auto", "on", "off"], default="auto",
+                        help="as in training, from each form's own memory; trl and plain: in all layers unless off (default: auto)")  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="compile the decoder layers, in every form")
+    parser.add_argument("--form", choices=FORMS, help=argparse.SUPPRESS)  # a child process runs one form
     return parser.parse_args(argv)
 
 
-def build_model(size: str, device: str):
+def build_model(size: str, device: str, load_4bit: bool = False, dtype=None):
     """A random LLaVA-NeXT on `device`; the vision tower is CLIP ViT-L/14-336 in both sizes' geometry, narrow in one."""
     import torch
     from transformers import CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditionalGeneration, MistralConfig
@@ -45,12 +58,9 @@ def build_model(size: str, device: str):
     vision = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4) if narrow else (
         dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
     )  # fmt: skip
-    text = dict(
-        hidden_size=512, intermediate_size=1792, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2
-    )
-    text = (
-        text if narrow else dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_key_value_heads=8)
-    )
+    text = dict(hidden_size=512, intermediate_size=1792, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2) if narrow else (
+        dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_key_value_heads=8)
+    )  # fmt: skip
     config = LlavaNextConfig(
         vision_config=CLIPVisionConfig(image_size=336, patch_size=14, **vision),
         text_config=MistralConfig(vocab_size=32064, max_position_embeddings=8192, sliding_window=None, **text),
@@ -60,77 +70,195 @@ def build_model(size: str, device: str):
     )
     torch.manual_seed(0)
     with torch.device(device):
-        torch.set_default_dtype(torch.float32 if device == "cpu" else torch.bfloat16)
+        torch.set_default_dtype(dtype or (torch.float32 if device == "cpu" else torch.bfloat16))
         model = LlavaNextForConditionalGeneration(config)
         torch.set_default_dtype(torch.float32)
+    if load_4bit:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
+        for layer in model.model.language_model.layers:
+            for parent in (layer.self_attn, layer.mlp):
+                for name, linear in list(parent.named_children()):
+                    if isinstance(linear, torch.nn.Linear):
+                        with torch.device("meta"):
+                            quantized = Linear4bit(linear.in_features, linear.out_features, bias=False,
+                                                   compute_dtype=linear.weight.dtype)  # fmt: skip
+                        quantized.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4",
+                                                      compress_statistics=True, module=quantized).to(device)  # fmt: skip
+                        quantized.support_avx512bf16_for_cpu = False  # see load_llava
+                        setattr(parent, name, quantized)
+        model.is_loaded_in_4bit = True
     return model
 
 
-def run_form(args: argparse.Namespace) -> dict:
-    """Train `steps` steps in one form; returns seconds a pair, peak memory in bytes and the last loss."""
+def make_batch(n: int, device: str) -> dict:
+    """n pairs as collate_pairs gives them; text and pixels are random."""
+    import torch
+
+    import llava_orpo_training as training
+
+    generator = torch.Generator().manual_seed(0)
+
+    def words(count: int) -> list[int]:
+        return torch.randint(100, 32000, (count,), generator=generator).tolist()
+
+    features = []
+    for i in range(n):
+        (height, width), image_tokens = PHOTOS[i % len(PHOTOS)]
+        tiles = 3 if image_tokens < 2000 else 5
+        features.append({
+            "prompt": [1, 733, 16289, 28793, 28705] + [32000] * image_tokens + words(20),
+            **{name: words(RESPONSES[i % len(RESPONSES)][k]) for k, name in enumerate(("chosen", "rejected"))},
+            "pixel_values": torch.randn(tiles, 3, 336, 336, generator=generator),
+            "image_sizes": torch.tensor([height, width]),
+        })  # fmt: skip
+    return {name: tensor.to(device) for name, tensor in training.collate_pairs(features, 32001).items()}
+
+
+def make_trainer(form: str, device: str, autocast: bool):
+    """The trainer's loss, without a data set around it."""
+    import torch
+
+    import llava_orpo_training as training
+
+    trainer = training.LlavaORPOTrainer.__new__(training.LlavaORPOTrainer)
+    trainer.beta, trainer.padding_value = 0.1, 32001
+    trainer.is_encoder_decoder = trainer.aux_loss_enabled = False
+    trainer.accelerator = SimpleNamespace(
+        device=torch.device(device), autocast=lambda: torch.autocast(device, torch.bfloat16, enabled=autocast)
+    )
+    trainer.prefix_sharing, trainer.packing = form in ("shared", "packed"), form == "packed"
+    trainer.block_mask = trainer.prefix_sharing and device == "cuda"
+    return trainer
+
+
+def count_flops(model, batch: dict) -> tuple[float, float]:
+    """Floating-point operations that a step on this batch needs: the matrix products of each real token's forward (and of
+    every tile's), the gradients of its input, and the adapter's own; nothing for padding, and no score that is masked.
+    Returns (those of linear layers, those of attention).
+    """
+    import torch
+
+    config, base = model.config.text_config, model.get_base_model()
+    names = ("prompt_input_ids", "chosen_labels", "rejected_labels")
+    real = [(batch["prompt_attention_mask"] == 1) if "prompt" in name else (batch[name] != -100) for name in names]
+    prompt, chosen, rejected = (part.sum(1).double() for part in real)
+    tokens = (prompt + chosen + rejected).sum().item()
+    seen = (prompt**2 / 2 + (chosen + rejected) * prompt + (chosen**2 + rejected**2) / 2).sum().item()
+    frozen = adapter = 0
+    for name, module in base.model.language_model.named_modules():
+        if hasattr(module, "in_features") and not hasattr(module, "base_layer"):
+            size = module.in_features * module.out_features
+            frozen, adapter = (frozen, adapter + size) if ".lora_" in name else (frozen + size, adapter)
+    head_size = config.head_dim or config.hidden_size // config.num_attention_heads
+    language = tokens * (4 * frozen + 6 * adapter)
+    attention = 12 * seen * config.num_hidden_layers * config.num_attention_heads * head_size
+    head = 4 * (chosen + rejected).sum().item() * base.lm_head.weight.numel()
+    vision = base.config.vision_config
+    tiles = sum(3 if size == list(PHOTOS[2][0]) else 5 for size in batch["image_sizes"].tolist())
+    patches = (vision.image_size // vision.patch_size) ** 2 + 1
+    linear = [
+        module.weight.numel() for module in base.model.vision_tower.modules() if isinstance(module, torch.nn.Linear)
+    ]
+    tower = tiles * 2 * patches * sum(linear)
+    attention += tiles * 4 * patches**2 * vision.hidden_size * vision.num_hidden_layers
+    projector = (
+        tiles * (patches - 1) * 2 * sum(weight.numel() for weight in base.model.multi_modal_projector.parameters())
+    )
+    return language + head + tower + projector, attention
+
+
+def measure_matmul(device: str) -> float:
+    """The device's rate in one large matrix product (bfloat16 on a GPU, float32 on a CPU), operations a second."""
+    import torch
+
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        left @ right
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def run_form(args: argparse.Namespace) -> list[dict]:
+    """Train `steps` steps in one form at each batch size; a batch that does not fit the GPU ends the list."""
     import torch
 
     import llava_orpo_training as training
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build_model(args.size, device)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    defaults = training.parse_args([])
-    defaults.lora_dropout = 0.0
-    model = training.add_adapter(model, defaults).train()
-    trainer = training.LlavaORPOTrainer.__new__(training.LlavaORPOTrainer)  # the loss alone, without a data set
-    trainer.beta, trainer.padding_value = 0.1, 32001
-    trainer.is_encoder_decoder = trainer.aux_loss_enabled = False
-    trainer.accelerator = SimpleNamespace(device=device)
-    trainer.prefix_sharing = args.form == "shared"
-    generator = torch.Generator().manual_seed(0)
-    n = args.batch_size
-    prompt = torch.cat(
-        [torch.tensor([1, 733, 16289, 28793, 28705]), torch.full((2340,), 32000), torch.arange(100, 120)]
+    on_gpu = device == "cuda"
+    rate = measure_matmul(device)
+    defaults = training.parse_args(["--lora_dropout", "0"])
+    model = training.add_adapter(build_model(args.size, device, args.load_4bit), defaults).train()
+    trainer = make_trainer(args.form, device, autocast=on_gpu)
+    trainer.model = model
+    if trainer.prefix_sharing:
+        training.freeze_tower(model)
+        training.speed_up(model, trainer.block_mask, autocast=on_gpu)
+    decoder = model.get_base_model().model.language_model
+    if args.compile:
+        for layer in decoder.layers:
+            layer.compile()
+    start_weights = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    optimizer = torch.optim.AdamW(
+        [weight for weight in model.parameters() if weight.requires_grad], lr=1e-4, fused=True
     )
-    batch = {
-        "prompt_input_ids": prompt.repeat(n, 1),
-        "prompt_attention_mask": torch.ones(n, len(prompt), dtype=torch.long),
-        "chosen_labels": torch.randint(100, 32000, (n, 130), generator=generator),
-        "rejected_labels": torch.randint(100, 32000, (n, 120), generator=generator),
-        "pixel_values": torch.randn(n, 5, 3, 336, 336, generator=generator),
-        "image_sizes": torch.tensor([[480, 640]] * n),
-    }
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    rows = {}  # the same pairs in the form that TRL's own collator gives
-    for name in ("chosen", "rejected"):
-        labels = batch[f"{name}_labels"]
-        rows[f"{name}_input_ids"] = torch.cat([batch["prompt_input_ids"], labels], dim=1)
-        rows[f"{name}_attention_mask"] = torch.ones_like(rows[f"{name}_input_ids"])
-        rows[f"{name}_labels"] = torch.cat([torch.full_like(batch["prompt_input_ids"], -100), labels], dim=1)
-    pictures = {name: torch.cat([batch[name]] * 2) for name in ("pixel_values", "image_sizes")}
-    show_pictures = functools.partial(model, **pictures)
-    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-4)
-    for step in range(args.steps + 1):
-        if step == 1:  # the first warms up
-            if device == "cuda":
+    results = []
+    for n in args.batch_size:
+        batch = make_batch(n, device)
+        rows = {}  # the same pairs in the form that TRL's own collator gives
+        for name in ("chosen", "rejected"):
+            labels, prompt = batch[f"{name}_labels"], batch["prompt_input_ids"]
+            rows[f"{name}_input_ids"] = torch.cat([prompt, labels.masked_fill(labels == -100, 32001)], dim=1)
+            rows[f"{name}_attention_mask"] = torch.cat([batch["prompt_attention_mask"], (labels != -100).long()], dim=1)
+            rows[f"{name}_labels"] = torch.cat([torch.full_like(prompt, -100), labels], dim=1)
+        show_pictures = functools.partial(model, **{name: torch.cat([batch[name]] * 2) for name in ("pixel_values", "image_sizes")})  # fmt: skip
+        for name, weight in model.named_parameters():
+            if name in start_weights:
+                weight.data.copy_(start_weights[name])
+        try:
+            if args.gradient_checkpointing == "auto" and trainer.prefix_sharing:
+                recomputed = training.plan_checkpointing(trainer, batch)
+            else:
+                recomputed = 0 if args.gradient_checkpointing == "off" or not on_gpu else len(decoder.layers)
+            training.checkpoint_layers(model, recomputed)
+            for step in range(args.steps + 1):
+                if step == 1:  # the first warms up
+                    if on_gpu:
+                        torch.cuda.synchronize()
+                        torch.cuda.reset_peak_memory_stats()
+                    start = time.perf_counter()
+                with trainer.accelerator.autocast():
+                    if args.form == "trl":
+                        forward = training.ORPOTrainer.concatenated_forward(trainer, show_pictures, rows)
+                    else:
+                        forward = trainer.concatenated_forward(model, batch)
+                chosen, rejected, nll = forward[0], forward[1], forward[4]
+                if step == 0:  # every form starts from the same weights
+                    logps = {"chosen_logp": chosen[0].item(), "rejected_logp": rejected[0].item()}
+                (nll - trainer.odds_ratio_loss(chosen, rejected)[0].mean()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                del forward, chosen, rejected, nll
+            if on_gpu:
                 torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-        if args.form == "trl":
-            chosen, rejected, _, _, nll = training.ORPOTrainer.concatenated_forward(trainer, show_pictures, rows)
-        else:
-            chosen, rejected, _, _, nll = trainer.concatenated_forward(model, batch)
-        loss = nll - trainer.odds_ratio_loss(chosen, rejected)[0].mean()
-        if step == 0:  # every form starts from the same weights
-            logps = {"chosen_logp": chosen[0].item(), "rejected_logp": rejected[0].item()}
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    seconds = (time.perf_counter() - start) / (args.steps * n)
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else host
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    return {"seconds_per_pair": seconds, "peak_bytes": peak, **logps, "device": name}
+        except torch.OutOfMemoryError:
+            print(f"{args.form}: a batch of {n} does not fit", file=sys.stderr)
+            break
+        seconds = (time.perf_counter() - start) / args.steps
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        results.append({
+            "form": args.form, "batch_size": n, "seconds_per_pair": seconds / n, "recomputed_layers": recomputed,
+            "share_of_matmul": sum(count_flops(model, batch)) / seconds / rate, "matmul_flops": rate,
+            "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else host, **logps,
+            "device": torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads",
+        })  # fmt: skip
+    return results
 
 
 def main(argv=None):
@@ -138,21 +266,28 @@ def main(argv=None):
     if args.form:
         print(json.dumps(run_form(args)))
         return
-    results = {}
-    for form in ("trl", "plain", "shared"):
+    from rich.console import Console
+    from rich.table import Table
+
+    results = []
+    for form in args.forms:
         command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv), "--form", form]
         child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        results[form] = json.loads(child.stdout.splitlines()[-1])
-        print(f"{form:>6}: {results[form]['seconds_per_pair']:.3f} s a pair, "
-              f"{results[form]['peak_bytes'] / 1e9:.2f} GB at the peak, chosen log-probability {results[form]['chosen_logp']:.6f}")  # fmt: skip
-    shared = results["shared"]
-    ratios = {}
-    for form in ("trl", "plain"):
-        ratios[f"speedup_over_{form}"] = results[form]["seconds_per_pair"] / shared["seconds_per_pair"]
-        ratios[f"memory_of_{form}"] = shared["peak_bytes"] / results[form]["peak_bytes"]
-        print(f"against {form}, shared is {ratios[f'speedup_over_{form}']:.2f} times as fast "
-              f"and takes {100 * ratios[f'memory_of_{form}']:.0f} % of the memory")  # fmt: skip
-    print(json.dumps({"benchmark": "orpo_step", "size": args.size, "batch_size": args.batch_size, **ratios, **results}))  # fmt: skip
+        results += json.loads(child.stdout.splitlines()[-1])
+    found = {(result["form"], result["batch_size"]): result for result in results}
+    kind = "QLoRA (NF4)" if args.load_4bit else "LoRA"
+    table = Table("form", "pairs a step", "s a pair", "share of matmul", "peak", "layers recomputed", "times trl", "times plain",
+                  title=f"{args.size}, {kind}, {results[0]['device']}")  # fmt: skip
+    for (form, n), result in found.items():
+        for other in ("trl", "plain"):
+            if (other, n) in found:
+                result[f"speedup_over_{other}"] = found[other, n]["seconds_per_pair"] / result["seconds_per_pair"]
+                result[f"memory_of_{other}"] = result["peak_bytes"] / found[other, n]["peak_bytes"]
+        ratios = (f"{result[key]:.2f}" if key in result else "" for key in ("speedup_over_trl", "speedup_over_plain"))
+        table.add_row(form, str(n), f"{result['seconds_per_pair']:.3f}", f"{result['share_of_matmul']:.1%}",
+                      f"{result['peak_bytes'] / 1e9:.2f} GB", str(result["recomputed_layers"]), *ratios)  # fmt: skip
+    Console(width=120).print(table)
+    print(json.dumps({"benchmark": "orpo_step", "size": args.size, "load_4bit": args.load_4bit, "results": results}))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ def start_with_fsdp(self, *args, fsdp_plugin=None, **options):
     start(self, *args, fsdp_plugin=fsdp_plugin, **options)
     if fsdp_plugin is not None:
         self.fsdp_plugin = fsdp_plugin
+        if self._mixed_precision != "no":
+            fsdp_plugin.set_mixed_precision(self._mixed_precision)
     if self.__dict__.get("fsdp_plugin") is not None:
         self.distributed_type = DistributedType.FSDP
 

@@ -7,18 +7,53 @@ import sys
 import pytest
 from conftest import ROOT
 
+import llava_orpo_training as training
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
 
 def test_orpo_step_compares_equal_log_probabilities():
     command = [sys.executable, str(ROOT / "benchmarks" / "bench_orpo_step.py"), "--steps", "1"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=400).stdout
-    figures = json.loads(printed.splitlines()[-1])
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
+    found = {result["form"]: result for result in json.loads(printed.splitlines()[-1])["results"]}
+    assert list(found) == ["trl", "plain", "shared", "packed"]
     for name in ("chosen_logp", "rejected_logp"):
-        assert figures["shared"][name] == pytest.approx(figures["plain"][name], abs=1e-4)
-        assert figures["shared"][name] == pytest.approx(figures["trl"][name], abs=1e-4)
-    for form in ("trl", "plain"):
-        seconds = figures[form]["seconds_per_pair"] / figures["shared"]["seconds_per_pair"]
-        assert figures[f"speedup_over_{form}"] == pytest.approx(seconds) and seconds > 2
-        assert figures[f"memory_of_{form}"] < 0.7
+        for form in found:
+            assert found[form][name] == pytest.approx(found["trl"][name], abs=1e-4), form
+    for other in ("trl", "plain"):
+        seconds = found[other]["seconds_per_pair"] / found["shared"]["seconds_per_pair"]
+        assert found["shared"][f"speedup_over_{other}"] == pytest.approx(seconds) and seconds > 2
+    assert found["shared"]["memory_of_trl"] < 0.7 and 0 < found["shared"]["share_of_matmul"] < 1
+
+
+def test_the_flops_are_those_that_run():
+    import bench_orpo_step
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = training.add_adapter(bench_orpo_step.build_model("narrow", "cpu"), training.parse_args([])).train()
+    training.freeze_tower(model)
+    batch = bench_orpo_step.make_batch(1, "cpu")
+    with FlopCounterMode(display=False) as counter:
+        bench_orpo_step.make_trainer("shared", "cpu", autocast=False).concatenated_forward(model, batch)[4].backward()
+    ran = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
+    linear = bench_orpo_step.count_flops(model, batch)[0]
+    # the first layer's input needs no gradient; the patches' convolution is left out
+    assert linear == pytest.approx(ran["aten.mm"] + ran["aten.addmm"], rel=0.05)
+
+
+def test_memory_is_accounted_as_it_is_used():
+    """The sizes of tensors without content are those of real ones: here, what autograd keeps between the two passes."""
+    import bench_memory
+    import bench_orpo_step
+
+    short, long = (bench_memory.account("narrow", False, 1, length, 250) for length in (1500, 3000))
+    weights = sum(weight.nbytes for weight in bench_orpo_step.build_model("narrow", "meta").parameters())
+    assert weights < short < long
+    two_rows = bench_memory.account("narrow", False, 2, 2495, 2495)
+    assert bench_memory.account("narrow", False, 1, 2615, 250) < 0.7 * two_rows
+    packed = bench_memory.account("narrow", True, 1, 1500, 250)
+    layers = 4 * (2 * 512 * 512 + 2 * 512 * 128 + 3 * 512 * 1792)
+    assert short - packed == pytest.approx(4 * layers * (1 - (0.5 + 1 / 64 + 1 / 4096) / 4), rel=0.15)
 
 
 def test_amber_generation_is_faster_and_the_same():

@@ -277,8 +277,8 @@ def test_preflight_stops_a_faulty_run(fault, sentence, tmp_path, few_pairs, monk
     elif fault == "shifted":
         share = training.share_prefix
 
-        def shifted(batch, pad_token_id):
-            inputs = share(batch, pad_token_id)
+        def shifted(batch, *options):
+            inputs = share(batch, *options)
             return {**inputs, "logits_to_keep": inputs["logits_to_keep"] - 1}
 
         monkeypatch.setattr(training, "share_prefix", shifted)

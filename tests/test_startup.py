@@ -1,0 +1,133 @@
+"""How a run starts and goes on: --help at once, a set of RLAIF-V's size soon at its first step, memory flat over 2,000."""
+
+import io
+import random
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import MINIATURE, ROOT
+from PIL import Image
+from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
+import llava_orpo_training as training
+
+FIRST_STEP_SECONDS = 60
+FLAT_BYTES = 8e6  # between steps 300 and 2,000: a leak of 5 kB a step is found
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("llava_*.py")))
+def test_help_answers_at_once(script):
+    def seconds() -> float:
+        started = time.perf_counter()
+        shown = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
+        assert shown.stdout.startswith(f"usage: {script}")
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(3)) < 1.5
+
+
+def write_pairs(path, n: int, words: tuple[int, int], distinct: int, size: tuple[int, int]) -> None:
+    """A parquet of `n` pairs in RLAIF-V's columns: five to a picture, `distinct` texts and pictures, responses of `words`
+    from the miniature's captions."""
+    choose, rng = random.Random(0), np.random.default_rng(0)
+    captions = pq.read_table(MINIATURE / "preferences" / "train.parquet", columns=["chosen"])["chosen"].to_pylist()
+    known = sorted({word for caption in captions for word in caption.split()})
+    pictures = []
+    for _ in range(min(distinct, 150)):
+        buffer = io.BytesIO()
+        tiny = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8))
+        tiny.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+        pictures.append(buffer.getvalue())
+    texts = [[" ".join(choose.choices(known, k=choose.randint(*words))) for words in ((12, 18), words, words)]
+             for _ in range(distinct)]  # fmt: skip
+    writer = None
+    for start in range(0, n, 2000):
+        rows = []
+        for i in range(start, min(start + 2000, n)):
+            question, chosen, rejected = texts[i % distinct]
+            rows.append({
+                "ds_name": "generated", "image": {"bytes": pictures[i // 5 % len(pictures)], "path": f"{i // 5}.jpg"},
+                "question": question, "chosen": f"{chosen} {i % distinct}.", "rejected": f"{rejected}.",
+                "origin_dataset": "generated", "origin_split": "{}", "idx": str(i), "image_path": f"{i // 5}.jpg",
+            })  # fmt: skip
+        table = pa.Table.from_pylist(rows)
+        writer = writer or pq.ParquetWriter(path, table.schema)
+        writer.write_table(table)
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory):
+    """The miniature's processor, and a random model of its sizes with one layer in either tower: 50 steps a second."""
+    folder = tmp_path_factory.mktemp("one_layer") / "model"
+    shutil.copytree(MINIATURE / "model", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = LlavaNextConfig.from_pretrained(folder)
+    config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = 1
+    config.vision_feature_layer = -1
+    torch.manual_seed(0)
+    LlavaNextForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+class FirstStepReached(Exception):
+    """Ends a run after its first optimizer step."""
+
+
+def test_a_set_of_rlaif_vs_size_reaches_its_first_step_soon(tmp_path, one_layer, monkeypatch):
+    """With every flag of the training at its default; the evaluation before the first step counts."""
+    write_pairs(tmp_path / "pairs.parquet", 83132, (80, 120), 20000, (96, 72))
+    load_llava, seen = training.load_llava, {}
+
+    def load(*args, **options):
+        loaded = load_llava(*args, **options)
+        seen["loaded"] = time.perf_counter()
+        return loaded
+
+    def end(self, args, state, control, **kwargs):
+        seen["stepped"], seen["step"] = time.perf_counter(), state.global_step
+        seen["evaluated"] = any("eval_loss" in row for row in training.read_jsonl(self.output_dir / "metrics.jsonl"))
+        raise FirstStepReached
+
+    monkeypatch.setattr(training, "load_llava", load)
+    monkeypatch.setattr(training.RunRecorder, "on_step_end", end)
+    with pytest.raises(FirstStepReached):
+        training.main(["--model_path", str(one_layer), "--dataset", str(tmp_path / "pairs.parquet"),
+                       "--output_dir", str(tmp_path / "run"), "--report_to", "none"])  # fmt: skip
+    assert seen["step"] == 1 and seen["evaluated"]
+    assert seen["stepped"] - seen["loaded"] < FIRST_STEP_SECONDS
+
+
+def test_memory_is_flat_over_2000_steps(tmp_path, one_layer):
+    """Of the process and its data loader's worker together. 200 texts come again and again: the tokenizer keeps up to
+    10,000 that it met, which is no leak."""
+    write_pairs(tmp_path / "pairs.parquet", 2000, (5, 10), 200, (56, 56))
+    command = [sys.executable, str(ROOT / "llava_orpo_training.py"), "--model_path", str(one_layer),
+               "--dataset", str(tmp_path / "pairs.parquet"), "--output_dir", str(tmp_path / "run"), "--eval_fraction", "0",
+               "--batch_size", "1", "--gradient_accumulation_steps", "1", "--num_workers", "1", "--report_to", "none",
+               "--lora_target_modules", "q_proj", "--no-gradient_checkpointing", "--save_steps", "100000"]  # fmt: skip
+    used, metrics = {}, tmp_path / "run" / "metrics.jsonl"  # {step: bytes}
+    with (tmp_path / "log").open("w") as log:
+        process = psutil.Popen(command, stdout=log, stderr=log)
+    while process.poll() is None:
+        time.sleep(0.1)
+        step = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        if 0 < step < 2000:
+            try:
+                running = [process, *process.children(recursive=True)]
+                used[step] = sum(one.memory_info().rss for one in running), len(running)
+            except psutil.NoSuchProcess:  # ended between the two lines above
+                continue
+    assert process.wait() == 0, (tmp_path / "log").read_text()[-2000:]
+    assert metrics.read_bytes().count(b"\n") == 2000
+    early = [size for step, (size, running) in used.items() if 300 <= step < 500 and running > 1]
+    late = [size for step, (size, running) in used.items() if step >= 1800 and running > 1]
+    assert len(early) > 5 and len(late) > 5
+    assert np.median(late) - np.median(early) < FLAT_BYTES
