@@ -30,13 +30,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(data, "--output_dir", "where everything is written", type=Path, default=Path("checkpoints/llava-orpo"))
     add(data, "--max_samples", "use the first N good pairs only", type=int)
     add(data, "--eval_fraction", "share of pairs held out, if the set has no test split", type=float, default=0.1)
+    add(data, "--eval_samples", "of the held-out pairs, how many each evaluation goes through, the one before the first step "
+        "too", type=int, default=300)  # fmt: skip
     add(data, "--max_length", "tokens a prompt and one response may have; longer responses are cut, longer prompts "
         "dropped", type=int, default=4096)  # fmt: skip
     add(data, "--num_workers", "processes that decode and resize pictures (default: one a core but one, at most 8)",
         type=int)  # fmt: skip
     add(data, "--cache_vision_features", "keep what the frozen vision tower makes of each picture in this folder, "
         "so that later epochs and runs need neither picture nor tower (6 MB a picture; safe to delete)", type=Path)  # fmt: skip
-    add(data, "--cache_gb", "most that folder may grow to", type=float, default=200.0)
+    add(data, "--cache_gb", "most that folder may grow to", type=float, default=200)
     add(
         data,
         "--test_mode",
@@ -88,10 +90,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if (getattr(args, name) or 0) < 0:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least 0")
     for name in ("max_samples", "max_length", "lora_rank", "lora_alpha", "epochs", "batch_size", "learning_rate", "beta",
-                 "gradient_accumulation_steps", "save_steps", "eval_steps", "cache_gb"):  # fmt: skip
+                 "gradient_accumulation_steps", "save_steps", "eval_steps", "eval_samples", "cache_gb"):  # fmt: skip
         value = getattr(args, name)
         if value is not None and value <= 0:
             parser.error(f"--{name} is {value}; it must be above 0")
+    if args.packing and args.no_prefix_sharing:
+        parser.error("--packing lays out rows that share a prefix; leave --no_prefix_sharing out")
     for name, folder in (("model_path", "model"), ("dataset", "preferences")):
         if args.test_mode and getattr(args, name) == parser.get_default(name):
             setattr(args, name, str(MINIATURE / folder))
@@ -146,7 +150,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, set_seed
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -1135,6 +1139,23 @@ def speed_up(model, block_mask: bool, autocast: bool) -> None:
             module.cast_input_dtype_enabled = not autocast
 
 
+def flex_attention_runs(model) -> bool:
+    """Whether FlexAttention compiles for the decoder's heads on its device, forward and backward; says so if not."""
+    config = model.config.text_config
+    size = config.head_dim or config.hidden_size // config.num_attention_heads
+    query, key, value = (
+        torch.zeros(1, heads, 256, size, device=model.device, dtype=model.lm_head.weight.dtype, requires_grad=True)
+        for heads in (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    )
+    try:
+        torch.compile(flex_attention)(query, key, value, enable_gqa=True).sum().backward()
+    except Exception as error:  # no C compiler, no Triton, a GPU with too little shared memory: each raises its own
+        console.print(f"FlexAttention does not run here ({type(error).__name__}: {(str(error) or '?').splitlines()[0]}); "
+                      "a dense mask takes its place, which is slower")  # fmt: skip
+        return False
+    return True
+
+
 def checkpoint_layers(model, count: int) -> None:
     """Let the first `count` decoder layers recompute their activations in the backward pass; the others keep them."""
     language_model = model.get_base_model().model.language_model
@@ -1218,10 +1239,13 @@ def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs, checkpointing: 
     fresh = [weight for name, weight in trainable.items() if "lora_B" in name]
     for weight in fresh:  # these start at zero, which leaves lora_A without a gradient: not so for the probe
         torch.nn.init.normal_(weight, std=1e-2)
-    longest = [pairs.longest()] * trainer.args.per_device_train_batch_size
+    # what FSDP2 or ZeRO-3 splits in train() is whole till then, and leaves less room than training will have
+    zero_stage = getattr(trainer.accelerator.state.deepspeed_plugin, "zero_stage", 0)
+    split = trainer.is_fsdp_enabled or zero_stage == 3
+    longest = [pair] if split else [pairs.longest()] * trainer.args.per_device_train_batch_size
     longest = trainer._prepare_inputs(collate_pairs(longest, processor.tokenizer.pad_token_id))
     layers = len(model.get_base_model().model.language_model.layers)
-    recomputed = {"on": layers, "off": 0}.get(checkpointing)
+    recomputed = {"on": layers, "off": 0}.get(checkpointing, layers if split else None)
     if recomputed is None:
         recomputed = plan_checkpointing(trainer, longest)
     for attempt in (recomputed, layers):
@@ -1263,7 +1287,7 @@ def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs, checkpointing: 
         ("every trainable weight gets a gradient", dead[0] if dead else f"{size:,} in "
          + ", ".join(f"{n} {name}" for name, n in modules.items()), bool(trainable) and not dead),
         ("embeddings and head stay frozen", stray[0] if stray else "none trainable", not stray),
-        ("the longest batch fits the memory", f"{row:,} tokens a pair; {recomputed} of {layers} layers recompute "
+        ("the longest batch fits the memory" + ", not tried: weights are split later" * split, f"{row:,} tokens a pair; {recomputed} of {layers} layers recompute "
          "their activations", True),
     ]  # fmt: skip
     table = Table("preflight", "found", "")
@@ -1331,6 +1355,7 @@ class RunRecorder(ProgressCallback):
         self.last_log = (state.global_step, time.perf_counter())
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        state.log_history.clear()  # metrics.jsonl has it; kept, it would grow, and be written into every checkpoint
         if not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
             return
         if "loss" in logs:
@@ -1350,11 +1375,13 @@ class RunRecorder(ProgressCallback):
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         super().on_evaluate(args, state, control, **kwargs)
-        if state.is_world_process_zero and self.samples:
+        if self.samples:  # in every process: where weights are split among them, all take part in every forward
             model = model.module if hasattr(model, "module") else model  # without the wrapper of several processes
             images, questions = [row["image"] for row in self.samples], [row["question"] for row in self.samples]
+            together = {"synced_gpus": True} if args.world_size > 1 else {}
             with self.trainer.plain_forward():
-                answers = generate_answers(model.eval(), self.processor, images, questions)
+                answers = generate_answers(model.eval(), self.processor, images, questions, **together)
+        if state.is_world_process_zero and self.samples:
             with (self.output_dir / "samples.jsonl").open("a") as file:
                 file.write(json.dumps({"step": state.global_step, "answers": answers}) + "\n")
             evaluations = read_jsonl(self.output_dir / "samples.jsonl")
@@ -1458,8 +1485,10 @@ def open_run(args: argparse.Namespace) -> Path | None:
     """Make the output folder ready; returns the checkpoint to go on from. Refuses to write over another run."""
     output_dir = args.output_dir
     free = ("resume", "report_to", "wandb_project", "wandb_entity", "num_workers", "gradient_checkpointing", "packing",
-            "compile", "cache_vision_features", "cache_gb")  # fmt: skip
+            "compile", "cache_vision_features", "cache_gb", "batch_size", "gradient_accumulation_steps")  # fmt: skip
     settings = {name: str(value) for name, value in vars(args).items() if name not in free}
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    settings["pairs_a_step"] = str(args.batch_size * args.gradient_accumulation_steps * processes)
     if output_dir.exists() and not output_dir.is_dir():
         stop(f"--output_dir {output_dir} is a file; name a folder.")
     checkpoint = last_checkpoint(output_dir)
@@ -1470,6 +1499,11 @@ def open_run(args: argparse.Namespace) -> Path | None:
     if checkpoint:
         noted = output_dir / "arguments.json"
         before = json.loads(noted.read_text()) if noted.exists() else settings
+        pairs = before.get("pairs_a_step", settings["pairs_a_step"])
+        if pairs != settings["pairs_a_step"]:
+            stop(f"--resume needs the {pairs} pairs an optimizer step that the run in {output_dir} began with, but "
+                 f"--batch_size {args.batch_size} x --gradient_accumulation_steps {args.gradient_accumulation_steps} x "
+                 f"{processes} process{'es' if processes > 1 else ''} = {settings['pairs_a_step']}.")  # fmt: skip
         changed = [
             f"--{name} was {before[name]}, is {value}"
             for name, value in settings.items()
@@ -1507,7 +1541,11 @@ def make_pairs(args, rows: datasets.DatasetDict, processor) -> tuple[PreferenceP
     reasons = ", ".join(f"{n} x {reason}" for reason, n in Counter(row["reason"] for row in dropped).most_common())
     if not train:
         stop(f"--dataset {args.dataset} has no usable pair ({reasons or 'it has no rows'}); see {dropped_file}.")
-    console.print(f"{len(train):,} pairs to train on, {len(eval_good):,} held out; {len(dropped):,} rows left out"
+    held_out = f"{len(eval_good):,} held out"
+    if len(eval_good) > args.eval_samples:
+        eval_good = sorted(np.random.default_rng(args.seed).permutation(eval_good)[: args.eval_samples].tolist())
+        held_out += f", {args.eval_samples:,} of them evaluated"
+    console.print(f"{len(train):,} pairs to train on, {held_out}; {len(dropped):,} rows left out"
                   f"{': ' + reasons if reasons else ''}")  # fmt: skip
     shared = (root, processor, args.max_length, dropped_file)
     return (
@@ -1555,6 +1593,8 @@ def build_trainer(args, model, processor, train_pairs, eval_pairs, checkpoint: P
         report_to=args.report_to,
         run_name=args.output_dir.name,
     )
+    if not on_gpu:  # for several processes it is cpu:0, onto which torch.load does not bring the optimizer's state
+        config.__dict__["_setup_devices"] = torch.device("cpu")
     config._n_gpu = 1  # several GPUs take torchrun: nn.DataParallel would cut logits_to_keep apart
     trainer = LlavaORPOTrainer(
         model=model,
@@ -1565,7 +1605,7 @@ def build_trainer(args, model, processor, train_pairs, eval_pairs, checkpoint: P
         processing_class=processor,
     )
     trainer.prefix_sharing = not args.no_prefix_sharing
-    trainer.block_mask = on_gpu and trainer.prefix_sharing
+    trainer.block_mask = on_gpu and trainer.prefix_sharing and flex_attention_runs(model)
     trainer.packing = trainer.block_mask if args.packing is None else args.packing
     freeze_tower(model)
     speed_up(model, trainer.block_mask, config.bf16)
@@ -1625,8 +1665,9 @@ def fingerprint(pairs: PreferencePairs) -> str:
     """SHA-256 over the texts of the pairs, in order (not over the pictures)."""
     texts = pairs.rows.select_columns(["question", "chosen", "rejected"])
     digest = hashlib.sha256()
-    for index in pairs.indices:
-        digest.update(json.dumps(texts[index]).encode())
+    for start in range(0, len(pairs), 1000):
+        for text in texts.select(pairs.indices[start : start + 1000]).to_list():
+            digest.update(json.dumps(text).encode())
     return digest.hexdigest()
 
 
@@ -1657,7 +1698,6 @@ def finish_run(args: argparse.Namespace, trainer: LlavaORPOTrainer, seconds: flo
         "after": after,
     }  # fmt: skip
     partial_dir = output_dir / "adapter.partial"
-    trainer.model.save_pretrained(partial_dir)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         os.replace(partial_dir / name, output_dir / name)
     shutil.rmtree(partial_dir)
@@ -1704,6 +1744,8 @@ def main(argv: list[str] | None = None) -> None:
     metrics = read_jsonl(args.output_dir / "metrics.jsonl")
     if eval_pairs and not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in metrics):
         trainer.evaluate()
+    # in every process: where weights are split among them, each has a part
+    trainer.save_model(str(args.output_dir / "adapter.partial"))
     if MAIN_PROCESS:
         finish_run(args, trainer, time.perf_counter() - started)
     trainer.accelerator.wait_for_everyone()
