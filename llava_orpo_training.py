@@ -1574,6 +1574,7 @@ def build_trainer(args, model, processor, train_pairs, eval_pairs, checkpoint: P
         padding_value=processor.tokenizer.pad_token_id,
         disable_dropout=False,  # there is none but LoRA's, which was asked for
         ddp_find_unused_parameters=False,  # preflight has seen that each gets a gradient
+        optim="adamw_torch_fused",
         bf16=on_gpu and torch.cuda.is_bf16_supported(),
         use_cpu=not on_gpu,
         seed=args.seed,
