@@ -1184,7 +1184,7 @@ def kept_bytes(trainer: LlavaORPOTrainer, batch: dict) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # with its own graph, an output would keep itself alive for ever
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), trainer.accelerator.autocast():
         forward = trainer.concatenated_forward(trainer.model, batch)  # a name, so that the graph and its tensors stay

@@ -61,7 +61,9 @@ def fake_model(size: str, load_4bit: bool):
             )
 
         def forward(self, inputs):
-            return Unpack.apply(inputs.bfloat16() if torch.is_autocast_enabled("cpu") else inputs, self.packed, self.shape)
+            return Unpack.apply(
+                inputs.bfloat16() if torch.is_autocast_enabled("cpu") else inputs, self.packed, self.shape
+            )
 
     with torch._subclasses.fake_tensor.unset_fake_temporarily():
         dtype = torch.float32 if size == "narrow" else torch.bfloat16

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 
 def test_orpo_step_compares_equal_log_probabilities():
-    command = [sys.executable, str(ROOT / "benchmarks" / "bench_orpo_step.py"), "--steps", "1"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "bench_orpo_step.py"), "--steps", "2"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
     found = {result["form"]: result for result in json.loads(printed.splitlines()[-1])["results"]}
     assert list(found) == ["trl", "plain", "shared", "packed"]

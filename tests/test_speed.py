@@ -3,6 +3,7 @@
 import json
 
 import datasets
+import psutil
 import pytest
 import torch
 from conftest import MINIATURE
@@ -121,6 +122,14 @@ def make_kept(model):
     trainer.model, trainer.accelerator.autocast = model, training.nullcontext
     trainer.accelerator.device = torch.device("cpu")
     return trainer
+
+
+def test_measuring_memory_gives_it_back(adapted):
+    trainer, used = make_kept(adapted[0]), []
+    for _ in range(8):
+        kept = training.kept_bytes(trainer, adapted[2])
+        used.append(psutil.Process().memory_info().rss)
+    assert used[-1] - used[1] < 2 * kept
 
 
 def test_checkpointing_is_as_much_as_the_memory_asks_for(adapted, monkeypatch):
