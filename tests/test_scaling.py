@@ -19,6 +19,7 @@ from conftest import MINIATURE, ROOT
 from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
+import llava_amber_validation_benchmark_with_lora as amber
 import llava_orpo_training as training
 
 CONFIGS = ROOT / "accelerate_configs"
@@ -37,9 +38,9 @@ FLAGS += ["--num_workers", "0", "--lora_dropout", "0", "--save_steps", "2"]
 
 
 def commands() -> list[str]:
-    """What the README starts the training with on several GPUs or machines, each on one line."""
+    """What the README starts the training and AMBER with on several GPUs or machines, each on one line."""
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    return re.findall(r"(?:accelerate launch|torchrun)[^\n`|]*llava_orpo_training\.py[^\n`|]*", text)
+    return re.findall(r"(?:accelerate launch|torchrun)[^\n`|]*llava_\w+\.py[^\n`|]*", text)
 
 
 def launch(command: str):
@@ -104,11 +105,15 @@ def test_the_readmes_commands_parse():
     found = commands()
     for name in KINDS:
         assert any(f"accelerate_configs/{name}.yaml" in command for command in found), name
-    assert any("--num_machines 2" in command for command in found) and any("--nnodes" in command for command in found)
+    assert (
+        any("amber" in command for command in found)
+        and any("--num_machines 2" in command for command in found)
+        and any("--nnodes" in command for command in found)
+    )
     for command in found:
-        command = command.replace("…", "")
+        command = command.replace("…", "--test_mode")
         if command.startswith("torchrun"):
-            args = get_args_parser().parse_args(shlex.split(command)[1:])
+            args = get_args_parser().parse_args(shlex.split(command, comments=True)[1:])
             assert args.nproc_per_node.isdigit()
         else:
             args = launch(command)
@@ -116,8 +121,8 @@ def test_the_readmes_commands_parse():
             if args.num_machines > 1:
                 assert environment(args) and int(args.nproc_per_node) * int(args.nnodes) == args.num_processes
                 assert args.rdzv_endpoint == f"{args.main_process_ip}:{args.main_process_port}"
-        assert args.training_script == "llava_orpo_training.py"
-        training.parse_args(args.training_script_args)
+        scripts = {"llava_orpo_training.py": training, "llava_amber_validation_benchmark_with_lora.py": amber}
+        scripts[args.training_script].parse_args(args.training_script_args)
 
 
 def test_another_number_of_processes_goes_on_with_a_run(tmp_path, monkeypatch, capsys):
