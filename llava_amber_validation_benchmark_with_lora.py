@@ -713,7 +713,7 @@ def merge_adapter(model, processor, lora_path: str, weights: str):
 # Copied from llava_orpo_training.write_whole
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that it is there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
         os.replace(partial, path)

@@ -28,7 +28,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(data, "--model_path", "base model: hub id or folder", default="llava-hf/llava-v1.6-mistral-7b-hf")
     add(data, "--dataset", "pairs: hub id, folder, .parquet or .jsonl", default="openbmb/RLAIF-V-Dataset")
     add(data, "--output_dir", "where everything is written", type=Path, default=Path("checkpoints/llava-orpo"))
-    add(data, "--max_samples", "use the first N good pairs only", type=int)
+    add(data, "--max_samples", "train on the first N good pairs only", type=int)
     add(data, "--eval_fraction", "share of pairs held out, if the set has no test split", type=float, default=0.1)
     add(data, "--eval_samples", "of the held-out pairs, how many each evaluation goes through, the one before the first step "
         "too", type=int, default=300)  # fmt: skip
@@ -37,7 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(data, "--num_workers", "processes that decode and resize pictures (default: one a core but one, at most 8)",
         type=int)  # fmt: skip
     add(data, "--cache_vision_features", "keep what the frozen vision tower makes of each picture in this folder, "
-        "so that later epochs and runs need neither picture nor tower (6 MB a picture; safe to delete)", type=Path)  # fmt: skip
+        "so that later epochs and runs neither decode it nor run the tower (6 MB a picture; safe to delete)", type=Path)  # fmt: skip
     add(data, "--cache_gb", "most that folder may grow to", type=float, default=200)
     add(
         data,
@@ -72,8 +72,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                      help="the same as --gradient_checkpointing off")  # fmt: skip
     add(run, "--packing", "lay a batch's pairs out as one row without padding (default: on a GPU, where attention skips what "
         "is masked)", action=argparse.BooleanOptionalAction)  # fmt: skip
-    add(run, "--compile", "compile the decoder layers: a slow first step, and worth it or not by the GPU; "
-        "benchmarks/bench_orpo_step.py tells", action="store_true")  # fmt: skip
+    add(run, "--compile", "compile the decoder layers, which takes minutes before the first step; whether it pays "
+        "depends on the GPU, benchmarks/bench_orpo_step.py tells", action="store_true")  # fmt: skip
     add(run, "--no_prefix_sharing", "plain form: two rows a pair, for comparison", action="store_true")
     add(run, "--save_steps", "steps between checkpoints; the newest two are kept", type=int, default=200)
     add(run, "--eval_steps", "steps between evaluations (default: once an epoch)", type=int)
@@ -676,7 +676,7 @@ def generate_answers(model, processor, images: list, questions: list[str], max_n
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that it is there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
         os.replace(partial, path)
@@ -793,7 +793,8 @@ class VisionCache:
 
     def __init__(self, folder: Path, model, processor):
         tower = model.get_base_model().model.vision_tower
-        settings = (str(tower.dtype), model.config.vision_feature_layer, processor.image_processor.to_json_string())
+        settings = (str(tower.dtype), model.config.vision_feature_layer, tower.config.to_json_string(),
+                    processor.image_processor.to_json_string())  # fmt: skip
         digest = hashlib.sha256(repr(settings).encode())
         for weight in tower.state_dict().values():
             digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -802,6 +803,12 @@ class VisionCache:
     def file(self, picture: bytes) -> Path:
         name = hashlib.sha256(picture).hexdigest()
         return self.folder / name[:2] / f"{name[2:]}.safetensors"
+
+    def holds(self, picture: bytes) -> bool:
+        """Whether there is a whole file; its content is not read."""
+        with suppress(OSError, SafetensorError), safe_open(self.file(picture), "pt"):
+            return True
+        return False
 
     def read(self, picture: bytes) -> dict[str, torch.Tensor] | None:
         """pixel_values (tiles, 1, patches + 1, hidden), in place of pixels, and image_sizes (2); None if not there."""
@@ -823,7 +830,7 @@ class PicturesToCache(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict | None:
         with suppress(OSError):
             picture = self.pairs.picture(index)
-            if not self.cache.file(picture).exists():
+            if not self.cache.holds(picture):
                 pixels = self.pairs.processor.image_processor(load_image(picture), return_tensors="pt")
                 return {"picture": picture, **{name: values[0] for name, values in pixels.items()}}
         return None
@@ -915,14 +922,19 @@ class PreferencePairs(torch.utils.data.Dataset):
         }
 
     def longest(self) -> dict:
-        """The longest texts of these pairs with a picture of the shape that takes most tokens: no pair needs more memory."""
+        """A pair as long as any: the longest question, chosen and rejected of all (the most tokens of the 16 with the most
+        bytes), and a picture of the shape that takes most tokens, as far as `max_length` allows."""
         texts = self.rows.select_columns(["question", "chosen", "rejected"]).with_format("arrow")[:]
-        lengths = sum(pc.binary_length(texts[name]).to_numpy() for name in texts.column_names)
-        row = self.rows[int(self.indices[np.argmax(lengths[self.indices])])]
+        longest = []
+        for name in texts.column_names:
+            order = pc.binary_length(texts[name]).to_numpy()[self.indices].argsort()[-16:]
+            found = [self.rows[self.indices[i]][name] for i in order.tolist()]
+            longest.append(max(found, key=lambda text: len(self.processor.tokenizer(text).input_ids)))
         shapes = [
             Image.new("RGB", (width, height)) for height, width in self.processor.image_processor.image_grid_pinpoints
         ]
-        pairs = [self.encode(image, row["question"], row["chosen"], row["rejected"]) for image in shapes]
+        # where responses are cut, the shorter prompt makes the longer pair
+        pairs = [self.encode(image, question, *longest[1:]) for image in shapes for question in (longest[0], "")]
         fitting = [pair for pair in pairs if len(pair["prompt"]) < self.max_length] or [self[0]]
         return max(fitting, key=lambda pair: sum(len(pair[name]) for name in ("prompt", "chosen", "rejected")))
 
@@ -987,7 +999,8 @@ def share_prefix(batch: dict, pad_token_id: int, packing: bool, block_mask: bool
 
     rows, size = ids.shape
     if block_mask:
-        mask = create_block_mask(visible, rows, None, size, size, device, _compile=device.type == "cuda")
+        make_mask = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
+        mask = make_mask(visible, rows, None, size, size, device)
     else:
         index = torch.arange(max(rows, size), device=device)
         mask = visible(index[:rows, None, None, None], None, index[:size, None], index[:size])
@@ -1017,7 +1030,7 @@ class LlavaORPOTrainer(ORPOTrainer):
     """
 
     prefix_sharing, packing, block_mask = True, False, False
-    seconds_waited = 0.0
+    seconds_waited, pairs_seen = 0.0, 0
 
     def concatenated_forward(self, model, batch: dict) -> tuple[torch.Tensor, ...]:
         """Returns the mean log-probability of each chosen and rejected response's tokens (B), their mean logits (B), and
@@ -1051,16 +1064,27 @@ class LlavaORPOTrainer(ORPOTrainer):
     def plain_forward(self):
         """For generate(), and for a forward to compare with: no FlexAttention, nothing compiled."""
         speed_up(self.model, block_mask=False, autocast=False)
-        with torch.compiler.set_stance("force_eager"):
-            yield
-        speed_up(self.model, self.block_mask, self.args.bf16)
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            speed_up(self.model, self.block_mask, self.args.bf16)
 
     def get_batch_samples(self, *args, **kwargs):
         """What comes next from the data loader; the time it takes is the time that training waits for it."""
         start = time.perf_counter()
         samples = super().get_batch_samples(*args, **kwargs)
         self.seconds_waited += time.perf_counter() - start
+        self.pairs_seen += sum(len(batch["chosen_labels"]) for batch in samples[0]) * self.args.world_size
         return samples
+
+    def get_batch_loss_metrics(self, *args, **kwargs):
+        """TRL's, over all pairs: its gather_for_metrics cuts each forward of an epoch's last step to the size of the last."""
+        for_metrics, self.accelerator.gather_for_metrics = self.accelerator.gather_for_metrics, self.accelerator.gather
+        try:
+            return super().get_batch_loss_metrics(*args, **kwargs)
+        finally:
+            self.accelerator.gather_for_metrics = for_metrics
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """TRL's eval metrics, but exact: means over pairs, whatever the last batch holds and however many processes."""
@@ -1248,18 +1272,24 @@ def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs, checkpointing: 
     recomputed = {"on": layers, "off": 0}.get(checkpointing, layers if split else None)
     if recomputed is None:
         recomputed = plan_checkpointing(trainer, longest)
-    for attempt in (recomputed, layers):
-        try:
-            checkpoint_layers(model, attempt)
-            with trainer.accelerator.autocast():
-                chosen, rejected, _, _, nll = trainer.concatenated_forward(model, longest)
-                (nll - trainer.odds_ratio_loss(chosen, rejected)[0].mean()).backward()
-            recomputed = attempt
-            break
-        except torch.OutOfMemoryError:
-            if checkpointing != "auto" or attempt == layers:
-                raise
-            model.zero_grad()
+
+    def probe(count: int) -> None:
+        checkpoint_layers(model, count)
+        with trainer.accelerator.autocast():
+            chosen, rejected, _, _, nll = trainer.concatenated_forward(model, longest)
+            (nll - trainer.odds_ratio_loss(chosen, rejected)[0].mean()).backward()
+
+    planned = recomputed
+    try:
+        probe(planned)
+    except torch.OutOfMemoryError:
+        if checkpointing != "auto" or planned == layers:
+            raise
+        recomputed = layers
+    if recomputed != planned:
+        model.zero_grad()
+        torch.cuda.empty_cache()  # outside of the except clause, whose traceback would keep the first try's graph
+        probe(recomputed)
     row = sum(longest[name].shape[1] for name in ("prompt_input_ids", "chosen_labels", "rejected_labels"))
     dead = [
         name for name, weight in trainable.items()
@@ -1352,18 +1382,17 @@ class RunRecorder(ProgressCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        self.last_log = (state.global_step, time.perf_counter())
+        self.last_log = (self.trainer.pairs_seen, time.perf_counter())
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         state.log_history.clear()  # metrics.jsonl has it; kept, it would grow, and be written into every checkpoint
         if not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
             return
         if "loss" in logs:
-            step, then = self.last_log
-            self.last_log = (state.global_step, time.perf_counter())
-            a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            seen, then = self.last_log
+            self.last_log = (self.trainer.pairs_seen, time.perf_counter())
             self.seconds += self.last_log[1] - then
-            logs["pairs_per_second"] = (state.global_step - step) * a_step / (self.last_log[1] - then)
+            logs["pairs_per_second"] = (self.last_log[0] - seen) / (self.last_log[1] - then)
             self.training_bar.set_postfix(
                 loss=f"{logs['loss']:.3f}",
                 accuracy=f"{logs['rewards/accuracies']:.2f}",
@@ -1499,7 +1528,12 @@ def open_run(args: argparse.Namespace) -> Path | None:
     if checkpoint:
         noted = output_dir / "arguments.json"
         before = json.loads(noted.read_text()) if noted.exists() else settings
-        pairs = before.get("pairs_a_step", settings["pairs_a_step"])
+        pairs = before.get("pairs_a_step")
+        if pairs is None:  # noted by an earlier version, which did not take another number of processes
+            parts = (
+                int(before.get(name, getattr(args, name))) for name in ("batch_size", "gradient_accumulation_steps")
+            )
+            pairs = str(math.prod(parts) * processes)
         if pairs != settings["pairs_a_step"]:
             stop(f"--resume needs the {pairs} pairs an optimizer step that the run in {output_dir} began with, but "
                  f"--batch_size {args.batch_size} x --gradient_accumulation_steps {args.gradient_accumulation_steps} x "
@@ -1573,6 +1607,7 @@ def build_trainer(args, model, processor, train_pairs, eval_pairs, checkpoint: P
         max_length=args.max_length,
         padding_value=processor.tokenizer.pad_token_id,
         disable_dropout=False,  # there is none but LoRA's, which was asked for
+        gradient_checkpointing=False,  # preflight sets it, layer by layer; TRL's default would turn all on again
         ddp_find_unused_parameters=False,  # preflight has seen that each gets a gradient
         optim="adamw_torch_fused",
         bf16=on_gpu and torch.cuda.is_bf16_supported(),
@@ -1611,6 +1646,7 @@ def build_trainer(args, model, processor, train_pairs, eval_pairs, checkpoint: P
     freeze_tower(model)
     speed_up(model, trainer.block_mask, config.bf16)
     if args.compile:
+        console.print("--compile: preflight, the first evaluation and the first step take minutes longer")
         for layer in model.get_base_model().model.language_model.layers:
             layer.compile()
     for callback in (PrinterCallback, ProgressCallback):
@@ -1627,36 +1663,37 @@ def fill_cache(args, trainer: LlavaORPOTrainer, *sets: PreferencePairs | None) -
     """
     model, accelerator = trainer.model.eval(), trainer.accelerator
     cache = VisionCache(args.cache_vision_features, model, trainer.processing_class)
-    try:
-        cache.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        stop(f"--cache_vision_features {args.cache_vision_features} cannot be used: {error.strerror}; name a folder.")
     pairs = [pairs for pairs in sets if pairs]
-    size = sum(file.stat().st_size for file in cache.folder.rglob("*.safetensors"))
+    size, total = 0, sum(map(len, pairs))
+    for file in args.cache_vision_features.rglob("*.safetensors"):
+        with suppress(FileNotFoundError):  # deleted meanwhile
+            size += file.stat().st_size
     room = (args.cache_gb * 1e9 - size) / accelerator.num_processes
     share = torch.utils.data.Subset(
         torch.utils.data.ConcatDataset([PicturesToCache(each, cache) for each in pairs]),
-        range(accelerator.process_index, sum(map(len, pairs)), accelerator.num_processes),
+        range(accelerator.process_index, total, accelerator.num_processes),
     )
     loader = torch.utils.data.DataLoader(share, batch_size=None, num_workers=trainer.args.dataloader_num_workers)
     tower, layer = model.get_base_model().model.vision_tower, model.config.vision_feature_layer
+    written, ended = 0, ""
     for item in tqdm(loader, desc="vision features", disable=not MAIN_PROCESS):
-        file = item and cache.file(item["picture"])
-        if not item or file.exists():
+        if not item or cache.holds(item["picture"]):
             continue
         with accelerator.autocast():
             hidden = tower(item["pixel_values"].to(tower.device), output_hidden_states=True).hidden_states[layer]
-        features = {"pixel_values": hidden[:, None].to(tower.dtype).cpu(), "image_sizes": item["image_sizes"]}
-        content = save(features)
+        content = save({"pixel_values": hidden[:, None].to(tower.dtype).cpu(), "image_sizes": item["image_sizes"]})
         room -= len(content)
         try:
             if room < 0:
-                raise OSError("--cache_gb is reached")
-            file.parent.mkdir(exist_ok=True)
+                raise OSError(f"--cache_gb {args.cache_gb:g} is reached")
+            file = cache.file(item["picture"])
+            file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, content)
         except OSError as error:
-            console.print(f"vision features: {error.strerror or error}; the rest is computed when it is needed")
+            ended = f"; {error.strerror or error}, the rest is computed when it is needed"
             break
+        written += 1
+    console.print(f"vision features: {written:,} pictures new in {args.cache_vision_features}{ended}")
     accelerator.wait_for_everyone()
     for each in pairs:
         each.cache = cache
@@ -1693,6 +1730,11 @@ def finish_run(args: argparse.Namespace, trainer: LlavaORPOTrainer, seconds: flo
                  "dropped": dropped},
         "steps": trainer.state.global_step,
         "data_wait_share": data_wait,
+        "packed": trainer.packing,
+        "flex_attention": trainer.block_mask,
+        "recomputed_layers": sum(layer.gradient_checkpointing for layer in
+                                 trainer.model.get_base_model().model.language_model.layers),
+        "processes": trainer.accelerator.num_processes,
         "seconds": round(seconds, 1),
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak,
         "before": before,
@@ -1700,10 +1742,11 @@ def finish_run(args: argparse.Namespace, trainer: LlavaORPOTrainer, seconds: flo
     }  # fmt: skip
     partial_dir = output_dir / "adapter.partial"
     for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (partial_dir / name).chmod((output_dir / "metrics.jsonl").stat().st_mode)  # safetensors' own is 0600
         os.replace(partial_dir / name, output_dir / name)
     shutil.rmtree(partial_dir)
     shown = {"accuracies": "preference accuracy", "margins": "reward margin"}
-    table = Table("held-out pairs", "base", "with adapter")
+    table = Table(f"{len(eval_pairs or []):,} held-out pairs", "base", "with adapter")
     figures = ("rewards/accuracies", "rewards/margins", "log_odds_chosen", "nll_loss", "loss")
     rows = [
         (shown.get(key.split("/")[-1], key), before[f"eval_{key}"], after[f"eval_{key}"]) for key in figures if before
@@ -1727,7 +1770,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     started = time.perf_counter()
     rows = load_rows(args.dataset)  # a wrong path shows before the model is loaded
+    if args.cache_vision_features:
+        try:
+            args.cache_vision_features.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            stop(
+                f"--cache_vision_features {args.cache_vision_features} cannot be used: {error.strerror}; name a folder."
+            )
     checkpoint = open_run(args)
+    if checkpoint:
+        console.print(f"going on from {checkpoint}")
+    elif args.resume:
+        console.print(f"no checkpoint in {args.output_dir} yet; the run starts at the beginning")
     if args.resume and (args.output_dir / "training_summary.json").exists():
         console.print(f"the run in {args.output_dir} is finished; there is nothing to resume")
         return
@@ -1740,6 +1794,7 @@ def main(argv: list[str] | None = None) -> None:
     preflight(trainer, train_pairs, args.gradient_checkpointing)
     if args.cache_vision_features:
         fill_cache(args, trainer, train_pairs, eval_pairs)
+    set_seed(args.seed)  # so that order and dropout do not depend on what preflight had to try
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.accelerator.wait_for_everyone()
     metrics = read_jsonl(args.output_dir / "metrics.jsonl")
@@ -1757,12 +1812,15 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        stop("interrupted; the same command with --resume goes on from the newest checkpoint.", code=130)
+        newest = last_checkpoint(parse_args().output_dir)
+        stop(f"interrupted; the same command with --resume goes on from {newest.name}." if newest else
+             "interrupted before the first checkpoint, which comes after --save_steps steps.", code=130)  # fmt: skip
     except LookupError as error:  # raised in a data loader's worker
         stop(str(error).splitlines()[-1])
     except torch.OutOfMemoryError:
         stop(
-            "the GPU's memory is full; use a smaller --batch_size with more --gradient_accumulation_steps, or --load_4bit."
+            "the GPU's memory is full; use a smaller --batch_size with more --gradient_accumulation_steps, --gradient_checkpointing "
+            "on, or --load_4bit."
         )
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):

@@ -2,7 +2,9 @@
 
 On a GPU the steps are run, random weights, with the allocator limited to each size. Without one they are accounted for:
 the decoder runs on tensors that have a size but no content (torch's FakeTensorMode), forward, backward and AdamW, and
-every storage is counted from its first use to its release. What a real GPU adds (CUDA's context, about 0.5 GB, and the
+every storage is counted from its first use to its release. All weights count; of the activations, the decoder's, the
+head's and the loss's do: the tower runs before, keeps nothing, and needs less. "Two rows" has the full logits of TRL's form,
+"one row" is what the script does. What a real GPU adds (CUDA's context, about 0.5 GB, and the
 allocator's fragments) is in neither. In NF4, the accounted weights are a stand-in of NF4's size that is unpacked for each
 product, forward and backward. All layers recompute their activations, so this is the least that a step needs.
 
@@ -10,6 +12,7 @@ product, forward and backward. All layers recompute their activations, so this i
 """
 
 import argparse
+import gc
 import json
 import math
 import sys
@@ -18,15 +21,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from bench_orpo_step import count
+
 GB = 1e9
-CONTEXT = 32768  # no longer: Mistral's
+SHORTEST, CONTEXT = 1800, 32768  # of the pairs tried: the smallest picture's, and Mistral's context
 PROMPT, CHOSEN, REJECTED = 2340 + 25, 130, 120  # of the pair in the table: a 640x480 photo
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["narrow", "7b"], default="7b", help="language model (default: 7b)")
-    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 4, 16], help="pairs a step (default: 1 4 16)")
+    parser.add_argument(
+        "--batch_size", type=count, nargs="+", default=[1, 4, 16], help="pairs a step (default: 1 4 16)"
+    )
     parser.add_argument("--memory_gb", type=float, nargs="+", default=[8, 16, 24, 48, 80], help="sizes of GPU (default: 8 16 24 48 80)")  # fmt: skip
     return parser.parse_args(argv)
 
@@ -152,9 +160,10 @@ def step_on_gpu(model, trainer, optimizer, length: int) -> int | None:
 
     import llava_orpo_training as training
 
-    size, image_tokens = max((photo for photo in bench.PHOTOS if photo[1] + 30 < length), key=lambda photo: photo[1])
-    response = (length - image_tokens - 25) // 2
-    pair = {"prompt": [1] * 5 + [32000] * image_tokens + [100] * 20, "chosen": [200] * response, "rejected": [201] * response,
+    answers = {"chosen": [200] * CHOSEN, "rejected": [201] * REJECTED}
+    size, image_tokens = max((photo for photo in bench.PHOTOS if photo[1] + CHOSEN + REJECTED + 20 < length), key=lambda photo: photo[1])  # fmt: skip
+    words = length - image_tokens - CHOSEN - REJECTED - 5  # as in the accounting, the question is what grows
+    pair = {"prompt": [1] * 5 + [32000] * image_tokens + [100] * words, **answers,
             "pixel_values": torch.zeros(3 if image_tokens < 2000 else 5, 3, 336, 336), "image_sizes": torch.tensor(size)}  # fmt: skip
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -191,14 +200,15 @@ def measure(size: str, load_4bit: bool, limits: list[float]) -> dict[float, int]
         )
         fits, too_long = 0, CONTEXT
         while too_long - fits > 64:
-            middle = max((fits + too_long) // 2, 1600)
+            middle = max((fits + too_long) // 2, SHORTEST)
             if step_on_gpu(model, trainer, optimizer, middle):
                 fits = middle
-            elif middle == 1600:
+            elif middle == SHORTEST:
                 break
             else:
                 too_long = middle
         longest[limit] = fits
+    torch.cuda.set_per_process_memory_fraction(1.0)
     return longest
 
 
@@ -225,6 +235,7 @@ def main(argv=None):
         for kind, load_4bit in (("LoRA", False), ("QLoRA", True)):
             if on_gpu:
                 found[kind] = {"longest_pair": measure(args.size, load_4bit, args.memory_gb)}
+                gc.collect()  # the tower's forward refers to itself
                 torch.cuda.empty_cache()
                 continue
             short, long = peak(load_4bit, 1, 2000, CHOSEN + REJECTED), peak(load_4bit, 1, 6000, CHOSEN + REJECTED)
@@ -246,7 +257,13 @@ def main(argv=None):
     table = Table("GPU", "LoRA", "QLoRA", title="longest pair that fits, tokens in one row")
     for gb in args.memory_gb:
         longest = (found[kind]["longest_pair"][gb] for kind in ("LoRA", "QLoRA"))
-        table.add_row(f"{gb:g} GB", *(f"{tokens:,}" if tokens else "none" for tokens in longest))
+        table.add_row(
+            f"{gb:g} GB",
+            *(
+                ("at least " if tokens >= CONTEXT - 64 else "") + f"{tokens:,}" if tokens else "none"
+                for tokens in longest
+            ),
+        )
     console.print(table)
     print(json.dumps(found))
 

@@ -5,12 +5,16 @@ real photos (1,464 to 2,928 image tokens), responses 60 to 160 tokens. The forms
 
     trl     ORPOTrainer's own forward and loss given the pictures: two rows a pair, vision tower twice, logits and
             log-probabilities for every position
-    plain   llava_orpo_training.py --no_prefix_sharing: the same, but log-probabilities for the responses only
+    plain   llava_orpo_training.py --no_prefix_sharing: two rows, full logits, log-probabilities for the responses only,
+            the tower without a graph
     shared  one row a pair, logits for the responses only
     packed  --packing: the rows of shared, one after the other in a single row without padding
 
-On a GPU, shared and packed use FlexAttention's block mask. The share is what a pair needs at least (no padding, nothing
-computed twice or recomputed) by the second of the fastest step, over the rate of one large matrix product, measured in the same process.
+On a GPU, shared and packed use FlexAttention's block mask. Every form recomputes as many layers as its own memory asks
+for (--gradient_checkpointing auto), trains with the script's dropout, and gets the same batch in each step; the fastest
+step counts. The share is what a pair needs at least (no padding, nothing
+computed twice or recomputed) by the second, over the rate of one large matrix product, the greatest of those measured
+in each form's process.
 
     python benchmarks/bench_orpo_step.py                                            # narrow model (hidden 512, 4 layers)
     python benchmarks/bench_orpo_step.py --size 7b --batch_size 1 2 4 8 16          # on a GPU: LoRA in bfloat16
@@ -19,6 +23,7 @@ computed twice or recomputed) by the second of the fastest step, over the rate o
 
 import argparse
 import functools
+import gc
 import json
 import resource
 import subprocess
@@ -35,25 +40,36 @@ PHOTOS = [((480, 640), 2340), ((640, 427), 2160), ((333, 500), 1464), ((640, 480
 RESPONSES = [(130, 120), (90, 100), (160, 140), (60, 70)]  # chosen and rejected, tokens
 
 
+def count(text: str) -> int:
+    """A whole number above 0."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["narrow", "7b"], default="narrow", help="language model (default: narrow)")
-    parser.add_argument("--batch_size", type=int, nargs="+", default=[1], help="pairs a step, ascending (default: 1)")
+    parser.add_argument("--batch_size", type=count, nargs="+", default=[1], help="pairs a step (default: 1)")
     parser.add_argument(
-        "--steps", type=int, default=3, help="timed steps, after one to warm up; the fastest counts (default: 3)"
+        "--steps", type=count, default=3, help="timed steps, after one to warm up; the fastest counts (default: 3)"
     )
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, help="which to run (default: all)")
     parser.add_argument("--load_4bit", action="store_true", help="QLoRA: the language model in NF4")
     parser.add_argument("--gradient_checkpointing", choices=["auto", "on", "off"], default="auto",
-                        help="as in training, from each form's own memory; trl and plain: in all layers unless off (default: auto)")  # fmt: skip
+                        help="layers that recompute, in every form: what its memory asks for, all or none (default: auto)")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="compile the decoder layers, in every form")
     parser.add_argument("--form", choices=FORMS, help=argparse.SUPPRESS)  # a child process runs one form
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.batch_size.sort()  # so that the peak of a process is that of its latest
+    return args
 
 
 def build_model(size: str, device: str, load_4bit: bool = False, dtype=None):
     """A random LLaVA-NeXT on `device`; the vision tower is CLIP ViT-L/14-336 in both sizes' geometry, narrow in one."""
     import torch
+    from accelerate import init_empty_weights
+    from bitsandbytes.nn import Linear4bit, Params4bit
     from transformers import CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditionalGeneration, MistralConfig
 
     narrow = size == "narrow"
@@ -71,25 +87,35 @@ def build_model(size: str, device: str, load_4bit: bool = False, dtype=None):
         tie_word_embeddings=False,
     )
     torch.manual_seed(0)
-    with torch.device(device):
-        torch.set_default_dtype(dtype or (torch.float32 if device == "cpu" else torch.bfloat16))
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    torch.set_default_dtype(dtype)
+    with init_empty_weights(include_buffers=False):
         model = LlavaNextForConditionalGeneration(config)
-        torch.set_default_dtype(torch.float32)
-    if load_4bit:
-        from bitsandbytes.nn import Linear4bit, Params4bit
+    torch.set_default_dtype(torch.float32)
+    if device == "meta":
+        return model
 
-        for layer in model.model.language_model.layers:
-            for parent in (layer.self_attn, layer.mlp):
-                for name, linear in list(parent.named_children()):
-                    if isinstance(linear, torch.nn.Linear):
-                        with torch.device("meta"):
-                            quantized = Linear4bit(linear.in_features, linear.out_features, bias=False,
-                                                   compute_dtype=linear.weight.dtype)  # fmt: skip
-                        quantized.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4",
-                                                      compress_statistics=True, module=quantized).to(device)  # fmt: skip
-                        quantized.support_avx512bf16_for_cpu = False  # see load_llava
-                        setattr(parent, name, quantized)
-        model.is_loaded_in_4bit = True
+    def fill(weight):
+        """Random values on the device, one weight at a time, so that QLoRA needs no more than it keeps."""
+        value = torch.empty(weight.shape, device=device, dtype=dtype)
+        return value.normal_(std=0.02) if value.dim() > 1 else value.fill_(1)
+
+    quantized = list(model.model.language_model.layers.modules()) if load_4bit else []
+    for module in list(model.modules()):
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer if buffer is None else buffer.to(device)
+        for name, weight in module._parameters.items():
+            if weight is not None and not (isinstance(module, torch.nn.Linear) and module in quantized):
+                module._parameters[name] = torch.nn.Parameter(fill(weight), requires_grad=False)
+        for name, linear in list(module.named_children()):
+            if isinstance(linear, torch.nn.Linear) and linear in quantized:
+                with torch.device("meta"):
+                    packed = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=dtype)
+                packed.weight = Params4bit(fill(linear.weight), requires_grad=False, quant_type="nf4", compress_statistics=True,
+                                           module=packed).to(device)  # fmt: skip
+                packed.support_avx512bf16_for_cpu = False  # see load_llava
+                setattr(module, name, packed)
+    model.is_loaded_in_4bit = load_4bit
     return model
 
 
@@ -195,11 +221,10 @@ def run_form(args: argparse.Namespace) -> list[dict]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = device == "cuda"
     rate = measure_matmul(device)
-    defaults = training.parse_args(["--lora_dropout", "0"])
-    model = training.add_adapter(build_model(args.size, device, args.load_4bit), defaults).train()
+    model = training.add_adapter(build_model(args.size, device, args.load_4bit), training.parse_args([])).train()
     trainer = make_trainer(args.form, device, autocast=on_gpu)
     trainer.model = model
-    if trainer.prefix_sharing:
+    if args.form != "trl":
         training.freeze_tower(model)
         training.speed_up(model, trainer.block_mask, autocast=on_gpu)
     decoder = model.get_base_model().model.language_model
@@ -210,6 +235,28 @@ def run_form(args: argparse.Namespace) -> list[dict]:
     optimizer = torch.optim.AdamW(
         [weight for weight in model.parameters() if weight.requires_grad], lr=1e-4, fused=True
     )
+
+    def train_steps(batch, show_pictures, rows) -> list[float]:
+        seconds = []
+        for step in range(args.steps + 1):
+            if step == 1 and on_gpu:  # the first warms up
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            with trainer.accelerator.autocast():
+                if args.form == "trl":
+                    forward = training.ORPOTrainer.concatenated_forward(trainer, show_pictures, rows)
+                else:
+                    forward = trainer.concatenated_forward(model, batch)
+            loss = forward[4] - trainer.odds_ratio_loss(*forward[:2])[0].mean()
+            del forward
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if on_gpu:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
     results = []
     for n in args.batch_size:
         batch = make_batch(n, device)
@@ -223,33 +270,31 @@ def run_form(args: argparse.Namespace) -> list[dict]:
         for name, weight in model.named_parameters():
             if name in start_weights:
                 weight.data.copy_(start_weights[name])
+        layers = len(decoder.layers)
+        logps, planned = {}, {"on": layers, "off": 0}.get(args.gradient_checkpointing)
         try:
-            if args.gradient_checkpointing == "auto" and trainer.prefix_sharing:
-                recomputed = training.plan_checkpointing(trainer, batch)
-            else:
-                recomputed = 0 if args.gradient_checkpointing == "off" or not on_gpu else len(decoder.layers)
-            training.checkpoint_layers(model, recomputed)
-            seconds = []
-            for step in range(args.steps + 1):
-                if step == 1 and on_gpu:  # the first warms up
-                    torch.cuda.reset_peak_memory_stats()
-                start = time.perf_counter()
-                with trainer.accelerator.autocast():
-                    if args.form == "trl":
-                        forward = training.ORPOTrainer.concatenated_forward(trainer, show_pictures, rows)
-                    else:
-                        forward = trainer.concatenated_forward(model, batch)
-                chosen, rejected, nll = forward[0], forward[1], forward[4]
-                if step == 0:  # every form starts from the same weights
-                    logps = {"chosen_logp": chosen[0].item(), "rejected_logp": rejected[0].item()}
-                (nll - trainer.odds_ratio_loss(chosen, rejected)[0].mean()).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                del forward, chosen, rejected, nll
-                if on_gpu:
-                    torch.cuda.synchronize()
-                seconds.append(time.perf_counter() - start)
+            if planned is None:
+                planned = training.plan_checkpointing(trainer, batch)
+            with torch.no_grad(), trainer.accelerator.autocast():  # every form starts from the same weights
+                model.eval()
+                if args.form == "trl":
+                    forward = training.ORPOTrainer.concatenated_forward(trainer, show_pictures, rows)
+                else:
+                    forward = trainer.concatenated_forward(model, batch)
+                logps = {"chosen_logp": forward[0][0].item(), "rejected_logp": forward[1][0].item()}
+                model.train()
         except torch.OutOfMemoryError:
+            planned = layers
+        for recomputed in sorted({planned, layers if args.gradient_checkpointing == "auto" else planned}):
+            try:
+                training.checkpoint_layers(model, recomputed)
+                seconds = train_steps(batch, show_pictures, rows)
+                break
+            except torch.OutOfMemoryError:
+                seconds = None
+            optimizer.zero_grad()
+            gc.collect()
+        if seconds is None:
             print(f"{args.form}: a batch of {n} does not fit", file=sys.stderr)
             break
         fastest = min(seconds[1:])
@@ -272,10 +317,16 @@ def main(argv=None):
     from rich.table import Table
 
     results = []
+    console = Console(width=120)
     for form in args.forms:
         command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv), "--form", form]
         child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         results += json.loads(child.stdout.splitlines()[-1])
+    if not results:
+        sys.exit("error: no form fits the memory at any batch size; try --load_4bit or a smaller --batch_size.")
+    rate = max(result["matmul_flops"] for result in results)
+    for result in results:
+        result["share_of_matmul"] *= result["matmul_flops"] / rate
     found = {(result["form"], result["batch_size"]): result for result in results}
     kind = "QLoRA (NF4)" if args.load_4bit else "LoRA"
     table = Table("form", "pairs a step", "s a pair", "share of matmul", "peak", "layers recomputed", "times trl", "times plain",
@@ -288,7 +339,7 @@ def main(argv=None):
         ratios = (f"{result[key]:.2f}" if key in result else "" for key in ("speedup_over_trl", "speedup_over_plain"))
         table.add_row(form, str(n), f"{result['seconds_per_pair']:.3f}", f"{result['share_of_matmul']:.1%}",
                       f"{result['peak_bytes'] / 1e9:.2f} GB", str(result["recomputed_layers"]), *ratios)  # fmt: skip
-    Console(width=120).print(table)
+    console.print(table)
     print(json.dumps({"benchmark": "orpo_step", "size": args.size, "load_4bit": args.load_4bit, "results": results}))
 
 

@@ -46,7 +46,9 @@ def make_trainer(prefix_sharing: bool) -> training.LlavaORPOTrainer:
     """The trainer's loss without a data set around it."""
     trainer = training.LlavaORPOTrainer.__new__(training.LlavaORPOTrainer)
     trainer.beta, trainer.padding_value, trainer.aux_loss_enabled = BETA, 513, False
-    trainer.accelerator = SimpleNamespace(device="cpu", gather_for_metrics=lambda tensor: tensor)
+    trainer.accelerator = SimpleNamespace(
+        device="cpu", gather_for_metrics=lambda tensor: tensor, gather=lambda tensor: tensor
+    )
     trainer.prefix_sharing = prefix_sharing
     return trainer
 

@@ -1,6 +1,8 @@
 """Each faster path gives the loss and the gradients of the plain one, and what it saves is there."""
 
+import copy
 import json
+import weakref
 
 import datasets
 import psutil
@@ -64,6 +66,20 @@ def test_a_packed_row_has_no_padding(adapted):
     assert len(packed["logits_to_keep"]) == real - batch["prompt_attention_mask"].sum()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's compiled backward pass needs a GPU")
+@pytest.mark.parametrize("packing", [False, True])
+def test_compiled_flex_attention_equals_two_rows_on_a_gpu(packing, adapted):
+    model, batch = adapted[0].cuda(), {name: tensor.cuda() for name, tensor in adapted[2].items()}
+    trainer = make_trainer(True)
+    trainer.packing, trainer.block_mask, trainer.accelerator.device = packing, True, "cuda"
+    training.speed_up(model, block_mask=True, autocast=False)
+    loss, _, gradients = loss_and_gradients(trainer, model, batch)
+    training.speed_up(model.cpu(), block_mask=False, autocast=False)
+    assert loss == pytest.approx(adapted[3], abs=1e-4)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient.cpu(), adapted[4][name], atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_block_mask_hides_what_the_dense_one_hides(packing, photo_llava):
     """At a real photo's length, where whole blocks of 128 are skipped; compiled, as on a GPU, but without gradients."""
@@ -124,6 +140,52 @@ def make_kept(model):
     return trainer
 
 
+@pytest.mark.parametrize("mode, free, count", [("on", 1e12, 4), ("off", 0, 0), ("auto", 1e12, 0), ("auto", 0, 4)])
+def test_training_recomputes_what_preflight_has_set(mode, free, count, tmp_path, few_pairs, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(training, "free_memory", lambda _: free)
+    seen = []
+
+    def look(self, args, state, control, model=None, **_):
+        seen.append([layer.gradient_checkpointing for layer in model.get_base_model().model.language_model.layers])
+        assert not any(
+            getattr(part, "gradient_checkpointing", False)
+            for part in model.base_model.model.model.vision_tower.modules()
+        )
+        assert not args.gradient_checkpointing
+
+    monkeypatch.setattr(training.RunRecorder, "on_step_end", look)
+    monkeypatch.setattr(training.RunRecorder, "on_log", lambda *_, **__: None)
+    monkeypatch.setattr(training, "finish_run", lambda *_: None)
+    run(tmp_path / "run", few_pairs, "--max_samples", "8", "--gradient_checkpointing", mode, "--eval_steps", "9")
+    assert seen == [[i < count for i in range(4)]]
+
+
+def test_a_plan_that_does_not_fit_is_given_up_for_all_layers(tmp_path, few_pairs, monkeypatch):  # noqa: F811
+    """The first attempt's tensors are gone when the second starts."""
+    backward, alive, outputs = torch.Tensor.backward, [], []
+    forward = training.LlavaORPOTrainer.concatenated_forward
+
+    def note(self, model, batch):
+        alive.append([reference() is not None for reference in outputs])
+        result = forward(self, model, batch)
+        if result[0].requires_grad and len(outputs) < 3:
+            outputs.append(weakref.ref(result[0].untyped_storage()))
+        return result
+
+    def fail_once(self, *args, **kwargs):
+        if "failed" not in failed:
+            failed.append("failed")
+            raise torch.OutOfMemoryError("the GPU is full")
+        return backward(self, *args, **kwargs)
+
+    failed = []
+    monkeypatch.setattr(training.LlavaORPOTrainer, "concatenated_forward", note)
+    monkeypatch.setattr(torch.Tensor, "backward", fail_once)
+    folder = run(tmp_path / "run", few_pairs, "--max_samples", "8", "--gradient_checkpointing", "auto")
+    assert json.loads((folder / "training_summary.json").read_text())["recomputed_layers"] == 4
+    assert failed and outputs and not any(alive[-1])
+
+
 def test_measuring_memory_gives_it_back(adapted):
     trainer, used = make_kept(adapted[0]), []
     for _ in range(8):
@@ -173,7 +235,7 @@ def test_cached_features_train_the_same(tmp_path, few_pairs, monkeypatch, capsys
 
     assert_same("bounded", "--cache_gb", "0.0005")
     assert 0.2e6 < sum(file.stat().st_size for file in folder.rglob("*.safetensors")) <= 0.5e6
-    assert "--cache_gb is reached" in " ".join(capsys.readouterr().err.split())
+    assert "--cache_gb 0.0005 is reached" in " ".join(capsys.readouterr().err.split())
     assert_same("filled")
     files = sorted(folder.rglob("*.safetensors"))
     pictures = set()
@@ -191,7 +253,7 @@ def test_cached_features_train_the_same(tmp_path, few_pairs, monkeypatch, capsys
     files[0].unlink()  # one is deleted, another one breaks off: both are computed anew
     files[1].write_bytes(files[1].read_bytes()[:1000])
     assert_same("mended")
-    assert files[0].exists()
+    assert len(load_file(files[0])) == len(load_file(files[1])) == 2
 
 
 def test_another_tower_reads_no_stale_features():
@@ -199,10 +261,33 @@ def test_another_tower_reads_no_stale_features():
     model = with_adapter(model)
     first = training.VisionCache(MINIATURE, model, processor)
     assert training.VisionCache(MINIATURE, model, processor).folder == first.folder
+    for change in ("dtype", "layer", "tower", "pictures"):
+        other, _ = training.load_llava(str(MINIATURE / "model"), device="cpu")
+        other, options = with_adapter(other), copy.deepcopy(processor)
+        if change == "dtype":
+            other.bfloat16()
+        elif change == "layer":
+            other.config.vision_feature_layer = -1
+        elif change == "tower":
+            other.get_base_model().model.vision_tower.config.hidden_act = "gelu"
+        else:
+            options.image_processor.image_mean = [0.5, 0.5, 0.4]
+        assert training.VisionCache(MINIATURE, other, options).folder != first.folder, change
     weight = next(model.get_base_model().model.vision_tower.parameters())
     weight.data.view(-1)[-1] += 1e-3
     assert training.VisionCache(MINIATURE, model, processor).folder != first.folder
     assert first.file(b"one") != first.file(b"other")
+
+
+def test_an_epochs_last_step_is_measured_whole(tmp_path, few_pairs):  # noqa: F811
+    """Of 11 pairs, the second step holds 3; TRL's metrics would count one of each forward's."""
+    folder = run(
+        tmp_path / "run", few_pairs, "--max_samples", "11", "--batch_size", "2", "--gradient_accumulation_steps", "4"
+    )
+    rows = [row for row in training.read_jsonl(folder / "metrics.jsonl") if "loss" in row]
+    assert len(rows) == 2
+    for row in rows:
+        assert -row["logps/chosen"] == pytest.approx(row["nll_loss"], abs=1e-6)
 
 
 def test_the_wait_for_data_is_measured(tmp_path, few_pairs, monkeypatch, capsys):  # noqa: F811
@@ -226,5 +311,19 @@ def test_the_longest_pair_is_no_shorter_than_any(few_pairs):  # noqa: F811
     rows = training.load_rows(str(few_pairs))["train"]
     pairs = training.PreferencePairs(rows, list(range(len(rows))), few_pairs, processor, 512, None)
     names = ("prompt", "chosen", "rejected")
-    longest = sum(len(pairs.longest()[name]) for name in names)
-    assert longest >= max(sum(len(pairs[i][name]) for name in names) for i in range(len(rows)))
+    longest = pairs.longest()
+    assert sum(len(longest[name]) for name in names) >= max(
+        sum(len(pairs[i][name]) for name in names) for i in range(len(rows))
+    )
+    # the longest texts are those of different rows, and one alone would be cut at --max_length
+    rows = rows.select(range(3)).to_list()
+    for row, lengths in zip(rows, ((1, 900, 2), (90, 1, 400), (1, 300, 300)), strict=True):
+        words = ("tree", "red ball", "blue cup")
+        row["question"], row["chosen"], row["rejected"] = (
+            f"{word} " * n for word, n in zip(words, lengths, strict=True)
+        )
+    pairs = training.PreferencePairs(datasets.Dataset.from_list(rows), [0, 1, 2], few_pairs, processor, 512, None)
+    longest = pairs.longest()
+    assert all(
+        sum(len(longest[name]) for name in names) >= sum(len(pairs[i][name]) for name in names) for i in range(3)
+    )
