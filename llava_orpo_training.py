@@ -1050,12 +1050,11 @@ class LlavaORPOTrainer(ORPOTrainer):
         targets = labels[real] if packing else labels.flatten()
         logps = -torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
 
-        def means(
-            values: torch.Tensor,
-        ) -> list[torch.Tensor]:  # over the tokens of each chosen and each rejected response
+        def means(values: torch.Tensor) -> list[torch.Tensor]:
+            """Of each chosen (B) and each rejected (B) response's tokens, from one value a kept token."""
             table = values.new_zeros(real.shape).masked_scatter(real, values if packing else values.view_as(real)[real])
-            return [part.sum(1) / count.sum(1) for part, count in
-                    ((table[:, :n_chosen], real[:, :n_chosen]), (table[:, n_chosen:], real[:, n_chosen:]))]  # fmt: skip
+            parts = slice(n_chosen), slice(n_chosen, None)
+            return [table[:, part].sum(1) / real[:, part].sum(1) for part in parts]
 
         chosen_logps, rejected_logps = means(logps)
         return chosen_logps, rejected_logps, *means(logits.detach().mean(-1).flatten()), -chosen_logps.mean()
@@ -1211,8 +1210,8 @@ def kept_bytes(trainer: LlavaORPOTrainer, batch: dict) -> int:
         return tensor.detach()  # with its own graph, an output would keep itself alive for ever
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), trainer.accelerator.autocast():
-        forward = trainer.concatenated_forward(trainer.model, batch)  # a name, so that the graph and its tensors stay
-    return sum(kept.values()) if forward else 0
+        _graph = trainer.concatenated_forward(trainer.model, batch)  # a name, so that its tensors stay till the sum
+    return sum(kept.values())
 
 
 def plan_checkpointing(trainer: LlavaORPOTrainer, batch: dict) -> int:
@@ -1317,8 +1316,8 @@ def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs, checkpointing: 
         ("every trainable weight gets a gradient", dead[0] if dead else f"{size:,} in "
          + ", ".join(f"{n} {name}" for name, n in modules.items()), bool(trainable) and not dead),
         ("embeddings and head stay frozen", stray[0] if stray else "none trainable", not stray),
-        ("the longest batch fits the memory" + ", not tried: weights are split later" * split, f"{row:,} tokens a pair; {recomputed} of {layers} layers recompute "
-         "their activations", True),
+        ("the longest batch fits the memory" + ", not tried: weights are split later" * split,
+         f"{len(longest['image_sizes'])} x {row:,} tokens; {recomputed} of {layers} layers recompute their activations", True),
     ]  # fmt: skip
     table = Table("preflight", "found", "")
     for name, found, passed in checks:
@@ -1622,9 +1621,7 @@ def build_trainer(args, model, processor, train_pairs, eval_pairs, checkpoint: P
         save_total_limit=2,
         dataloader_num_workers=workers,
         # the batches of an optimizer step are asked for at once
-        dataloader_prefetch_factor=max(2, math.ceil(args.gradient_accumulation_steps / workers) + 1)
-        if workers
-        else None,
+        dataloader_prefetch_factor=math.ceil(args.gradient_accumulation_steps / workers) + 1 if workers else None,
         remove_unused_columns=False,
         report_to=args.report_to,
         run_name=args.output_dir.name,
