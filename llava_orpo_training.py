@@ -829,7 +829,7 @@ class PicturesToCache(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict | None:
         with suppress(OSError):
-            picture = self.pairs.picture(index)
+            picture = self.pairs.picture(self.pairs.rows[self.pairs.indices[index]])
             if not self.cache.holds(picture):
                 pixels = self.pairs.processor.image_processor(load_image(picture), return_tensors="pt")
                 return {"picture": picture, **{name: values[0] for name, values in pixels.items()}}
@@ -862,14 +862,15 @@ class PreferencePairs(torch.utils.data.Dataset):
         """ORPOTrainer tokenizes text by three calls of `map`; there is nothing left for them to do."""
         return self
 
-    def picture(self, index: int) -> bytes:
-        """A picture's file. Raises OSError if it is not there."""
-        image = self.rows[self.indices[index]]["image"]
+    def picture(self, row: dict) -> bytes:
+        """The file of a row's picture. Raises OSError if it is not there."""
+        image = row["image"]
         return image["bytes"] if image["bytes"] is not None else (self.root / image["path"]).read_bytes()
 
     def row(self, index: int) -> dict:
         """Question, chosen and rejected of a pair, and its picture, decoded. Raises OSError if that breaks off."""
-        return {**self.rows[self.indices[index]], "image": load_image(self.picture(index))}
+        row = self.rows[self.indices[index]]
+        return {**row, "image": load_image(self.picture(row))}
 
     def __getitem__(self, index: int, use_cache: bool = True) -> dict:
         for candidate in (*range(index, len(self)), *range(index)):
@@ -894,11 +895,12 @@ class PreferencePairs(torch.utils.data.Dataset):
     def features(self, index: int, use_cache: bool) -> dict:
         row = self.rows[self.indices[index]]
         texts = row["question"], row["chosen"], row["rejected"]
-        cached = self.cache.read(self.picture(index)) if self.cache and use_cache else None
+        picture = self.picture(row)
+        cached = self.cache.read(picture) if self.cache and use_cache else None
         if cached:
             height, width = cached["image_sizes"].tolist()
             return {**self.encode_texts((width, height), *texts), **cached}
-        return self.encode(self.row(index)["image"], *texts)
+        return self.encode(load_image(picture), *texts)
 
     def encode_texts(self, image_size: tuple[int, int], question: str, chosen: str, rejected: str) -> dict:
         """Ids of the prompt about a picture of (width, height), and of both responses, closed by EOS (cut to
@@ -1038,21 +1040,21 @@ class LlavaORPOTrainer(ORPOTrainer):
         labels = torch.cat([batch["chosen_labels"], batch["rejected_labels"]], dim=1)
         real, n_chosen = labels != -100, batch["chosen_labels"].shape[1]
         pictures = {name: batch[name] for name in ("pixel_values", "image_sizes")}
-        packing = self.packing and self.prefix_sharing
         if self.prefix_sharing:
-            inputs = share_prefix(batch, self.padding_value, packing, self.block_mask)
+            inputs = share_prefix(batch, self.padding_value, self.packing, self.block_mask)
             logits = model(**inputs, **pictures, use_cache=False).logits.float()
         else:
             pictures = {name: torch.cat([tensor, tensor]) for name, tensor in pictures.items()}
             logits = model(**two_rows(batch, self.padding_value), **pictures, use_cache=False).logits.float()
             chosen, rejected = logits[:, batch["prompt_input_ids"].shape[1] - 1 : -1].chunk(2)
             logits = torch.cat([chosen[:, :n_chosen], rejected[:, : labels.shape[1] - n_chosen]], dim=1)
-        targets = labels[real] if packing else labels.flatten()
+        targets = labels[real] if self.packing else labels.flatten()
         logps = -torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
 
         def means(values: torch.Tensor) -> list[torch.Tensor]:
             """Of each chosen (B) and each rejected (B) response's tokens, from one value a kept token."""
-            table = values.new_zeros(real.shape).masked_scatter(real, values if packing else values.view_as(real)[real])
+            values = values if self.packing else values.view_as(real)[real]
+            table = values.new_zeros(real.shape).masked_scatter(real, values)
             parts = slice(n_chosen), slice(n_chosen, None)
             return [table[:, part].sum(1) / real[:, part].sum(1) for part in parts]
 
@@ -1353,11 +1355,6 @@ def embed_picture(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def count_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def read_jsonl(path: Path) -> list[dict]:
     """The file's lines up to the first that is no JSON, such as one whose writing was cut short; none if no file."""
     rows = []
@@ -1592,7 +1589,8 @@ def build_trainer(args, model, processor, train_pairs, eval_pairs, checkpoint: P
     batches = math.ceil(len(train_pairs) / (args.batch_size * int(os.environ.get("WORLD_SIZE", 1))))
     workers = args.num_workers
     if workers is None:
-        workers = min(8, max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     config = ORPOConfig(
         output_dir=str(args.output_dir),
         num_train_epochs=args.epochs,

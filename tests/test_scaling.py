@@ -17,6 +17,7 @@ from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, pa
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from conftest import MINIATURE, ROOT
 from safetensors.torch import load_file
+from test_training import losses
 from torch.distributed.run import get_args_parser
 
 import llava_amber_validation_benchmark_with_lora as amber
@@ -64,10 +65,6 @@ def pairs(folder, **sizes):
             folder / f"{split}.parquet"
         )
     return folder
-
-
-def losses(folder) -> dict[int, float]:
-    return {row["step"]: row["loss"] for row in training.read_jsonl(folder / "metrics.jsonl") if "loss" in row}
 
 
 def start(*command, **variables):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,26 @@ def test_resume_refuses_other_settings(finished, few_pairs, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(finished, few_pairs, "--epochs", "2", "--save_steps", "2", "--resume", "--lora_rank", "8")
     assert "--lora_rank was 16, is 8" in capsys.readouterr().err
+
+
+def test_resume_knows_the_pairs_a_step_of_a_run_that_did_not_note_them(finished, few_pairs, tmp_path, capsys):
+    folder = tmp_path / "earlier"
+    shutil.copytree(finished, folder)
+    noted = json.loads((folder / "arguments.json").read_text())
+    assert noted.pop("pairs_a_step") == "8"
+    noted.update(batch_size="4", gradient_accumulation_steps="2")
+    (folder / "arguments.json").write_text(json.dumps(noted))
+    with pytest.raises(SystemExit, match="2"):
+        run(folder, few_pairs, "--epochs", "2", "--save_steps", "2", "--resume", "--batch_size", "2")
+    assert "--resume needs the 8 pairs an optimizer step" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_cache_that_is_a_file_is_one_sentence_before_the_model_is_loaded(tmp_path, few_pairs, capsys, monkeypatch):
+    monkeypatch.delattr(training, "load_llava")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path / "run", few_pairs, "--cache_vision_features", str(tmp_path / "file"))
+    assert "cannot be used: File exists; name a folder." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("step", [5, 7])  # resumes between evaluations, and from the one that ends an epoch
