@@ -1513,14 +1513,14 @@ class Host:
                 request.notify = notify
                 self.engine.submit(request)
             while not ended.is_set():
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(changed.wait(), 0.5)  # a waiting user who left is noticed at the next yield
+                with suppress(TimeoutError):  # wait_for would lose a cancellation now and then (Python 3.11)
+                    async with asyncio.timeout(0.5):  # a waiting user who left is noticed at the next yield
+                        await changed.wait()
                 changed.clear()
                 yield {adapter: self.describe(group[0]) for adapter, group in groups.items()}
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(
-                        ended.wait(), 0.05 + 0.01 * self.engine.active
-                    )  # sending costs the server time
+                    async with asyncio.timeout(0.05 + 0.01 * self.engine.active):  # sending costs the server time
+                        await ended.wait()
             failed = next((request for request in requests if request.error), None)
             if failed:
                 raise Refused(failed.error)

