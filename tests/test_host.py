@@ -725,7 +725,7 @@ def test_only_users_of_the_auth_file_come_in_and_a_taken_port_is_one_sentence(tm
             client.submit(handle_file(str(PICTURES[n])), QUESTIONS[0], True, 1.5, 1, 900, api_name="/answer")
             for n in range(6)
         ]
-        ends = [job.exception(timeout=60) for job in jobs]
+        ends = [job.exception(timeout=200) for job in jobs]
         assert None in ends and any("queue is full" in str(end).lower() for end in ends if end)
         taken = subprocess.run(
             [sys.executable, str(SCRIPT), "--test_mode", "--port", str(port)],
