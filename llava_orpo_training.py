@@ -117,9 +117,10 @@ import os
 import re
 import resource
 import shutil
+import signal
 import time
 from collections import Counter
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial, wraps
 from itertools import chain
 from typing import NoReturn
@@ -1376,6 +1377,12 @@ class RunRecorder(ProgressCallback):
             if len(self.samples) == num_samples:
                 break
 
+    def close(self) -> None:
+        """End the bars, so that a sentence about why the run broke off stands on a line of its own, the last."""
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a dead worker, here too
+        for bar in filter(None, (self.prediction_bar, self.training_bar)):
+            bar.close()
+
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         self.last_log = (self.trainer.pairs_seen, time.perf_counter())
@@ -1790,7 +1797,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.cache_vision_features:
         fill_cache(args, trainer, train_pairs, eval_pairs)
     set_seed(args.seed)  # so that order and dropout do not depend on what preflight had to try
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with closing(trainer.recorder):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.accelerator.wait_for_everyone()
     metrics = read_jsonl(args.output_dir / "metrics.jsonl")
     if eval_pairs and not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in metrics):
@@ -1817,8 +1825,8 @@ if __name__ == "__main__":
             "the GPU's memory is full; use a smaller --batch_size with more --gradient_accumulation_steps, --gradient_checkpointing "
             "on, or --load_4bit."
         )
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and not re.search("DataLoader worker|ancdata", str(error)):
             raise
         stop("a process that decodes pictures was killed: too little memory, or too little shared memory (in a container: "
              "--shm-size 8g); use a smaller --num_workers, and --resume.")  # fmt: skip

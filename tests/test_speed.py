@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 import weakref
 
 import datasets
@@ -12,7 +14,7 @@ from conftest import MINIATURE
 from PIL import Image
 from safetensors.torch import load_file
 from test_loss import PAIRS, encode, loss_and_gradients, make_trainer, with_adapter
-from test_training import few_pairs, losses, run  # noqa: F401
+from test_training import SCRIPT, SMALL, few_pairs, losses, run  # noqa: F401
 from torch.nn.attention import flex_attention
 from transformers.integrations.flex_attention import WrappedFlexAttention
 
@@ -53,6 +55,17 @@ def test_every_layout_equals_two_rows(packing, block_mask, adapted, uncompiled_f
     training.speed_up(adapted[0], block_mask, autocast=False)
     assert_equal(adapted, trainer)
     training.speed_up(adapted[0], block_mask=False, autocast=False)
+
+
+def test_where_flex_attention_does_not_compile_a_sentence_says_so(adapted, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("no kernel fits the shared memory\nand a long tail")
+
+    monkeypatch.setattr(training, "flex_attention", fail)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert not training.flex_attention_runs(adapted[0])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "(RuntimeError: no kernel fits the shared memory); a dense mask takes its place" in said
 
 
 def test_a_packed_row_has_no_padding(adapted):
@@ -279,13 +292,31 @@ def test_another_tower_reads_no_stale_features():
     assert first.file(b"one") != first.file(b"other")
 
 
-def test_an_epochs_last_step_is_measured_whole(tmp_path, few_pairs):  # noqa: F811
+def test_runs_at_once_fill_one_cache(tmp_path, few_pairs):  # noqa: F811
+    flags = ["--max_samples", "24", "--lora_dropout", "0", "--save_steps", "100"]
+    plain = run(tmp_path / "plain", few_pairs, *flags)
+    command = [sys.executable, SCRIPT, "--model_path", str(MINIATURE / "model"), "--dataset", str(few_pairs), *SMALL[1:],
+               *flags, "--cache_vision_features", str(tmp_path / "features")]  # fmt: skip
+    folders = [tmp_path / name for name in ("one", "two", "three")]
+    runs = [subprocess.Popen([*command, "--output_dir", str(folder)], stderr=subprocess.DEVNULL) for folder in folders]
+    assert [process.wait(timeout=300) for process in runs] == [0] * 3
+    for folder in folders:
+        assert losses(folder) == pytest.approx(losses(plain), abs=1e-5)
+    files = [file for file in (tmp_path / "features").rglob("*") if file.is_file()]
+    assert len(files) > 8 and all(len(load_file(file)) == 2 for file in files)  # whole, and nothing besides
+
+
+def test_an_epochs_last_step_is_measured_whole(tmp_path, few_pairs, monkeypatch):  # noqa: F811
     """Of 11 pairs, the second step holds 3; TRL's metrics would count one of each forward's."""
+    seen = []
+    monkeypatch.setattr(
+        training.RunRecorder, "on_step_end", lambda self, *_, **__: seen.append(self.trainer.pairs_seen)
+    )
     folder = run(
         tmp_path / "run", few_pairs, "--max_samples", "11", "--batch_size", "2", "--gradient_accumulation_steps", "4"
     )
     rows = [row for row in training.read_jsonl(folder / "metrics.jsonl") if "loss" in row]
-    assert len(rows) == 2
+    assert len(rows) == 2 and seen == [8, 11]  # of which pairs_per_second is made
     for row in rows:
         assert -row["logps/chosen"] == pytest.approx(row["nll_loss"], abs=1e-6)
 

@@ -11,6 +11,7 @@ import time
 
 import datasets
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import MINIATURE, ROOT
@@ -103,6 +104,10 @@ def test_samples_stand_beside_chosen_and_rejected(finished, few_pairs):
     assert page.count("data:image/png;base64,") == 4
 
 
+def test_the_adapter_may_be_read_by_whom_its_card_may(finished):
+    assert len({(finished / name).stat().st_mode for name in ("adapter_model.safetensors", "README.md")}) == 1
+
+
 def test_the_adapter_loads_on_an_untouched_base_and_moves_it(finished):
     keys = load_file(finished / "adapter_model.safetensors")
     assert len(keys) == 2 * 4 * 7 and all("language_model" in key and "lora_" in key for key in keys)
@@ -172,6 +177,35 @@ def test_a_killed_run_resumes_on_the_same_curve(step, tmp_path, finished, few_pa
     expected = load_file(finished / "adapter_model.safetensors")
     for name, weight in load_file(folder / "adapter_model.safetensors").items():
         torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("steps", "code", "sentence"),
+    [("2", 130, "interrupted; the same command with --resume goes on from checkpoint-2."),
+     ("100", 130, "interrupted before the first checkpoint, which comes after --save_steps steps."),
+     ("2", 2, "a process that decodes pictures was killed: too little memory, or too little shared memory")],
+)  # fmt: skip
+def test_what_breaks_a_run_off_is_one_sentence(steps, code, sentence, tmp_path, few_pairs):
+    """Ctrl+C, and the kernel's killing of a data loader's worker."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    command = [sys.executable, SCRIPT, "--model_path", str(MINIATURE / "model"), "--dataset", str(few_pairs),
+               "--output_dir", str(folder), *SMALL[1:], "--epochs", "90", "--save_steps", steps, "--num_workers", "1",
+               "--eval_steps", "1000"]  # fmt: skip
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file)
+    while len(losses(folder)) < 3:
+        assert process.poll() is None
+        time.sleep(0.02)
+    if code == 130:
+        process.send_signal(signal.SIGINT)
+    else:
+        (worker,) = (
+            one for one in psutil.Process(process.pid).children() if "multiprocessing" not in one.cmdline()[2:3]
+        )
+        worker.kill()
+    assert process.wait(timeout=120) == code
+    lines = log.read_text().splitlines()  # a worker that was sending when its reader ended may complain below
+    assert sum(line.startswith(f"error: {sentence}") for line in lines) == 1
 
 
 def test_a_finished_run_is_not_run_again(finished, few_pairs, capsys):
