@@ -119,6 +119,7 @@ import resource
 import shutil
 import signal
 import time
+import traceback
 from collections import Counter
 from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial, wraps
@@ -1379,7 +1380,8 @@ class RunRecorder(ProgressCallback):
 
     def close(self) -> None:
         """End the bars, so that a sentence about why the run broke off stands on a line of its own, the last."""
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a dead worker, here too
+        with suppress(ValueError):  # torch's handler raises for a dead worker, here too; there is none in other threads
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for bar in filter(None, (self.prediction_bar, self.training_bar)):
             bar.close()
 
@@ -1799,10 +1801,10 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)  # so that order and dropout do not depend on what preflight had to try
     with closing(trainer.recorder):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.accelerator.wait_for_everyone()
-    metrics = read_jsonl(args.output_dir / "metrics.jsonl")
-    if eval_pairs and not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in metrics):
-        trainer.evaluate()
+        trainer.accelerator.wait_for_everyone()
+        metrics = read_jsonl(args.output_dir / "metrics.jsonl")
+        if eval_pairs and not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in metrics):
+            trainer.evaluate()
     # in every process: where weights are split among them, each has a part
     trainer.save_model(str(args.output_dir / "adapter.partial"))
     if MAIN_PROCESS:
@@ -1826,7 +1828,9 @@ if __name__ == "__main__":
             "on, or --load_4bit."
         )
     except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError) and not re.search("DataLoader worker|ancdata", str(error)):
+        # torch has noticed that a worker is gone, or reading from it breaks off before torch has
+        frames = traceback.extract_tb(error.__traceback__) if not isinstance(error, RuntimeError) else []
+        if "DataLoader worker (pid" not in str(error) and not any("/multiprocessing/" in at.filename for at in frames):
             raise
         stop("a process that decodes pictures was killed: too little memory, or too little shared memory (in a container: "
              "--shm-size 8g); use a smaller --num_workers, and --resume.")  # fmt: skip

@@ -166,7 +166,9 @@ def test_stop_ends_a_generation_before_its_next_token(endless):
         engine.stop_session("s")
         said = [len(request.tokens) for request in mine]
         states, _ = await asking
-        assert all(len(request.tokens) - before <= 1 for request, before in zip(mine, said, strict=True))
+        assert len(mine) == 2 and all(
+            len(request.tokens) - before <= 1 for request, before in zip(mine, said, strict=True)
+        )
         return states, await other
 
     states, (kept_on, _) = asyncio.run(stop())
@@ -175,7 +177,7 @@ def test_stop_ends_a_generation_before_its_next_token(endless):
     assert len(kept_on[True].tokens) == 120 and "cut off" in kept_on[True].line
 
 
-@pytest.mark.parametrize("later", range(6))
+@pytest.mark.parametrize("later", range(3))
 def test_who_stops_reading_stops_the_generation(endless, later):
     """At whatever turn of the event loop after the first token: asyncio.wait_for of Python 3.11 loses a cancellation that
     comes just when what it waits for has happened."""
@@ -673,7 +675,7 @@ def test_a_curl_user_who_leaves_costs_nothing_more(endless, address):
         next(stream.iter_lines())
         (request,) = endless.engine.open
     rest(endless.engine)
-    assert len(request.tokens) < 800
+    assert len(request.tokens) < 300
 
 
 def test_the_readmes_examples_work(host, address, tmp_path):

@@ -233,6 +233,16 @@ def test_autocast_without_the_detour_over_float32_is_the_same():
         torch.testing.assert_close(fast, plain, atol=0, rtol=0)
 
 
+def count_pictures(folder, train: int) -> int:
+    """Different pictures in the first `train` pairs and the nine held out."""
+    pictures = set()
+    for split, n in (("train", train), ("test", 9)):
+        rows = datasets.load_dataset("parquet", data_files=str(folder / f"{split}.parquet"), split="train")
+        rows = rows.cast_column("image", datasets.Image(decode=False)).select(range(n))
+        pictures |= {image["bytes"] for image in rows["image"]}
+    return len(pictures)
+
+
 def test_cached_features_train_the_same(tmp_path, few_pairs, monkeypatch, capsys):  # noqa: F811
     flags = ["--max_samples", "16", "--lora_dropout", "0", "--save_steps", "100"]
     folder = tmp_path / "features"
@@ -251,12 +261,7 @@ def test_cached_features_train_the_same(tmp_path, few_pairs, monkeypatch, capsys
     assert "--cache_gb 0.0005 is reached" in " ".join(capsys.readouterr().err.split())
     assert_same("filled")
     files = sorted(folder.rglob("*.safetensors"))
-    pictures = set()
-    for split, n in (("train", 16), ("test", 9)):
-        rows = datasets.load_dataset("parquet", data_files=str(few_pairs / f"{split}.parquet"), split="train")
-        rows = rows.cast_column("image", datasets.Image(decode=False)).select(range(n))
-        pictures |= {image["bytes"] for image in rows["image"]}
-    assert len(files) == len(pictures)
+    assert len(files) == count_pictures(few_pairs, 16)
 
     decoded = []
     load = training.load_image
@@ -303,7 +308,8 @@ def test_runs_at_once_fill_one_cache(tmp_path, few_pairs):  # noqa: F811
     for folder in folders:
         assert losses(folder) == pytest.approx(losses(plain), abs=1e-5)
     files = [file for file in (tmp_path / "features").rglob("*") if file.is_file()]
-    assert len(files) > 8 and all(len(load_file(file)) == 2 for file in files)  # whole, and nothing besides
+    assert len(files) == count_pictures(few_pairs, 24) and {file.suffix for file in files} == {".safetensors"}
+    assert all(len(load_file(file)) == 2 for file in files)
 
 
 def test_an_epochs_last_step_is_measured_whole(tmp_path, few_pairs, monkeypatch):  # noqa: F811

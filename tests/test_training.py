@@ -181,31 +181,42 @@ def test_a_killed_run_resumes_on_the_same_curve(step, tmp_path, finished, few_pa
 
 @pytest.mark.parametrize(
     ("steps", "code", "sentence"),
-    [("2", 130, "interrupted; the same command with --resume goes on from checkpoint-2."),
+    [("2", 130, "interrupted; the same command with --resume goes on from checkpoint-"),
      ("100", 130, "interrupted before the first checkpoint, which comes after --save_steps steps."),
      ("2", 2, "a process that decodes pictures was killed: too little memory, or too little shared memory")],
 )  # fmt: skip
-def test_what_breaks_a_run_off_is_one_sentence(steps, code, sentence, tmp_path, few_pairs):
+def test_what_breaks_a_run_off_is_one_sentence(steps, code, sentence, tmp_path):
     """Ctrl+C, and the kernel's killing of a data loader's worker."""
     folder, log = tmp_path / "run", tmp_path / "log"
-    command = [sys.executable, SCRIPT, "--model_path", str(MINIATURE / "model"), "--dataset", str(few_pairs),
-               "--output_dir", str(folder), *SMALL[1:], "--epochs", "90", "--save_steps", steps, "--num_workers", "1",
-               "--eval_steps", "1000"]  # fmt: skip
+    command = [sys.executable, SCRIPT, *SMALL, "--output_dir", str(folder), "--save_steps", steps, "--num_workers", "1",
+               "--eval_samples", "8"]  # fmt: skip
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file)
-    while len(losses(folder)) < 3:
-        assert process.poll() is None
-        time.sleep(0.02)
-    if code == 130:
-        process.send_signal(signal.SIGINT)
-    else:
-        (worker,) = (
-            one for one in psutil.Process(process.pid).children() if "multiprocessing" not in one.cmdline()[2:3]
-        )
-        worker.kill()
-    assert process.wait(timeout=120) == code
+    try:
+        while len(losses(folder)) < 3:
+            assert process.poll() is None
+            time.sleep(0.02)
+        if code == 130:
+            process.send_signal(signal.SIGINT)
+        else:
+            (worker,) = psutil.Process(process.pid).children()
+            worker.kill()
+        assert process.wait(timeout=120) == code
+    finally:
+        process.kill()
     lines = log.read_text().splitlines()  # a worker that was sending when its reader ended may complain below
     assert sum(line.startswith(f"error: {sentence}") for line in lines) == 1
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    training.write_whole(tmp_path / "file", "before")
+    monkeypatch.setattr(training.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        training.write_whole(tmp_path / "file", "after")
+    assert (tmp_path / "file").read_text() == "before" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_finished_run_is_not_run_again(finished, few_pairs, capsys):
