@@ -1820,7 +1820,9 @@ if __name__ == "__main__":
         newest = last_checkpoint(parse_args().output_dir)
         stop(f"interrupted; the same command with --resume goes on from {newest.name}." if newest else
              "interrupted before the first checkpoint, which comes after --save_steps steps.", code=130)  # fmt: skip
-    except LookupError as error:  # raised in a data loader's worker
+    except LookupError as error:  # of PreferencePairs, maybe in a data loader's worker
+        if type(error) is not LookupError:  # a KeyError or an IndexError is a fault of the program
+            raise
         stop(str(error).splitlines()[-1])
     except torch.OutOfMemoryError:
         stop(

@@ -2,6 +2,9 @@
 
 import io
 import json
+import re
+import subprocess
+import sys
 import time
 
 import datasets
@@ -9,7 +12,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
-from conftest import MINIATURE
+from conftest import MINIATURE, ROOT
 from PIL import Image
 
 import llava_orpo_training as training
@@ -144,8 +147,14 @@ def test_pairs_without_an_image_path_are_split_one_by_one(tmp_path, processor):
 def test_pictures_that_all_break_off_are_one_sentence(tmp_path, processor):
     broken = {"bytes": picture((400, 300), seed=3, kind="JPEG")[:-9000], "path": None}
     pairs = make_pairs([row(image=broken)], tmp_path, processor)
-    with pytest.raises(LookupError, match="no row of the train pairs can be used; see .*dropped_rows.jsonl"):
+    sentence = "no row of the train pairs can be used; see .*dropped_rows.jsonl"
+    with pytest.raises(LookupError, match=sentence):
         pairs[0]
+    datasets.Dataset.from_list([row(image=broken)]).to_parquet(tmp_path / "broken.parquet")
+    command = [sys.executable, str(ROOT / "llava_orpo_training.py"), "--model_path", str(MINIATURE / "model"), "--dataset",
+               str(tmp_path / "broken.parquet"), "--output_dir", str(tmp_path / "run"), "--report_to", "none"]  # fmt: skip
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 2 and re.match(f"error: {sentence}", ended.stderr.splitlines()[-1])
 
 
 @pytest.mark.parametrize("content", ['{"image": ["a.png"], "question": "q", "chosen": "a", "rejected": "b"}',
