@@ -236,6 +236,11 @@ def run_form(args: argparse.Namespace) -> list[dict]:
         [weight for weight in model.parameters() if weight.requires_grad], lr=1e-4, fused=True
     )
 
+    def run_forward(batch, show_pictures, rows) -> tuple:
+        if args.form == "trl":
+            return training.ORPOTrainer.concatenated_forward(trainer, show_pictures, rows)
+        return trainer.concatenated_forward(model, batch)
+
     def train_steps(batch, show_pictures, rows) -> list[float]:
         seconds = []
         for step in range(args.steps + 1):
@@ -243,10 +248,7 @@ def run_form(args: argparse.Namespace) -> list[dict]:
                 torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
             with trainer.accelerator.autocast():
-                if args.form == "trl":
-                    forward = training.ORPOTrainer.concatenated_forward(trainer, show_pictures, rows)
-                else:
-                    forward = trainer.concatenated_forward(model, batch)
+                forward = run_forward(batch, show_pictures, rows)
             loss = forward[4] - trainer.odds_ratio_loss(*forward[:2])[0].mean()
             del forward
             loss.backward()
@@ -277,10 +279,7 @@ def run_form(args: argparse.Namespace) -> list[dict]:
                 planned = training.plan_checkpointing(trainer, batch)
             with torch.no_grad(), trainer.accelerator.autocast():  # every form starts from the same weights
                 model.eval()
-                if args.form == "trl":
-                    forward = training.ORPOTrainer.concatenated_forward(trainer, show_pictures, rows)
-                else:
-                    forward = trainer.concatenated_forward(model, batch)
+                forward = run_forward(batch, show_pictures, rows)
                 logps = {"chosen_logp": forward[0][0].item(), "rejected_logp": forward[1][0].item()}
                 model.train()
         except torch.OutOfMemoryError:

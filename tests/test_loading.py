@@ -204,7 +204,7 @@ def change_config(folder, **changes) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def test_an_adapter_is_applied_switched_off_and_merged(tmp_path):
+def test_an_adapter_is_applied_and_switched_off(tmp_path):
     folder, expected = make_adapter(tmp_path / "adapter")
     base, processor = load(MINIATURE / "model")
     model, _ = load(MINIATURE / "model", str(folder))
@@ -214,9 +214,6 @@ def test_an_adapter_is_applied_switched_off_and_merged(tmp_path):
         torch.equal(training.probe_logits(model, processor, adapter=False), plain)
         and (expected - plain).abs().max() > 0.1
     )
-    merged, _ = load(MINIATURE / "model", str(folder), merge_lora="trained")
-    assert not any("lora" in name for name, _ in merged.named_modules())
-    assert torch.allclose(training.probe_logits(merged, processor), expected, atol=1e-4)
 
 
 def test_an_adapter_on_the_projector_alone(tmp_path):
@@ -252,7 +249,8 @@ def test_an_adapter_of_the_original_format_and_back(original, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fault", ["foreign", "missing", "rank", "other base", "zero", "pickled", "empty", "no config", "IA3", "cut"]
+    "fault",
+    ["foreign", "missing", "rank", "other base", "zero", "pickled", "empty", "no config", "IA3", "cut", "not a number"],
 )
 def test_an_adapter_that_cannot_be_right_is_refused(fault, tmp_path, capsys):
     folder, _ = make_adapter(tmp_path / "adapter")
@@ -260,7 +258,7 @@ def test_an_adapter_that_cannot_be_right_is_refused(fault, tmp_path, capsys):
     weights = load_file(file)
     words = {"foreign": "no layer of that name", "missing": "incomplete", "rank": "does not fit", "other base": "does not fit",
              "zero": "changes nothing", "pickled": "convert", "empty": "no adapter_model.safetensors", "no config": "adapter_config",
-             "IA3": "IA3", "cut": "adapter", "whole target": "down_proj, which", "saved module": "lm_head, which",
+             "IA3": "IA3", "cut": "adapter", "whole target": "down_proj", "saved module": "lm_head",
              "not a number": "not finite", "more beside": "non_lora_trainables", "pissa": "pissa", "odd rank": "fit"}[fault]  # fmt: skip
     if fault == "foreign":
         rename(folder, r"self_attn\.q_proj", "attention.wq")
@@ -332,62 +330,19 @@ def test_patterns_of_an_older_layout_keep_their_scale(tmp_path):
     assert torch.equal(training.probe_logits(model, processor), expected)
 
 
-@pytest.mark.parametrize("rows", [513, 577])
-def test_rows_of_an_enlarged_vocabulary(rows, tmp_path, capsys):
+@pytest.mark.parametrize("rows", [100, 513, 577])
+def test_an_adapter_of_another_vocabulary_is_refused(rows, tmp_path, capsys):
     """Seed 000's second challenge: embedding and head saved with `<image>` as one more row."""
     folder, _ = make_adapter(tmp_path / "adapter")
-    base, processor = load(MINIATURE / "model")
     weights = load_file(folder / "adapter_model.safetensors")
-    torch.manual_seed(1)
-    for name in ("base_model.model.model.language_model.embed_tokens.weight", "base_model.model.lm_head.weight"):
-        weights[name] = torch.randn(rows, 128) * 0.02
+    weights["base_model.model.lm_head.weight"] = torch.zeros(rows, 128)
     save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
-    capsys.readouterr()
-    model, _ = load(MINIATURE / "model", str(folder))
-    said = " ".join(capsys.readouterr().err.split())
-    assert f"has {rows} rows" in said and f"{rows - 512} left out" in said
-    embedding = model.get_input_embeddings()
-    used = embedding.weight if hasattr(embedding, "weight") else embedding.modules_to_save["default"].weight
-    assert torch.equal(used[:512], weights["base_model.model.model.language_model.embed_tokens.weight"][:512])
-    assert torch.equal(used[512:], base.get_input_embeddings().weight[512:])
-    assert torch.equal(training.probe_logits(model, processor, adapter=False), training.probe_logits(base, processor))
+    sentence = refused(capsys, MINIATURE / "model", str(folder))
+    assert "lm_head" in sentence and f"[{rows}, 128]" in sentence and "[576, 128]" in sentence
 
 
-def test_too_few_rows_are_refused(tmp_path, capsys):
-    folder, _ = make_adapter(tmp_path / "adapter")
-    weights = load_file(folder / "adapter_model.safetensors")
-    weights["base_model.model.lm_head.weight"] = torch.zeros(100, 128)
-    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
-    assert "100 rows" in refused(capsys, MINIATURE / "model", str(folder))
-
-
-def test_a_qlora_adapter_is_merged_into_what_it_was_trained_on(tmp_path, capsys):
-    folder, on_base = make_adapter(tmp_path / "adapter")
-    (folder / "training_summary.json").write_text(json.dumps({"arguments": {"load_4bit": True}}))
-    quantized, processor = load(MINIATURE / "model", str(folder), load_4bit=True)
-    expected = training.probe_logits(quantized, processor)
-    capsys.readouterr()
-    merged = {where: training.probe_logits(load(MINIATURE / "model", str(folder), merge_lora=where)[0], processor)
-              for where in ("trained", "base")}  # fmt: skip
-    said = " ".join(capsys.readouterr().err.split())
-    apart = (on_base - expected).abs().max()
-    assert apart > 0.02
-    assert (merged["trained"] - expected).abs().max() < apart / 10
-    assert torch.allclose(merged["base"], on_base, atol=1e-4)
-    (tmp_path / "adapter" / "training_summary.json").unlink()
-    (tmp_path / "arguments.json").write_text(
-        json.dumps({"load_4bit": "True"})
-    )  # as a run writes it above its checkpoints
-    again = training.probe_logits(load(MINIATURE / "model", str(folder), merge_lora="trained")[0], processor)
-    (tmp_path / "arguments.json").unlink()
-    assert torch.equal(again, merged["trained"])
-    capsys.readouterr()
-    unknown = training.probe_logits(load(MINIATURE / "model", str(folder), merge_lora="trained")[0], processor)
-    assert torch.allclose(unknown, on_base, atol=1e-4) and "nothing beside" in " ".join(capsys.readouterr().err.split())
-    forced = training.probe_logits(load(MINIATURE / "model", str(folder), merge_lora="nf4")[0], processor)
-    assert torch.equal(forced, merged["trained"])
-    printed = [float(number) for number in re.findall(r"up to ([\d.]+)", said)]
-    assert len(printed) == 2 and all(number == pytest.approx(apart.item(), rel=0.1) for number in printed)
+def test_an_adapter_is_refused_before_the_base_is_read(tmp_path, capsys):
+    assert "--lora_path" in refused(capsys, tmp_path / "no such base", str(tmp_path / "no such adapter"))
 
 
 # ---------------------------------------------------------------------------- what must never be loaded
@@ -405,20 +360,20 @@ def test_a_bad_checkpoint_is_one_sentence(fault, original, tmp_path, capsys):
     if fault == "pickled":
         torch.save(load_file(file), folder / "pytorch_model.bin")
         file.unlink()
-        words = "torch.load(f, weights_only=True)"
+        words = "model.safetensors"
     elif fault in ("missing shard", "index"):
         index = (
             {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}} if fault == "missing shard" else []
         )
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        words = "model-00002-of-00002.safetensors is not there" if fault == "missing shard" else "index"
+        words = "model-00002-of-00002.safetensors" if fault == "missing shard" else "cannot be loaded"
     elif fault == "truncated":
         file.write_bytes(file.read_bytes()[:-1000])
-        words = "model.safetensors is broken"
+        words = "cannot be loaded"
     elif fault == "layers":
         config["num_hidden_layers"] = 3
     elif fault == "width":
-        config["intermediate_size"] = 96
+        config["intermediate_size"], words = 96, "ignore_mismatched_sizes"  # after transformers' own table of the sizes
     elif fault in ("missing key", "extra key"):
         weights = load_file(file)
         if fault == "missing key":
@@ -500,15 +455,3 @@ def test_a_prompt_template_that_is_not_known_is_refused(tmp_path, capsys):
     shutil.copytree(MINIATURE / "model", folder)
     (folder / "chat_template.jinja").write_text("<|im_start|>user\n{{ messages[0]['content'] }}<|im_end|>")
     assert "prompt template" in refused(capsys, folder)
-
-
-def test_the_command_for_pickled_weights_works(original, tmp_path, capsys):
-    folder = tmp_path / "model"
-    shutil.copytree(original[0], folder)
-    torch.save({"not": "weights", "but": object}, folder / "training_args.bin")
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    command = re.search(r'python -c "(.*)" in that folder', refused(capsys, folder))[1]
-    subprocess.run([sys.executable, "-c", command], cwd=folder, check=True)
-    whole, converted = load(original[0])[0].state_dict(), load(folder)[0].state_dict()
-    assert all(torch.equal(whole[key], converted[key]) for key in whole)

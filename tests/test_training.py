@@ -208,6 +208,27 @@ def test_what_breaks_a_run_off_is_one_sentence(steps, code, sentence, tmp_path):
     assert sum(line.startswith(f"error: {sentence}") for line in lines) == 1
 
 
+def test_a_worker_that_dies_meanwhile_does_not_keep_the_bars_from_ending():
+    class Bar:
+        closed = False
+
+        def close(self):
+            os.kill(os.getpid(), signal.SIGCHLD)
+            self.closed = True
+
+    def fail(*_):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    recorder = training.RunRecorder.__new__(training.RunRecorder)
+    recorder.prediction_bar, recorder.training_bar = None, Bar()
+    before = signal.signal(signal.SIGCHLD, fail)
+    try:
+        recorder.close()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert recorder.training_bar.closed
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
