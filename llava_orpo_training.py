@@ -260,6 +260,8 @@ def read_original(model_path: str, original: dict) -> tuple:
     tokenizer = LlamaTokenizer.from_pretrained(model_path, add_bos_token=True, legacy=True, padding_side="left")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    if len(tokenizer) != original["vocab_size"] + 2:
+        stop(f"--model_path {model_path} has {len(tokenizer) - 2:,} tokens in its tokenizer and not 32,000.")
     config = LlavaNextConfig(
         vision_config=vision.to_dict(),
         text_config=text,
