@@ -1,4 +1,4 @@
-"""Align LLaVA-1.6 with ORPO and LoRA on image preference pairs, so that it makes up less.
+"""Align LLaVA-1.6 with ORPO and LoRA on image preference pairs, so that it names less that is not in the picture.
 
 Reads   a LLaVA-NeXT checkpoint (--model_path) and preference pairs in RLAIF-V's columns (--dataset).
 Writes  to --output_dir: the LoRA adapter and its card, metrics.jsonl, samples.html, training_curves.png,
@@ -8,9 +8,12 @@ Needs   pip install -r requirements/train.txt
     python llava_orpo_training.py --output_dir ./checkpoints/llava-orpo-prod --epochs 3 --batch_size 4
     python llava_orpo_training.py --output_dir ./checkpoints/llava-orpo-prod --epochs 3 --batch_size 4 --resume
     python llava_orpo_training.py --test_mode --output_dir outputs/miniature --learning_rate 1e-3 --batch_size 16
+
+Several GPUs: accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 llava_orpo_training.py ...
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -18,84 +21,65 @@ MINIATURE = Path(__file__).resolve().parent / "miniature"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [--flag value ...] (--help lists the flags)",
+    )
 
     def add(group, flag, help, **options):
         shown = options.get("default")
         group.add_argument(flag, help=help + (f" (default: {shown})" if shown is not None else ""), **options)
 
+    def number(kind: type, allowed, wanted: str):
+        def convert(text: str):
+            if not allowed(kind(text)):
+                raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+            return kind(text)
+
+        convert.__name__ = kind.__name__
+        return convert
+
+    count, natural = number(int, lambda n: n > 0, "above 0"), number(int, lambda n: n >= 0, "at least 0")
+    positive = number(float, lambda x: 0 < x < math.inf, "above 0")
+    share = number(float, lambda x: 0 <= x < 1, "at least 0 and below 1")
     data = parser.add_argument_group("model and data")
     add(data, "--model_path", "base model: hub id or folder", default="llava-hf/llava-v1.6-mistral-7b-hf")
     add(data, "--dataset", "pairs: hub id, folder, .parquet or .jsonl", default="openbmb/RLAIF-V-Dataset")
-    add(data, "--output_dir", "where everything is written", type=Path, default=Path("checkpoints/llava-orpo"))
-    add(data, "--max_samples", "train on the first N good pairs only", type=int)
-    add(data, "--eval_fraction", "share of pairs held out, if the set has no test split", type=float, default=0.1)
-    add(data, "--eval_samples", "of the held-out pairs, how many each evaluation goes through, the one before the first step "
-        "too", type=int, default=300)  # fmt: skip
-    add(data, "--max_length", "tokens a prompt and one response may have; longer responses are cut, longer prompts "
-        "dropped", type=int, default=4096)  # fmt: skip
-    add(data, "--num_workers", "processes that decode and resize pictures (default: one a core but one, at most 8)",
-        type=int)  # fmt: skip
-    add(data, "--cache_vision_features", "keep what the frozen vision tower makes of each picture in this folder, "
-        "so that later epochs and runs neither decode it nor run the tower (6 MB a picture; safe to delete)", type=Path)  # fmt: skip
-    add(data, "--cache_gb", "most that folder may grow to", type=float, default=200)
-    add(
-        data,
-        "--test_mode",
-        "use the embedded miniature as model and data, where these are not given",
-        action="store_true",
-    )
+    add(data, "--output_dir", "folder to write to", type=Path, default=Path("checkpoints/llava-orpo"))
+    add(data, "--max_samples", "use the first N good pairs only", type=count)
+    add(data, "--eval_fraction", "share of the pictures held out, if there is no test split", type=share, default=0.1)
+    add(data, "--eval_samples", "how many of the held-out pairs are evaluated", type=count, default=300)
+    add(data, "--max_length", "longest prompt and response, in tokens; responses are cut", type=count, default=4096)
+    add(data, "--num_workers", "processes that decode and resize pictures", type=natural, default=2)
+    add(data, "--test_mode", "use the embedded miniature as model and data, if not given", action="store_true")
 
     lora = parser.add_argument_group("adapter")
-    add(lora, "--lora_rank", "rank of the update", type=int, default=16)
-    add(lora, "--lora_alpha", "its scale is alpha / rank", type=int, default=32)
-    add(lora, "--lora_dropout", "dropout on the adapter's input", type=float, default=0.05)
-    add(lora, "--lora_target_modules", "linear layers of the language model that get one", nargs="+",
-        default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])  # fmt: skip
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    add(lora, "--lora_path", "start from this adapter (hub id or folder), with its rank and layers, not from zero")
+    add(lora, "--lora_rank", "rank of the update", type=count, default=16)
+    add(lora, "--lora_alpha", "the update is scaled by alpha / rank", type=count, default=32)
+    add(lora, "--lora_dropout", "dropout on the adapter's input", type=share, default=0.0)
+    add(lora, "--lora_target_modules", "adapted linear layers of the language model", nargs="+", default=modules)
     add(lora, "--train_projector", "adapt the vision-language projector too", action="store_true")
-    bits = lora.add_mutually_exclusive_group()
-    add(bits, "--load_4bit", "QLoRA: base weights in NF4 with double quantization", action="store_true")
-    add(bits, "--load_8bit", "base weights in 8 bits (LLM.int8)", action="store_true")
+    add(lora, "--load_4bit", "QLoRA: base weights in NF4 with double quantization", action="store_true")
 
     run = parser.add_argument_group("training")
-    add(run, "--epochs", "passes over the pairs", type=float, default=1)
-    add(run, "--batch_size", "pairs a device and forward pass", type=int, default=4)
-    add(run, "--gradient_accumulation_steps", "forward passes an optimizer step", type=int, default=4)
-    add(run, "--learning_rate", "peak of the cosine schedule", type=float, default=5e-5)
-    add(run, "--warmup_ratio", "share of the steps that warm up", type=float, default=0.1)
-    add(run, "--beta", "weight of the odds-ratio term (the paper's lambda)", type=float, default=0.1)
-    add(run, "--seed", "of split, order, adapter and dropout", type=int, default=42)
-    add(run, "--gradient_checkpointing", "recompute activations in the backward pass: in as many layers as the memory asks "
-        "for (auto), in all (on, or no value) or in none (off)", nargs="?", choices=["auto", "on", "off"], const="on",
-        default="auto")  # fmt: skip
-    run.add_argument("--no-gradient_checkpointing", dest="gradient_checkpointing", action="store_const", const="off",
-                     help="the same as --gradient_checkpointing off")  # fmt: skip
-    add(run, "--packing", "lay a batch's pairs out as one row without padding (default: on a GPU, where attention skips what "
-        "is masked)", action=argparse.BooleanOptionalAction)  # fmt: skip
-    add(run, "--compile", "compile the decoder layers, which takes minutes before the first step; whether it pays "
-        "depends on the GPU, benchmarks/bench_orpo_step.py tells", action="store_true")  # fmt: skip
-    add(run, "--no_prefix_sharing", "plain form: two rows a pair, for comparison", action="store_true")
-    add(run, "--save_steps", "steps between checkpoints; the newest two are kept", type=int, default=200)
-    add(run, "--eval_steps", "steps between evaluations (default: once an epoch)", type=int)
-    add(run, "--resume", "go on from the newest checkpoint in --output_dir", action="store_true")
-    add(run, "--report_to", "experiment tracker; wandb without a login writes offline", choices=["wandb", "none"],
-        default="wandb")  # fmt: skip
+    add(run, "--epochs", "passes over the pairs", type=positive, default=1.0)
+    add(run, "--batch_size", "pairs per device and forward pass", type=count, default=4)
+    add(run, "--gradient_accumulation_steps", "forward passes per optimizer step", type=count, default=4)
+    add(run, "--learning_rate", "peak of the cosine schedule", type=positive, default=5e-5)
+    add(run, "--warmup_ratio", "share of the steps in which the learning rate rises", type=share, default=0.1)
+    add(run, "--beta", "weight of the odds-ratio term (the paper's lambda)", type=positive, default=0.1)
+    add(run, "--seed", "seed of the split, the order and the adapter", type=natural, default=42)
+    add(run, "--gradient_checkpointing", "recompute activations in the backward pass in no layer (off), in every layer "
+        "(on), or in as few as fit the memory (auto)", nargs="?", choices=["auto", "on", "off"], const="on", default="auto")  # fmt: skip
+    add(run, "--save_steps", "steps between checkpoints, of which the newest two are kept", type=count, default=200)
+    add(run, "--resume", "continue from the newest checkpoint in --output_dir", action="store_true")
+    add(run, "--report_to", "experiment tracker", choices=["wandb", "none"], default="wandb")
     add(run, "--wandb_project", "W&B project", default="llava-orpo")
     add(run, "--wandb_entity", "W&B user or team")
     args = parser.parse_args(argv)
-    for name in ("eval_fraction", "warmup_ratio", "lora_dropout"):
-        if not 0 <= getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}; it must be at least 0 and below 1")
-    for name in ("seed", "num_workers"):
-        if (getattr(args, name) or 0) < 0:
-            parser.error(f"--{name} is {getattr(args, name)}; it must be at least 0")
-    for name in ("max_samples", "max_length", "lora_rank", "lora_alpha", "epochs", "batch_size", "learning_rate", "beta",
-                 "gradient_accumulation_steps", "save_steps", "eval_steps", "eval_samples", "cache_gb"):  # fmt: skip
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            parser.error(f"--{name} is {value}; it must be above 0")
-    if args.packing and args.no_prefix_sharing:
-        parser.error("--packing lays out rows that share a prefix; leave --no_prefix_sharing out")
     for name, folder in (("model_path", "model"), ("dataset", "preferences")):
         if args.test_mode and getattr(args, name) == parser.get_default(name):
             setattr(args, name, str(MINIATURE / folder))
@@ -112,56 +96,46 @@ import inspect
 import io
 import json
 import logging
-import math
 import os
 import re
 import resource
-import shutil
-import signal
 import time
-import traceback
+import zipfile
 from collections import Counter
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial, wraps
 from itertools import chain
 from typing import NoReturn
 
-for name, value in {
-    "TRL_EXPERIMENTAL_SILENCE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}.items():
-    os.environ.setdefault(name, value)
-
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a kernel that nothing here needs
 
 import datasets
 import jinja2
 import matplotlib
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets.exceptions import DatasetsError
-from huggingface_hub import ModelCardData
+from filelock import FileLock, Timeout
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, set_seed
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # of several under torchrun, the one that prints and writes
+MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # of several processes, the one that prints and writes
 console = Console(stderr=True, quiet=not MAIN_PROCESS)
 
 
@@ -504,57 +478,80 @@ def generate_answers(model, processor, images: list, questions: list[str], max_n
     return [text.strip() for text in processor.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)]
 
 
-# ---------------------------------------------------------------------------- data
+# ---------------------------------------------------------------------------- from rows to batches
 
 
 def load_rows(source: str) -> datasets.DatasetDict:
-    """Open preference pairs without decoding a picture: a hub id, a folder, a .parquet or a .jsonl file."""
+    """Open preference pairs from a hub id, a folder, a .parquet or a .jsonl file. No picture is decoded."""
     path = Path(source)
-    builders = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
     try:
-        if path.is_file():
-            if path.suffix not in builders:
-                stop(f"--dataset {source} ends in {path.suffix or 'nothing'}; a file must be .parquet or .jsonl.")
-            rows = datasets.load_dataset(builders[path.suffix], data_files=str(path))
+        if path.suffix in (".parquet", ".jsonl", ".json"):
+            builder = "parquet" if path.suffix == ".parquet" else "json"
+            rows = datasets.load_dataset(builder, data_files=str(path))
         else:
             rows = datasets.load_dataset(source)
-    except (OSError, ValueError, TypeError, StopIteration, pa.ArrowException, DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "it is empty."
-        stop(f"--dataset {source} cannot be read: {reason} Give a hub id, or a folder or file of parquet or jsonl.")
-    if "train" not in rows:
-        stop(f"--dataset {source} has no train split (found: {', '.join(rows)}); name its file train.parquet.")
-    missing = {"image", "question", "chosen", "rejected"} - set(rows["train"].column_names)
-    if missing:
-        stop(f"--dataset {source} lacks {', '.join(sorted(missing))} (found: {', '.join(rows['train'].column_names)}); "
-             "it must have RLAIF-V's columns image, question, chosen and rejected.")  # fmt: skip
-    for name in ("question", "chosen", "rejected"):
-        kind = getattr(rows["train"].features[name], "dtype", type(rows["train"].features[name]).__name__)
-        if kind not in ("string", "large_string"):
-            stop(f"--dataset {source} has {kind} in its column {name}; it must hold plain text.")
-    try:
+        missing = {"image", "question", "chosen", "rejected"} - set(rows["train"].column_names)
+        if missing:
+            stop(
+                f"--dataset {source} lacks {', '.join(sorted(missing))} (found: {', '.join(rows['train'].column_names)})."
+            )
+        for name in ("question", "chosen", "rejected"):
+            kind = rows["train"].features[name]
+            if getattr(kind, "dtype", None) not in ("string", "large_string"):
+                stop(f"--dataset {source} has {kind} in its column {name}; it must hold plain text.")
         return rows.cast_column("image", datasets.Image(decode=False))
-    except (TypeError, ValueError, pa.ArrowException):
-        stop(f"--dataset {source} has {rows['train'].features['image']} in its column image; "
-             "it must hold pictures, or the paths of picture files.")  # fmt: skip
+    except KeyError:
+        stop(f"--dataset {source} has no train split (found: {', '.join(rows)}); name its file train.parquet.")
+    except Exception as error:
+        reason = (str(error) or "it is empty").splitlines()[0]
+        stop(f"--dataset {source} cannot be read: {reason} Give a hub id, or a folder or file of parquet or jsonl.")
 
 
 def read_size(picture: Path | pa.Buffer) -> tuple[int, int]:
-    """The upright (width, height) of a picture, from its header: of a 13 GB set, only the pages with headers are read."""
-    if isinstance(picture, Path):
-        attempts = [lambda: picture]
-    else:
-        attempts = [lambda: io.BytesIO(picture.slice(0, min(2**16, picture.size))), lambda: io.BytesIO(picture)]
-    for attempt in attempts:
-        # whatever a broken header makes Pillow's parsers raise; some formats only open with all of their bytes
-        with suppress(Exception), Image.open(attempt()) as image:
+    """Return a picture's upright (width, height). Reads its header only, so that a set of 13 GB is checked in seconds."""
+    sources = [picture]
+    if not isinstance(picture, Path):
+        sources = [io.BytesIO(picture.slice(0, min(2**16, picture.size))), io.BytesIO(picture)]
+    for source in sources:  # some formats only open with all of their bytes
+        # Pillow's parsers raise almost anything on a broken header
+        with suppress(Exception), Image.open(source) as image:
             # EXIF orientations 5 to 8 swap width and height; without the test, getexif would decode a whole PNG
             turned = "exif" in image.info and image.getexif().get(0x0112, 1) >= 5
             return image.size[::-1] if turned else image.size
-    raise OSError("no picture")
+    raise OSError("not a picture")
+
+
+def identify_picture(picture: Path | pa.Buffer) -> bytes:
+    """Return a digest of a picture file's size, first and last 4 KiB, by which to know the same picture again."""
+    with picture.open("rb") if isinstance(picture, Path) else pa.BufferReader(picture) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        head = file.read(4096)
+        file.seek(max(size - 4096, 0))
+        return hashlib.sha256(b"%d" % size + head + file.read()).digest()
+
+
+def strip_marker(question: str) -> str:
+    """Return a question without LLaVA's `<image>` on a line of its own at the start or the end, which says where the
+    picture goes; build_prompt puts it there anyway."""
+    return re.sub(r"^\s*<image>\s*\n|\n\s*<image>\s*$", "", question)
+
+
+def encode_texts(
+    processor, image_size, question: str, chosen: str, rejected: str, max_length: int
+) -> dict[str, list[int]]:
+    """Return the ids of the `prompt` about a picture of (width, height), and of the `chosen` and `rejected` response, each
+    closed by EOS and cut where prompt and response are longer than `max_length`."""
+    tokenizer = processor.tokenizer
+    ids = {"prompt": build_prompt(processor, question, image_size)}
+    for name, text in (("chosen", chosen), ("rejected", rejected)):
+        response = tokenizer(text.strip(), add_special_tokens=False, split_special_tokens=True).input_ids
+        ids[name] = [*response, tokenizer.eos_token_id][: max(max_length - len(ids["prompt"]), 0)]
+    return ids
 
 
 def find_fault(question: str, chosen: str, rejected: str, picture, processor, max_length: int) -> str | None:
-    """The reason why a row cannot be trained on, or None. Reads the picture's header, not its pixels."""
+    """Return the reason why a row cannot be trained on, or None. Reads the picture's header, not its pixels."""
     for name, text in (("question", question), ("chosen", chosen), ("rejected", rejected)):
         if not (text or "").strip():
             return f"{name} is empty"
@@ -565,115 +562,63 @@ def find_fault(question: str, chosen: str, rejected: str, picture, processor, ma
     except OSError:
         return "image does not open"
     image_tokens = processor._get_num_multimodal_tokens(image_sizes=[size[::-1]])["num_image_tokens"][0]
-    at_most = (
-        image_tokens + len(question.encode()) + 32
-    )  # no token is shorter than a byte; most rows need no exact count
-    if at_most >= max_length and len(build_prompt(processor, question, size)) >= max_length:
-        return "prompt does not fit --max_length"
+    # no token is shorter than a byte, so that most rows need no exact count
+    longest = image_tokens + len(question.encode()) + max(len(chosen.encode()), len(rejected.encode())) + 64
+    if longest > max_length:
+        ids = encode_texts(processor, size, question, chosen, rejected, max_length)
+        if not ids["chosen"]:
+            return "prompt does not fit --max_length"
+        if ids["chosen"] == ids["rejected"]:
+            return "chosen equals rejected once cut"
     return None
 
 
-def check_rows(rows: datasets.Dataset, root: Path, processor, max_length: int, limit: int | None) -> tuple[list, list]:
-    """Find the rows fit for training: (their indices, at most `limit`; the others as {row, reason})."""
-    good, dropped = [], []
+def check_rows(rows: datasets.Dataset, root: Path, processor, max_length: int, limit: int | None) -> tuple[dict, list]:
+    """Find the rows fit for training. Returns the first `limit` as {row: digest of its picture}, and the others that were
+    met as a list of {split, row, reason}. Relative picture paths start at `root`."""
+    good, dropped, marked = {}, [], 0
     columns = rows.select_columns(["question", "chosen", "rejected", "image"]).with_format("arrow")
     for start in tqdm(range(0, len(rows), 1000), desc="checking rows", disable=len(rows) < 5000):
         table = columns[start : start + 1000]
         texts = zip(*(table[name].to_pylist() for name in ("question", "chosen", "rejected")), strict=True)
         images = chain.from_iterable(zip(c.field("bytes"), c.field("path"), strict=True) for c in table["image"].chunks)
-        for i, (text, (content, path)) in enumerate(zip(texts, images, strict=True), start):
+        for row, (text, (content, path)) in enumerate(zip(texts, images, strict=True), start):
             picture = content.as_buffer() if content.is_valid else root / (path.as_py() or "")
             fault = find_fault(*text, picture, processor, max_length)
             if fault:
-                dropped.append({"split": str(rows.split), "row": i, "reason": fault})
-            else:
-                good.append(i)
+                dropped.append({"split": str(rows.split), "row": row, "reason": fault})
+                continue
+            good[row] = identify_picture(picture)
+            marked += strip_marker(text[0]) != text[0]
             if len(good) == limit:
-                return good, dropped
+                break
+        if len(good) == limit:
+            break
+    if marked:
+        console.print(
+            f"{marked:,} questions name <image> on a line of its own; it is left out, the prompt has the picture"
+        )
     return good, dropped
 
 
-def split_rows(rows: datasets.Dataset, good: list[int], eval_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split row indices into (train, held out); rows that share an `image_path` stay on one side."""
-    names = rows["image_path"][:] if "image_path" in rows.column_names else [None] * len(rows)
-    picture = np.unique([str(i if names[i] is None else names[i]) for i in good], return_inverse=True)[1]
-    order = np.random.default_rng(seed).permutation(picture.max() + 1) if good else picture
-    wanted = min(max(round(eval_fraction * len(order)), 1), len(order) - 1) if eval_fraction else 0
-    held_out = np.isin(picture, order[: max(wanted, 0)])
-    good = np.asarray(good, dtype=int)
-    return good[~held_out].tolist(), good[held_out].tolist()
-
-
-class VisionCache:
-    """What the frozen vision tower makes of pictures, unrounded, one file a picture; every file may be deleted at any time.
-
-    A file is known by the picture's bytes, the tower's weights and type, and the image processor's settings, so that
-    nothing stale is ever read.
-    """
-
-    def __init__(self, folder: Path, model, processor):
-        tower = model.get_base_model().model.vision_tower
-        settings = (str(tower.dtype), model.config.vision_feature_layer, tower.config.to_json_string(),
-                    processor.image_processor.to_json_string())  # fmt: skip
-        digest = hashlib.sha256(repr(settings).encode())
-        for weight in tower.state_dict().values():
-            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        self.folder = folder / digest.hexdigest()[:16]
-
-    def file(self, picture: bytes) -> Path:
-        name = hashlib.sha256(picture).hexdigest()
-        return self.folder / name[:2] / f"{name[2:]}.safetensors"
-
-    def holds(self, picture: bytes) -> bool:
-        """Whether there is a whole file; its content is not read."""
-        with suppress(OSError, SafetensorError), safe_open(self.file(picture), "pt"):
-            return True
-        return False
-
-    def read(self, picture: bytes) -> dict[str, torch.Tensor] | None:
-        """pixel_values (tiles, 1, patches + 1, hidden), in place of pixels, and image_sizes (2); None if not there."""
-        try:
-            return load_file(self.file(picture))
-        except (OSError, SafetensorError):
-            return None
-
-
-class PicturesToCache(torch.utils.data.Dataset):
-    """The pictures of pairs, decoded: None for one whose features are there, or that breaks off."""
-
-    def __init__(self, pairs: "PreferencePairs", cache: VisionCache):
-        self.pairs, self.cache = pairs, cache
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> dict | None:
-        with suppress(OSError):
-            picture = self.pairs.picture(self.pairs.rows[self.pairs.indices[index]])
-            if not self.cache.holds(picture):
-                pixels = self.pairs.processor.image_processor(load_image(picture), return_tensors="pt")
-                return {"picture": picture, **{name: values[0] for name, values in pixels.items()}}
-        return None
+def split_rows(good: dict[int, bytes], eval_fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Split rows, {row: digest of its picture}, into (train, held out). All rows of one picture stay on one side."""
+    pictures = sorted(set(good.values()))
+    order = np.random.default_rng(seed).permutation(len(pictures))
+    wanted = min(max(round(eval_fraction * len(pictures)), 1), len(pictures) - 1) if eval_fraction else 0
+    held_out = {pictures[i] for i in order[: max(wanted, 0)]}
+    sides = [row for row in good if good[row] not in held_out], [row for row in good if good[row] in held_out]
+    return sides
 
 
 class PreferencePairs(torch.utils.data.Dataset):
-    """Pairs as token ids and pixels, made when asked for: `__getitem__` runs in the data loader's workers.
-
-    What only shows then (a picture that breaks off, responses that are equal once cut to `max_length`) is noted in
-    `dropped_file`, and the next row stands in. With a `cache`, a picture whose features are there is not decoded.
-    """
-
-    cache: VisionCache | None = None
+    """Pairs as token ids and pixels, made when they are asked for: `__getitem__` runs in the data loader's workers."""
 
     def __init__(
         self, rows: datasets.Dataset, indices: list[int], root: Path, processor, max_length: int, dropped_file: Path
     ):
         self.rows, self.indices, self.root = rows, indices, root
         self.processor, self.max_length, self.dropped_file = processor, max_length, dropped_file
-
-    @property
-    def split(self) -> str:
-        return str(getattr(self.rows, "split", "train"))
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -682,70 +627,38 @@ class PreferencePairs(torch.utils.data.Dataset):
         """ORPOTrainer tokenizes text by three calls of `map`; there is nothing left for them to do."""
         return self
 
-    def picture(self, row: dict) -> bytes:
-        """The file of a row's picture. Raises OSError if it is not there."""
-        image = row["image"]
-        return image["bytes"] if image["bytes"] is not None else (self.root / image["path"]).read_bytes()
-
     def row(self, index: int) -> dict:
-        """Question, chosen and rejected of a pair, and its picture, decoded. Raises OSError if that breaks off."""
+        """Return a pair's columns, with its picture decoded. Raises OSError if the picture's file breaks off."""
         row = self.rows[self.indices[index]]
-        return {**row, "image": load_image(self.picture(row))}
+        content, path = row["image"]["bytes"], row["image"]["path"]
+        image = load_image(content if content is not None else self.root / path)
+        return {**row, "question": strip_marker(row["question"]), "image": image}
 
-    def __getitem__(self, index: int, use_cache: bool = True) -> dict:
+    def __getitem__(self, index: int) -> dict:
+        """Return a pair as `encode` does. A picture that breaks off is noted, and the next pair takes its place."""
         for candidate in (*range(index, len(self)), *range(index)):
             try:
-                features = self.features(candidate, use_cache)
-                reason = None if features["chosen"] != features["rejected"] else "chosen equals rejected once cut"
+                row = self.row(candidate)
+                return self.encode(row["image"], row["question"], row["chosen"], row["rejected"])
             except OSError:
-                reason = "image breaks off when decoded"
-            if reason is None:
-                return features
-            with self.dropped_file.open("a") as file:
-                file.write(json.dumps({"split": self.split, "row": self.indices[candidate], "reason": reason}) + "\n")
-        raise LookupError(f"no row of the {self.split} pairs can be used; see {self.dropped_file}.")
-
-    def __getitems__(self, indices: list[int]) -> list[dict]:
-        """A batch: pixels for all, or cached features for all."""
-        batch = [self[index] for index in indices]
-        if len({features["pixel_values"].shape[1] for features in batch}) > 1:
-            batch = [self.__getitem__(index, use_cache=False) for index in indices]
-        return batch
-
-    def features(self, index: int, use_cache: bool) -> dict:
-        row = self.rows[self.indices[index]]
-        texts = row["question"], row["chosen"], row["rejected"]
-        picture = self.picture(row)
-        cached = self.cache.read(picture) if self.cache and use_cache else None
-        if cached:
-            height, width = cached["image_sizes"].tolist()
-            return {**self.encode_texts((width, height), *texts), **cached}
-        return self.encode(load_image(picture), *texts)
-
-    def encode_texts(self, image_size: tuple[int, int], question: str, chosen: str, rejected: str) -> dict:
-        """Ids of the prompt about a picture of (width, height), and of both responses, closed by EOS (cut to
-        `max_length`, the prompt never)."""
-        tokenizer = self.processor.tokenizer
-        prompt = build_prompt(self.processor, question, image_size)
-        chosen_ids, rejected_ids = (
-            (tokenizer(text.strip(), add_special_tokens=False, split_special_tokens=True).input_ids
-             + [tokenizer.eos_token_id])[: self.max_length - len(prompt)]
-            for text in (chosen, rejected)
-        )  # fmt: skip
-        return {"prompt": prompt, "chosen": chosen_ids, "rejected": rejected_ids}
+                fault = {
+                    "split": str(self.rows.split),
+                    "row": self.indices[candidate],
+                    "reason": "image breaks off when decoded",
+                }
+                with self.dropped_file.open("a") as file:
+                    file.write(json.dumps(fault) + "\n")
+        stop(f"no row of the {self.rows.split} pairs can be used; see {self.dropped_file}.")
 
     def encode(self, image: Image.Image, question: str, chosen: str, rejected: str) -> dict:
-        """One pair: the ids of encode_texts, pixel_values (tiles, 3, H, W) and image_sizes (2) as (height, width)."""
+        """Return the ids of encode_texts, pixel_values (tiles, 3, H, W) and image_sizes (2) as (height, width)."""
         pixels = self.processor.image_processor(image, return_tensors="pt")
-        return {
-            **self.encode_texts(image.size, question, chosen, rejected),
-            "pixel_values": pixels["pixel_values"][0],
-            "image_sizes": pixels["image_sizes"][0],
-        }
+        ids = encode_texts(self.processor, image.size, question, chosen, rejected, self.max_length)
+        return {**ids, "pixel_values": pixels["pixel_values"][0], "image_sizes": pixels["image_sizes"][0]}
 
     def longest(self) -> dict:
-        """A pair as long as any: the longest question, chosen and rejected of all (the most tokens of the 16 with the most
-        bytes), and a picture of the shape that takes most tokens, as far as `max_length` allows."""
+        """Return a pair as long as any: the longest question, chosen and rejected of all (the most tokens of the 16 with
+        the most bytes), and a picture of the shape that takes most tokens, as far as `max_length` allows."""
         texts = self.rows.select_columns(["question", "chosen", "rejected"]).with_format("arrow")[:]
         longest = []
         for name in texts.column_names:
@@ -757,30 +670,54 @@ class PreferencePairs(torch.utils.data.Dataset):
         ]
         # where responses are cut, the shorter prompt makes the longer pair
         pairs = [self.encode(image, question, *longest[1:]) for image in shapes for question in (longest[0], "")]
-        fitting = [pair for pair in pairs if len(pair["prompt"]) < self.max_length] or [self[0]]
+        fitting = [pair for pair in pairs if pair["chosen"]] or [self[0]]
         return max(fitting, key=lambda pair: sum(len(pair[name]) for name in ("prompt", "chosen", "rejected")))
 
 
+def make_pairs(args, rows: datasets.DatasetDict, processor) -> tuple[PreferencePairs, PreferencePairs | None]:
+    """Check the rows and split them into pairs to train on and to hold out. Lists the rows left out in dropped_rows.jsonl."""
+    root = Path(args.dataset).parent if Path(args.dataset).is_file() else Path(args.dataset)
+    dropped_file = args.output_dir / "dropped_rows.jsonl"
+    good, dropped = check_rows(rows["train"], root, processor, args.max_length, args.max_samples)
+    test = next((rows[name] for name in ("test", "validation") if name in rows), None)
+    if test:
+        held_out, more = check_rows(test, root, processor, args.max_length, None)
+        train, held_out, dropped = list(good), list(held_out), dropped + more
+    else:
+        test = rows["train"]
+        train, held_out = split_rows(good, args.eval_fraction, args.seed)
+    if MAIN_PROCESS:
+        write_whole(dropped_file, "".join(json.dumps(row) + "\n" for row in dropped))
+    reasons = ", ".join(f"{n} x {reason}" for reason, n in Counter(row["reason"] for row in dropped).most_common())
+    if not train:
+        stop(f"--dataset {args.dataset} has no usable pair ({reasons or 'it has no rows'}); see {dropped_file}.")
+    evaluated = held_out
+    if len(held_out) > args.eval_samples:
+        evaluated = sorted(np.random.default_rng(args.seed).permutation(held_out)[: args.eval_samples].tolist())
+    console.print(
+        f"{len(train):,} pairs to train on, {len(held_out):,} held out, of which {len(evaluated):,} are evaluated"
+    )
+    if dropped:
+        console.print(f"{len(dropped):,} rows are left out: {reasons}")
+    shared = (root, processor, args.max_length, dropped_file)
+    eval_pairs = PreferencePairs(test, evaluated, *shared) if evaluated else None
+    return PreferencePairs(rows["train"], train, *shared), eval_pairs
+
+
 def collate_pairs(features: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Batch pairs of B rows: prompts padded on the left, so that all responses start in one column.
+    """Batch B pairs. Prompts are padded on the left, so that all responses start in one column.
 
     Returns prompt_input_ids and prompt_attention_mask (B, P), chosen_labels (B, C) and rejected_labels (B, R) padded
-    with -100, pixel_values (B, most tiles, 3, H, W), or features in their place (B, most tiles, 1, patches, hidden), and image_sizes (B, 2) as (height, width).
+    with -100, pixel_values (B, most tiles, 3, H, W), and image_sizes (B, 2) as (height, width).
     """
-
-    def pad(name: str, value: int, left: bool = False) -> torch.Tensor:
-        rows = [torch.tensor(feature[name]) for feature in features]
-        return torch.nn.utils.rnn.pad_sequence(
-            rows, batch_first=True, padding_value=value, padding_side="left" if left else "right"
-        )
-
-    prompt = pad("prompt", -1, left=True)
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    prompts = [torch.tensor(feature["prompt"]) for feature in features]
     return {
-        "prompt_input_ids": prompt.masked_fill(prompt == -1, pad_token_id),
-        "prompt_attention_mask": (prompt != -1).long(),
-        "chosen_labels": pad("chosen", -100),
-        "rejected_labels": pad("rejected", -100),
-        "pixel_values": torch.nn.utils.rnn.pad_sequence([f["pixel_values"] for f in features], batch_first=True),
+        "prompt_input_ids": pad(prompts, padding_value=pad_token_id, padding_side="left"),
+        "prompt_attention_mask": pad([torch.ones_like(prompt) for prompt in prompts], padding_side="left"),
+        "chosen_labels": pad([torch.tensor(feature["chosen"]) for feature in features], padding_value=-100),
+        "rejected_labels": pad([torch.tensor(feature["rejected"]) for feature in features], padding_value=-100),
+        "pixel_values": pad([feature["pixel_values"] for feature in features]),
         "image_sizes": torch.stack([feature["image_sizes"] for feature in features]),
     }
 
@@ -788,14 +725,13 @@ def collate_pairs(features: list[dict], pad_token_id: int) -> dict[str, torch.Te
 # ---------------------------------------------------------------------------- the loss
 
 
-def share_prefix(batch: dict, pad_token_id: int, packing: bool, block_mask: bool) -> dict:
-    """Lay a batch of B pairs out as B rows `prompt | chosen | rejected`, whose two responses cannot see each other.
+def share_prefix(batch: dict, pad_token_id: int, packed: bool, dtype: torch.dtype) -> dict:
+    """Lay a batch of B pairs out as B rows `prompt | chosen | rejected`, in which the two responses cannot see each other.
 
-    Both responses' positions follow the prompt's last. `logits_to_keep` (C + R) indexes the columns that predict the
-    C chosen and R rejected tokens; a response's first token is predicted by the prompt's last. With `packing`, all pairs
-    stand one after the other in a single row without padding, none sees another, and what is kept is what predicts the
-    real tokens. The mask is dense (rows, 1, S, S), or FlexAttention's with `block_mask`, which costs memory and time
-    only where something is visible.
+    Both responses' positions follow the prompt's last. `logits_to_keep` indexes the columns that predict a response's
+    tokens; its first token is predicted by the prompt's last. The mask is dense, (B, 1, S, S) of `dtype`, and added to the
+    scores. If `packed`, all pairs stand one after the other in a single row without padding, no pair sees another, and the
+    mask is FlexAttention's, which costs memory and time only where something is visible.
     """
     prompt, real_prompt = batch["prompt_input_ids"], batch["prompt_attention_mask"]
     responses = torch.cat([batch["chosen_labels"], batch["rejected_labels"]], dim=1)
@@ -805,13 +741,11 @@ def share_prefix(batch: dict, pad_token_id: int, packing: bool, block_mask: bool
     ids = torch.cat([prompt, responses.masked_fill(responses == -100, pad_token_id)], dim=1)
     steps = torch.cat([torch.arange(n, device=device) for n in (n_chosen, n_rejected)])
     positions = torch.cat([(real_prompt.cumsum(1) - 1).clamp(min=0), real_prompt.sum(1, keepdim=True) + steps], dim=1)
-    part = torch.repeat_interleave(
-        torch.arange(3, device=device), torch.tensor([length, n_chosen, n_rejected], device=device)
-    ).expand_as(ids)
+    part = torch.tensor([0] * length + [1] * n_chosen + [2] * n_rejected, device=device).expand_as(ids)
     pair = torch.arange(len(ids), device=device)[:, None].where(real, -1)  # padding sees padding alone
-    columns = torch.cat([length - 1 + steps[:n_chosen], torch.tensor([length - 1], device=device),
-                         length + n_chosen + steps[n_chosen:-1]])  # fmt: skip
-    if packing:
+    columns = torch.arange(length - 1, ids.shape[1] - 1, device=device)
+    columns[n_chosen] = length - 1  # the rejected response's first token follows the prompt, too
+    if packed:
         columns = (real.flatten().cumsum(0) - 1).view_as(real)[:, columns][responses != -100]
         ids, positions, part, pair = (tensor[real][None] for tensor in (ids, positions, part, pair))
 
@@ -820,60 +754,41 @@ def share_prefix(batch: dict, pad_token_id: int, packing: bool, block_mask: bool
         return (query >= key) & (pair[row, query] == pair[row, key]) & shared
 
     rows, size = ids.shape
-    if block_mask:
+    if packed:
         make_mask = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
         mask = make_mask(visible, rows, None, size, size, device)
-    else:
+    else:  # a boolean mask would be made into a new tensor of floats in every layer
         index = torch.arange(max(rows, size), device=device)
-        mask = visible(index[:rows, None, None, None], None, index[:size, None], index[:size])
+        seen = visible(index[:rows, None, None, None], None, index[:size, None], index[:size])
+        mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": columns}
 
 
-def two_rows(batch: dict, pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Lay a batch of pairs out plainly: all chosen rows, then all rejected rows, prompt and picture in both."""
-    prompt, real_prompt = batch["prompt_input_ids"], batch["prompt_attention_mask"]
-    labels = [batch["chosen_labels"], batch["rejected_labels"]]
-    longest = max(part.shape[1] for part in labels)
-    responses = torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=-100) for part in labels])
-    real = torch.cat([real_prompt.repeat(2, 1), (responses != -100).long()], dim=1)
-    return {
-        "input_ids": torch.cat([prompt.repeat(2, 1), responses.masked_fill(responses == -100, pad_token_id)], dim=1),
-        "attention_mask": real,
-        "position_ids": (real.cumsum(1) - 1).clamp(min=0),
-    }
-
-
 class LlavaORPOTrainer(ORPOTrainer):
-    """TRL's ORPOTrainer for pairs with a picture. Its odds-ratio loss and metrics are TRL's; the forward is ours.
+    """TRL's ORPOTrainer for pairs with a picture. The odds-ratio loss and the metrics are TRL's; the forward is ours.
 
     The NLL is the mean over pairs of each chosen response's mean token NLL (Hong et al. 2024, arXiv:2403.07691, Eq. 3
-    and 6), over the response alone. TRL's own covers prompt and picture too, and weighs a pair by its length, which
-    would make the loss depend on how pairs fall into batches, accumulation steps and processes.
+    and 6). TRL's own also covers the prompt, and with it the picture, and weighs a pair by its length, so that the loss
+    would depend on how pairs fall into batches, accumulation steps and processes.
     """
 
-    prefix_sharing, packing, block_mask = True, False, False
-    seconds_waited, pairs_seen = 0.0, 0
+    packed = False  # set where FlexAttention runs
+    seconds_waited, pairs_seen, last_log = 0.0, 0, None
 
     def concatenated_forward(self, model, batch: dict) -> tuple[torch.Tensor, ...]:
-        """Returns the mean log-probability of each chosen and rejected response's tokens (B), their mean logits (B), and
+        """Return the mean log-probability of each chosen and rejected response's tokens (B), their mean logits (B), and
         the NLL."""
         labels = torch.cat([batch["chosen_labels"], batch["rejected_labels"]], dim=1)
         real, n_chosen = labels != -100, batch["chosen_labels"].shape[1]
+        inputs = share_prefix(batch, self.padding_value, self.packed, next(model.parameters()).dtype)
         pictures = {name: batch[name] for name in ("pixel_values", "image_sizes")}
-        if self.prefix_sharing:
-            inputs = share_prefix(batch, self.padding_value, self.packing, self.block_mask)
-            logits = model(**inputs, **pictures, use_cache=False).logits.float()
-        else:
-            pictures = {name: torch.cat([tensor, tensor]) for name, tensor in pictures.items()}
-            logits = model(**two_rows(batch, self.padding_value), **pictures, use_cache=False).logits.float()
-            chosen, rejected = logits[:, batch["prompt_input_ids"].shape[1] - 1 : -1].chunk(2)
-            logits = torch.cat([chosen[:, :n_chosen], rejected[:, : labels.shape[1] - n_chosen]], dim=1)
-        targets = labels[real] if self.packing else labels.flatten()
+        logits = model(**inputs, **pictures, use_cache=False).logits.float()
+        targets = labels[real] if self.packed else labels.flatten()
         logps = -torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
 
         def means(values: torch.Tensor) -> list[torch.Tensor]:
-            """Of each chosen (B) and each rejected (B) response's tokens, from one value a kept token."""
-            values = values if self.packing else values.view_as(real)[real]
+            """Average one value per kept token over each chosen (B) and each rejected (B) response."""
+            values = values if self.packed else values.view_as(real)[real]
             table = values.new_zeros(real.shape).masked_scatter(real, values)
             parts = slice(n_chosen), slice(n_chosen, None)
             return [table[:, part].sum(1) / real[:, part].sum(1) for part in parts]
@@ -883,67 +798,49 @@ class LlavaORPOTrainer(ORPOTrainer):
 
     @contextmanager
     def plain_forward(self):
-        """For generate(), and for a forward to compare with: no FlexAttention, nothing compiled."""
-        speed_up(self.model, block_mask=False, autocast=False)
+        """Turn FlexAttention off for generate(), and for a forward to compare with."""
+        speed_up(self.model, packed=False, autocast=False)
         try:
-            with torch.compiler.set_stance("force_eager"):
-                yield
+            yield
         finally:
-            speed_up(self.model, self.block_mask, self.args.bf16)
+            speed_up(self.model, self.packed, self.accelerator.native_amp)
 
     def get_batch_samples(self, *args, **kwargs):
-        """What comes next from the data loader; the time it takes is the time that training waits for it."""
+        """Return the next batches, and count their pairs and the time that training waits for them."""
         start = time.perf_counter()
         samples = super().get_batch_samples(*args, **kwargs)
         self.seconds_waited += time.perf_counter() - start
         self.pairs_seen += sum(len(batch["chosen_labels"]) for batch in samples[0]) * self.args.world_size
         return samples
 
-    def get_batch_loss_metrics(self, *args, **kwargs):
-        """TRL's, over all pairs: its gather_for_metrics cuts each forward of an epoch's last step to the size of the last."""
-        for_metrics, self.accelerator.gather_for_metrics = self.accelerator.gather_for_metrics, self.accelerator.gather
-        try:
-            return super().get_batch_loss_metrics(*args, **kwargs)
-        finally:
-            self.accelerator.gather_for_metrics = for_metrics
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """TRL's eval metrics, but exact: means over pairs, whatever the last batch holds and however many processes."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            forward = self.concatenated_forward(model, inputs)
-        # without the rows that even out the last batch among processes
-        chosen, rejected, *logits = self.accelerator.gather_for_metrics(forward[:4])
-        losses, chosen_rewards, rejected_rewards, log_odds_ratio, log_odds_chosen = self.odds_ratio_loss(
-            chosen, rejected
-        )
-        metrics = {
-            "rewards/chosen": chosen_rewards,
-            "rewards/rejected": rejected_rewards,
-            "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
-            "rewards/margins": chosen_rewards - rejected_rewards,
-            "logps/rejected": rejected,
-            "logps/chosen": chosen,
-            "logits/rejected": logits[1],
-            "logits/chosen": logits[0],
-            "nll_loss": -chosen,
-            "log_odds_ratio": log_odds_ratio,
-            "log_odds_chosen": log_odds_chosen,
-        }
-        metrics = {f"eval_{name}": value.mean().item() for name, value in metrics.items()}
-        for _ in range(len(chosen)):  # a batch weighs what it holds
-            self.store_metrics(metrics, train_eval="eval")
-        return (losses.mean() * -1 - chosen.mean()).detach(), None, None
+    def log(self, logs: dict, start_time: float | None = None) -> None:
+        """Log TRL's metrics and the pairs per second since the last log. Stops at the first loss or gradient that is not
+        finite, before it reaches a checkpoint."""
+        for name in ("loss", "grad_norm", "eval_loss"):
+            if not math.isfinite(logs.get(name, 0)):
+                checkpoint = last_checkpoint(Path(self.args.output_dir))
+                stop(f"{name} is {logs[name]} at step {self.state.global_step}, so the run has diverged; start again with a "
+                     f"smaller --learning_rate. The last good checkpoint is {checkpoint or 'the base model'}.")  # fmt: skip
+        now = time.perf_counter()
+        if "loss" in logs and self.last_log:
+            logs["pairs_per_second"] = (self.pairs_seen - self.last_log[0]) / (now - self.last_log[1])
+        self.last_log = self.pairs_seen, now
+        super().log(logs, start_time)
 
     def create_model_card(self, *_, **__) -> None:
-        """TRL's card shows a text-only pipeline; main() writes one that fits."""
+        """Do nothing: TRL's card shows a text-only pipeline, and finish_run writes one that fits."""
 
 
-# ---------------------------------------------------------------------------- before, during and after the run
+# ---------------------------------------------------------------------------- before the run
 
 
 def add_adapter(model, args: argparse.Namespace) -> PeftModel:
-    """Put LoRA on the language model's linear layers (and the projector's); the vocabulary is left as it is."""
+    """Put a new LoRA adapter on the language model's linear layers (and the projector's). Stops if a name of
+    --lora_target_modules matches no layer."""
+    layers = {name.split(".")[-1] for name, _ in model.model.language_model.named_modules() if name}
+    unknown = sorted(set(args.lora_target_modules) - layers)
+    if unknown:
+        stop(f"--lora_target_modules {' '.join(unknown)}: the language model has no layer of that name.")
     targets = rf".*language_model\..*\.({'|'.join(args.lora_target_modules)})"
     if args.train_projector:
         targets = rf"({targets}|.*multi_modal_projector\.linear_[12])"
@@ -954,38 +851,22 @@ def add_adapter(model, args: argparse.Namespace) -> PeftModel:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        stop(f"--lora_target_modules {' '.join(args.lora_target_modules)}: {str(error).splitlines()[0]}")
+    return get_peft_model(model, config)
 
 
-def freeze_tower(model) -> None:
-    """Run the vision tower without a graph, which checkpointing's hooks would else make it keep. Features of the cache,
-    which have one channel in place of three, pass through it as they are."""
-    tower, layer = model.get_base_model().model.vision_tower, model.config.vision_feature_layer
-    run = tower.forward
-
-    @torch.no_grad()
-    def forward(pixel_values, **options):
-        if pixel_values.shape[1] == 1:
-            return BaseModelOutputWithPooling(hidden_states={layer: pixel_values[:, 0].to(tower.dtype)})
-        return run(pixel_values, **options)
-
-    tower.forward = forward
-
-
-def speed_up(model, block_mask: bool, autocast: bool) -> None:
-    """FlexAttention in the language model, and adapters that take their input in its own type under autocast (PEFT would
-    turn it to float32 and autocast back). For the trainer's forward; generate() wants both off."""
-    model.get_base_model().model.language_model.set_attn_implementation("flex_attention" if block_mask else "sdpa")
+def speed_up(model, packed: bool, autocast: bool) -> None:
+    """Use FlexAttention in the language model if `packed`, and let adapters take their input as it is under `autocast`,
+    where PEFT would turn it to float32 and autocast back."""
+    model.get_base_model().model.language_model.set_attn_implementation("flex_attention" if packed else "sdpa")
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = not autocast
 
 
 def flex_attention_runs(model) -> bool:
-    """Whether FlexAttention compiles for the decoder's heads on its device, forward and backward; says so if not."""
+    """Return whether FlexAttention compiles for the decoder's heads on its GPU, forward and backward."""
+    if model.device.type != "cuda":
+        return False
     config = model.config.text_config
     size = config.head_dim or config.hidden_size // config.num_attention_heads
     query, key, value = (
@@ -994,152 +875,101 @@ def flex_attention_runs(model) -> bool:
     )
     try:
         torch.compile(flex_attention)(query, key, value, enable_gqa=True).sum().backward()
-    except Exception as error:  # no C compiler, no Triton, a GPU with too little shared memory: each raises its own
-        console.print(f"FlexAttention does not run here ({type(error).__name__}: {(str(error) or '?').splitlines()[0]}); "
-                      "a dense mask takes its place, which is slower")  # fmt: skip
+    except Exception as error:  # no C compiler, no Triton, too little shared memory: each raises its own
+        console.print(
+            f"FlexAttention does not run here ({type(error).__name__}); training uses a dense mask, which is slower"
+        )
         return False
     return True
 
 
-def checkpoint_layers(model, count: int) -> None:
-    """Let the first `count` decoder layers recompute their activations in the backward pass; the others keep them."""
-    language_model = model.get_base_model().model.language_model
-    language_model.gradient_checkpointing_enable({"use_reentrant": False})
-    for i, layer in enumerate(language_model.layers):
-        layer.gradient_checkpointing = i < count
+def fit_memory(trainer: LlavaORPOTrainer, batch: dict, checkpointing: str) -> str:
+    """Run a batch forward and backward with as few layers recomputed as the memory allows, and return which they are.
 
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that the device can still give."""
-    if device.type == "cuda":
-        return (
-            torch.cuda.mem_get_info(device)[0]
-            + torch.cuda.memory_reserved(device)
-            - torch.cuda.memory_allocated(device)
-        )
-    return psutil.virtual_memory().available
-
-
-def kept_bytes(trainer: LlavaORPOTrainer, batch: dict) -> int:
-    """Bytes of the tensors that autograd keeps for the backward pass of one forward."""
-    weights = {weight.untyped_storage().data_ptr() for weight in trainer.model.parameters()}
-    kept = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # with its own graph, an output would keep itself alive for ever
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), trainer.accelerator.autocast():
-        _graph = trainer.concatenated_forward(trainer.model, batch)  # a name, so that its tensors stay till the sum
-    return sum(kept.values())
-
-
-def plan_checkpointing(trainer: LlavaORPOTrainer, batch: dict) -> int:
-    """How many decoder layers must recompute their activations for `batch`, the longest, to fit the memory.
-
-    Counted are what autograd keeps, twice a layer's activations for the one that is being recomputed and its gradients,
-    and gradients and AdamW's two moments of the adapter; a tenth of the memory is left for the rest.
+    The gradients stay. The room that AdamW's two moments will take is kept occupied meanwhile. Raises OutOfMemoryError if
+    the batch does not fit even so.
     """
     model = trainer.model.train()
-    layers = len(model.get_base_model().model.language_model.layers)
-    checkpoint_layers(model, layers)
-    least = kept_bytes(trainer, batch)
-    checkpoint_layers(model, layers - 1)
-    a_layer = kept_bytes(trainer, batch) - least
-    tokens = sum(batch[name].numel() for name in ("prompt_input_ids", "chosen_labels", "rejected_labels"))
-    inputs = layers * tokens * model.config.text_config.hidden_size * model.lm_head.weight.itemsize
-    adapter = 3 * sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
-    room = 0.9 * free_memory(trainer.accelerator.device) - least - inputs - adapter - 2 * a_layer
-    return min(max(layers - int(room // a_layer), 0), layers)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    _moments = torch.empty(2 * sum(weight.nbytes for weight in weights), dtype=torch.uint8, device=model.device)
 
-
-def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs, checkpointing: str) -> None:
-    """Check on a real pair what goes wrong silently, and on the longest batch that the memory is enough; print a table,
-    and stop with one sentence if any line fails. Sets gradient checkpointing (auto, on or off)."""
-    model, processor = trainer.model, pairs.processor
-    pair = pairs[0]
-    batch = trainer._prepare_inputs(collate_pairs([pair], processor.tokenizer.pad_token_id))
-    model.eval()
-    with torch.no_grad(), trainer.accelerator.autocast():
-        features = model.get_base_model().get_image_features(batch["pixel_values"], batch["image_sizes"]).pooler_output
-        tokens = f"{pair['prompt'].count(processor.image_token_id)} and {len(features[0])}"
-        if pair["prompt"].count(processor.image_token_id) != len(features[0]):  # no forward would run
-            stop(f"preflight failed: image tokens equal image features, but found {tokens}; nothing was trained.")
-        seen = trainer.concatenated_forward(model, batch)[0].item()
-        unseen = trainer.concatenated_forward(model, {**batch, "pixel_values": -batch["pixel_values"]})[0].item()
-        pictures = {name: batch[name] for name in ("pixel_values", "image_sizes")}
-        apart = 0.0
-        for name, shared in zip(("chosen", "rejected"), trainer.concatenated_forward(model, batch)[:2], strict=True):
-            row = torch.tensor([pair["prompt"] + pair[name]], device=model.device)
-            with trainer.plain_forward():
-                logits = model(input_ids=row, **pictures, logits_to_keep=len(pair[name]) + 1).logits[:, :-1].float()
-            labels = row[:, -len(pair[name]) :]
-            # "encoder-decoder" is TRL's word for logits that already stand at their labels
-            alone = trainer.get_batch_logps(logits, labels, average_log_prob=True, is_encoder_decoder=True)
-            apart = max(apart, (alone - shared).abs().item())
-    model.train()
-    trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    fresh = [weight for name, weight in trainable.items() if "lora_B" in name]
-    for weight in fresh:  # these start at zero, which leaves lora_A without a gradient: not so for the probe
-        torch.nn.init.normal_(weight, std=1e-2)
-    # what FSDP2 or ZeRO-3 splits in train() is whole till then, and leaves less room than training will have
-    zero_stage = getattr(trainer.accelerator.state.deepspeed_plugin, "zero_stage", 0)
-    split = trainer.is_fsdp_enabled or zero_stage == 3
-    longest = [pair] if split else [pairs.longest()] * trainer.args.per_device_train_batch_size
-    longest = trainer._prepare_inputs(collate_pairs(longest, processor.tokenizer.pad_token_id))
-    layers = len(model.get_base_model().model.language_model.layers)
-    recomputed = {"on": layers, "off": 0}.get(checkpointing, layers if split else None)
-    if recomputed is None:
-        recomputed = plan_checkpointing(trainer, longest)
-
-    def probe(count: int) -> None:
-        checkpoint_layers(model, count)
+    def run() -> None:
         with trainer.accelerator.autocast():
-            chosen, rejected, _, _, nll = trainer.concatenated_forward(model, longest)
+            chosen, rejected, _, _, nll = trainer.concatenated_forward(model, batch)
             (nll - trainer.odds_ratio_loss(chosen, rejected)[0].mean()).backward()
 
-    planned = recomputed
-    try:
-        probe(planned)
-    except torch.OutOfMemoryError:
-        if checkpointing != "auto" or planned == layers:
-            raise
-        recomputed = layers
-    if recomputed != planned:
-        model.zero_grad()
-        torch.cuda.empty_cache()  # outside of the except clause, whose traceback would keep the first try's graph
-        probe(recomputed)
-    row = sum(longest[name].shape[1] for name in ("prompt_input_ids", "chosen_labels", "rejected_labels"))
+    plans = {"no layer": 0, "every 4th layer": 4, "every 2nd layer": 2, "every layer": 1}
+    plans = {"off": dict([*plans.items()][:1]), "on": dict([*plans.items()][-1:])}.get(checkpointing, plans)
+    for plan, every in plans.items():
+        if every:
+            model.get_base_model().model.language_model.gradient_checkpointing_enable(every_n_layers=every)
+        try:
+            run()
+            return plan
+        except torch.OutOfMemoryError:
+            if plan == [*plans][-1]:
+                raise
+        model.zero_grad()  # outside of the except clause, whose traceback would keep the first try's graph
+        torch.cuda.empty_cache()
+
+
+def compare_alone(trainer: LlavaORPOTrainer, pairs: list[dict], batch: dict) -> float:
+    """Return how far the log-probability of a response in the shared row is from that of prompt and response alone, as
+    the mean over the responses of `pairs`, of which `batch` is made."""
+    apart = []
+    for shared, name in zip(
+        trainer.concatenated_forward(trainer.model, batch)[:2], ("chosen", "rejected"), strict=True
+    ):
+        for i, pair in enumerate(pairs):
+            row = torch.tensor([pair["prompt"] + pair[name]], device=trainer.model.device)
+            pictures = {key: pair[key][None].to(trainer.model.device) for key in ("pixel_values", "image_sizes")}
+            with trainer.plain_forward():
+                logits = trainer.model(input_ids=row, **pictures, logits_to_keep=len(pair[name]) + 1).logits[0, :-1]
+            alone = -torch.nn.functional.cross_entropy(logits.float(), row[0, -len(pair[name]) :])
+            apart.append((alone - shared[i]).abs().item())
+    return sum(apart) / len(apart)
+
+
+def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs, checkpointing: str) -> str:
+    """Check on real pairs what would go wrong silently, and on the longest batch that the memory is enough. Prints a
+    table and stops if a check fails. Sets gradient checkpointing and returns which layers it recomputes."""
+    model, pad = trainer.model.eval(), pairs.processor.tokenizer.pad_token_id
+    few = [pairs[i] for i in range(min(4, len(pairs)))]
+    batch = trainer._prepare_inputs(collate_pairs(few, pad))
+    with torch.no_grad(), trainer.accelerator.autocast():
+        seen = trainer.concatenated_forward(model, batch)[0].mean().item()
+        unseen = trainer.concatenated_forward(model, {**batch, "pixel_values": -batch["pixel_values"]})[0].mean().item()
+        apart = compare_alone(trainer, few, batch)
+
+    trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    fresh = [weight for name, weight in trainable.items() if "lora_B" in name and not weight.any()]
+    for weight in fresh:  # a new adapter's lora_B is zero, which would leave lora_A without a gradient
+        torch.nn.init.normal_(weight, std=1e-2)
+    split = trainer.is_fsdp_enabled  # only when training starts, until then every GPU holds all weights
+    longest = few[:1] if split else [pairs.longest()] * trainer.args.per_device_train_batch_size
+    longest = trainer._prepare_inputs(collate_pairs(longest, pad))
+    recomputed = fit_memory(trainer, longest, "on" if split and checkpointing == "auto" else checkpointing)
     dead = [
-        name for name, weight in trainable.items()
+        name
+        for name, weight in trainable.items()
         if weight.grad is None or not weight.grad.any() or not weight.grad.isfinite().all()
-    ]  # fmt: skip
+    ]
     for weight in fresh:
         torch.nn.init.zeros_(weight)
     model.zero_grad()
 
-    labels = [batch[name][0][batch[name][0] != -100].tolist() for name in ("chosen_labels", "rejected_labels")]
-    rows = model.get_input_embeddings().weight.shape[0]
-    stray = [name for name in trainable if "embed_tokens" in name or "lm_head" in name]
     modules = Counter(name.split(".lora_A")[0].split(".")[-1] for name in trainable if "lora_A" in name)
-    size = sum(weight.numel() for weight in trainable.values())
+    size = f"{sum(weight.numel() for weight in trainable.values()):,} in "
+    tokens = sum(longest[name].shape[1] for name in ("prompt_input_ids", "chosen_labels", "rejected_labels"))
     checks = [
-        ("image tokens equal image features", tokens, True),
         ("another picture moves the chosen log-probability", f"{seen:.4f} -> {unseen:.4f} for its negative",
          seen != unseen and math.isfinite(seen) and math.isfinite(unseen)),
-        ("labels cover the responses only", f"{len(labels[0])} chosen, {len(labels[1])} rejected tokens",
-         labels == [pair["chosen"], pair["rejected"]] and processor.image_token_id not in labels[0] + labels[1]),
-        ("each response scores as it does alone", f"log-probabilities {apart:.1e} apart",
-         apart < 0.05),  # bfloat16 and 8 bits round by up to a hundredth; a wrong mask or position is far off
-        ("chosen and rejected differ", f"{sum(a != b for a, b in zip(*labels, strict=False))} tokens", labels[0] != labels[1]),
-        ("vocabulary is unchanged", f"{rows} rows", rows == model.config.text_config.vocab_size),
-        ("every trainable weight gets a gradient", dead[0] if dead else f"{size:,} in "
+        # bfloat16 rounds by up to a few hundredths; a wrong mask, label or position is far off
+        ("each response scores as it does alone", f"log-probabilities {apart:.1e} apart", apart < 0.05),
+        ("every trainable weight gets a gradient", dead[0] if dead else size
          + ", ".join(f"{n} {name}" for name, n in modules.items()), bool(trainable) and not dead),
-        ("embeddings and head stay frozen", stray[0] if stray else "none trainable", not stray),
         ("the longest batch fits the memory" + ", not tried: weights are split later" * split,
-         f"{len(longest['image_sizes'])} x {row:,} tokens; {recomputed} of {layers} layers recompute their activations", True),
+         f"{len(longest['image_sizes'])} x {tokens:,} tokens; {recomputed} recomputes its activations", True),
     ]  # fmt: skip
     table = Table("preflight", "found", "")
     for name, found, passed in checks:
@@ -1148,6 +978,10 @@ def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs, checkpointing: 
     for name, found, passed in checks:
         if not passed:
             stop(f"preflight failed: {name}, but found {found}; nothing was trained.")
+    return recomputed
+
+
+# ---------------------------------------------------------------------------- during the run
 
 
 SAMPLES_PAGE = jinja2.Template(
@@ -1169,86 +1003,208 @@ table{align-self:start;border-collapse:collapse}@media(max-width:45rem){section{
 
 
 def embed_picture(image: Image.Image) -> str:
-    """A picture as an address that an HTML page can carry inside it."""
-    buffer = io.BytesIO()
-    ImageOps.contain(image, (448, 448)).save(buffer, "PNG")
+    """Return a picture, at most 448 pixels wide and high, as an address that an HTML page can carry inside it."""
+    image, buffer = image.copy(), io.BytesIO()
+    image.thumbnail((448, 448))
+    image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The file's lines up to the first that is no JSON, such as one whose writing was cut short; none if no file."""
+    """Return the file's rows up to the first line that is not JSON, such as one whose writing was cut short; none if there
+    is no file."""
     rows = []
     with suppress(FileNotFoundError, ValueError):
-        rows.extend(json.loads(line) for line in path.read_text().splitlines())
+        rows.extend(json.loads(line) for line in path.read_text(errors="replace").splitlines())
     return rows
 
 
 class RunRecorder(ProgressCallback):
-    """Progress bar, metrics.jsonl, and at each evaluation a few answers beside chosen and rejected (samples.html)."""
+    """Shows the progress bar, writes metrics.jsonl, and at each evaluation writes a few answers beside chosen and
+    rejected into samples.html."""
 
-    def __init__(self, trainer, output_dir: Path, processor, eval_pairs: PreferencePairs | None, num_samples: int = 4):
+    def __init__(self, trainer, output_dir: Path, processor, eval_pairs: PreferencePairs | None):
         super().__init__()
         self.trainer, self.output_dir, self.processor, self.samples = trainer, output_dir, processor, []
-        self.last_log, self.seconds = (0, 0.0), 0.0
         for index in range(len(eval_pairs or [])):
             with suppress(OSError):  # a picture that breaks off is no sample
                 self.samples.append(eval_pairs.row(index))
-            if len(self.samples) == num_samples:
+            if len(self.samples) == 4:
                 break
 
     def close(self) -> None:
-        """End the bars, so that a sentence about why the run broke off stands on a line of its own, the last."""
-        with suppress(ValueError):  # torch's handler raises for a dead worker, here too; there is none in other threads
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        """End the bars, so that the sentence with which a run ends stands on a line of its own."""
         for bar in filter(None, (self.prediction_bar, self.training_bar)):
             bar.close()
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        self.last_log = (self.trainer.pairs_seen, time.perf_counter())
-
     def on_log(self, args, state, control, logs=None, **kwargs):
-        state.log_history.clear()  # metrics.jsonl has it; kept, it would grow, and be written into every checkpoint
+        state.log_history.clear()  # metrics.jsonl has it; otherwise it would be written into every checkpoint
         if not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
             return
         if "loss" in logs:
-            seen, then = self.last_log
-            self.last_log = (self.trainer.pairs_seen, time.perf_counter())
-            self.seconds += self.last_log[1] - then
-            logs["pairs_per_second"] = (self.last_log[0] - seen) / (self.last_log[1] - then)
-            self.training_bar.set_postfix(
-                loss=f"{logs['loss']:.3f}",
-                accuracy=f"{logs['rewards/accuracies']:.2f}",
-                margin=f"{logs['rewards/margins']:.4f}",
-                pairs_per_s=f"{logs['pairs_per_second']:.1f}",
-            )
+            shown = {"loss": "loss", "accuracy": "rewards/accuracies", "pairs_per_s": "pairs_per_second"}
+            self.training_bar.set_postfix({name: f"{logs.get(key, 0):.3f}" for name, key in shown.items()})
         with (self.output_dir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            file.write(json.dumps({"step": state.global_step, **logs}, allow_nan=False) + "\n")
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         super().on_evaluate(args, state, control, **kwargs)
-        if self.samples:  # in every process: where weights are split among them, all take part in every forward
-            model = model.module if hasattr(model, "module") else model  # without the wrapper of several processes
-            images, questions = [row["image"] for row in self.samples], [row["question"] for row in self.samples]
-            together = {"synced_gpus": True} if args.world_size > 1 else {}
-            with self.trainer.plain_forward():
-                answers = generate_answers(model.eval(), self.processor, images, questions, **together)
-        if state.is_world_process_zero and self.samples:
-            with (self.output_dir / "samples.jsonl").open("a") as file:
-                file.write(json.dumps({"step": state.global_step, "answers": answers}) + "\n")
-            evaluations = read_jsonl(self.output_dir / "samples.jsonl")
-            page = SAMPLES_PAGE.render(samples=self.samples, evaluations=evaluations, embed=embed_picture)
-            write_whole(self.output_dir / "samples.html", page)
-            if "wandb" in args.report_to:
-                import wandb
+        if not self.samples:
+            return
+        # in every process: where weights are split among them, all take part in every forward
+        model = model.module if hasattr(model, "module") else model
+        images, questions = [row["image"] for row in self.samples], [row["question"] for row in self.samples]
+        together = {"synced_gpus": True} if args.world_size > 1 else {}
+        with self.trainer.plain_forward():
+            answers = generate_answers(model.eval(), self.processor, images, questions, **together)
+        self.trainer.last_log = self.trainer.pairs_seen, time.perf_counter()  # pairs per second are of training alone
+        if not state.is_world_process_zero:
+            return
+        with (self.output_dir / "samples.jsonl").open("a") as file:
+            file.write(json.dumps({"step": state.global_step, "answers": answers}) + "\n")
+        evaluations = read_jsonl(self.output_dir / "samples.jsonl")
+        page = SAMPLES_PAGE.render(samples=self.samples, evaluations=evaluations, embed=embed_picture)
+        write_whole(self.output_dir / "samples.html", page)
+        if "wandb" in args.report_to:
+            import wandb
 
-                columns = ("question", "chosen", "rejected")
-                rows = [
-                    [state.global_step, wandb.Image(row["image"]), *(row[name] for name in columns), answer]
-                    for row, answer in zip(self.samples, answers, strict=True)
-                ]
-                wandb.log({"samples": wandb.Table(["step", "picture", *columns, "answer"], rows)})
-        self.last_log = (self.last_log[0], time.perf_counter())  # pairs per second are of training alone
+            columns = ("question", "chosen", "rejected")
+            rows = [
+                [state.global_step, wandb.Image(row["image"]), *(row[name] for name in columns), answer]
+                for row, answer in zip(self.samples, answers, strict=True)
+            ]
+            wandb.log({"samples": wandb.Table(["step", "picture", *columns, "answer"], rows)})
+
+
+def open_tracking(args: argparse.Namespace) -> None:
+    """Start the W&B run: online for whoever is logged in and has a network, else offline in the output folder."""
+    if args.report_to != "wandb" or not MAIN_PROCESS:
+        return
+    import wandb
+
+    run = {"project": args.wandb_project, "entity": args.wandb_entity, "name": args.output_dir.name}
+    try:
+        mode = None if wandb.login(prompt=False, verify=False) else "offline"
+        wandb.init(**run, dir=args.output_dir, mode=mode, settings=wandb.Settings(init_timeout=20))
+    except wandb.Error as error:
+        console.print(f"W&B cannot be reached ({str(error).splitlines()[0]}); the run is recorded offline")
+        wandb.init(**run, dir=args.output_dir, mode="offline")
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """Return the newest checkpoint whose parts are all there and readable, or None. Says which newer ones are not."""
+    found = sorted(output_dir.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]), reverse=True)
+    for folder in found:
+        parts = [list(folder.glob(name)) for name in ("optimizer.*", "scheduler.pt", "rng_state*.pth")]
+        with suppress(OSError, ValueError, SafetensorError):
+            json.loads((folder / "trainer_state.json").read_text())
+            with safe_open(folder / "adapter_model.safetensors", "pt"):
+                if all(files and all(map(zipfile.is_zipfile, files)) for files in parts):  # torch.save writes zip files
+                    return folder
+        console.print(f"{folder} is not whole; an older checkpoint is used if there is one")
+    return None
+
+
+def open_run(args: argparse.Namespace) -> Path | None:
+    """Make the output folder ready and return the checkpoint to continue from. Stops if the folder is in use, cannot be
+    written, or holds a run that was not to be continued or had other settings."""
+    output_dir, processes = args.output_dir, int(os.environ.get("WORLD_SIZE", 1))
+    if not MAIN_PROCESS:
+        return last_checkpoint(output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        args.lock = FileLock(output_dir / ".lock", timeout=0)
+        args.lock.acquire()
+    except Timeout:
+        stop(f"--output_dir {output_dir} is being written by another run; name another folder.")
+    except OSError as error:
+        stop(f"--output_dir {output_dir} cannot be written ({error.strerror}); name another folder.")
+    checkpoint = last_checkpoint(output_dir)
+    if not args.resume and (checkpoint or (output_dir / "metrics.jsonl").exists()):
+        stop(f"--output_dir {output_dir} holds an earlier run; add --resume to continue it, or name another folder.")
+    free = ("resume", "output_dir", "report_to", "wandb_project", "wandb_entity", "num_workers", "gradient_checkpointing",
+            "batch_size", "gradient_accumulation_steps", "lock")  # fmt: skip
+    settings = {name: str(value) for name, value in vars(args).items() if name not in free}
+    settings["pairs_a_step"] = str(args.batch_size * args.gradient_accumulation_steps * processes)
+    noted = output_dir / "arguments.json"
+    if checkpoint and noted.exists():
+        before = json.loads(noted.read_text())
+        if before["pairs_a_step"] != settings["pairs_a_step"]:
+            stop(f"--resume needs the {before['pairs_a_step']} pairs an optimizer step that the run in {output_dir} began with, "
+                 f"but --batch_size {args.batch_size} x --gradient_accumulation_steps {args.gradient_accumulation_steps} x "
+                 f"{processes} process{'es' if processes > 1 else ''} = {settings['pairs_a_step']}.")  # fmt: skip
+        names = before.keys() & settings.keys()
+        changed = [
+            f"--{name} was {before[name]}, is {settings[name]}" for name in names if before[name] != settings[name]
+        ]
+        if changed:
+            stop(f"--resume cannot change the run in {output_dir}: {'; '.join(sorted(changed))}.")
+    step = int(checkpoint.name.split("-")[1]) if checkpoint else -1
+    for file in (output_dir / "metrics.jsonl", output_dir / "samples.jsonl"):
+        if file.exists():  # the steps after the checkpoint will be done again
+            write_whole(file, "".join(json.dumps(row) + "\n" for row in read_jsonl(file) if row["step"] <= step))
+    write_whole(noted, json.dumps(settings, indent=2))
+    return checkpoint
+
+
+def build_trainer(args, model, processor, train_pairs, eval_pairs, resumed: bool) -> LlavaORPOTrainer:
+    """Return the trainer. Of the training pairs, the last few that do not fill an optimizer step are left out, so that
+    every pair weighs the same however they are batched."""
+    on_gpu, processes = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
+    pairs_a_step = args.batch_size * args.gradient_accumulation_steps * processes
+    steps_an_epoch = max(len(train_pairs) // pairs_a_step, 1)
+    train_pairs.indices = train_pairs.indices[: steps_an_epoch * pairs_a_step]
+    if eval_pairs:  # in equal shares
+        eval_pairs.indices = eval_pairs.indices[: max(len(eval_pairs) // processes, 1) * processes]
+    config = ORPOConfig(
+        output_dir=str(args.output_dir),
+        num_train_epochs=args.epochs,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=1,  # TRL averages over batches, so that only single pairs weigh the same
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=args.warmup_ratio,
+        beta=args.beta,
+        max_length=args.max_length,
+        padding_value=processor.tokenizer.pad_token_id,
+        disable_dropout=False,  # there is none but LoRA's, which was asked for
+        gradient_checkpointing=False,  # preflight turns it on; TRL's default would do so in every layer
+        ddp_find_unused_parameters=False,  # preflight has seen that each gets a gradient
+        optim="adamw_torch_fused",
+        bf16=on_gpu and torch.cuda.is_bf16_supported(including_emulation=False),
+        use_cpu=not on_gpu,
+        seed=args.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would show a loss that is not finite as 0
+        # once an epoch, given in steps, so that a checkpoint of that step is written after the evaluation
+        eval_strategy="no" if eval_pairs is None else "steps",
+        eval_steps=steps_an_epoch,
+        eval_on_start=eval_pairs is not None and not resumed,  # the base; trainer.evaluate() would undo DDP here
+        save_steps=args.save_steps,
+        save_total_limit=2,
+        enable_jit_checkpoint=True,  # on SIGTERM, with which Slurm and Kubernetes end a job
+        dataloader_num_workers=args.num_workers,
+        remove_unused_columns=False,
+        report_to=args.report_to,
+        run_name=args.output_dir.name,
+    )
+    if not on_gpu:  # for several processes it is cpu:0, onto which torch.load does not bring the optimizer's state
+        config.__dict__["_setup_devices"] = torch.device("cpu")
+    config._n_gpu = 1  # several GPUs take a launcher: nn.DataParallel would cut logits_to_keep apart
+    collate = partial(collate_pairs, pad_token_id=processor.tokenizer.pad_token_id)
+    trainer = LlavaORPOTrainer(model, config, collate, train_pairs, eval_pairs, processing_class=processor)
+    trainer.use_dpo_data_collator = True  # otherwise TRL warns of ours in every evaluation step
+    trainer.packed = flex_attention_runs(model)
+    speed_up(model, trainer.packed, trainer.accelerator.native_amp)
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.recorder = RunRecorder(trainer, args.output_dir, processor, eval_pairs)
+    trainer.add_callback(trainer.recorder)
+    return trainer
+
+
+# ---------------------------------------------------------------------------- after the run
 
 
 def draw_curves(metrics: list[dict], path: Path) -> None:
@@ -1282,351 +1238,129 @@ def draw_curves(metrics: list[dict], path: Path) -> None:
     write_whole(path, buffer.getvalue())
 
 
-MODEL_CARD = jinja2.Template(
-    """---
-{{ card }}
+def describe_pairs(pairs: PreferencePairs | None) -> dict:
+    """Return the number of pairs, a SHA-256 over their texts in order (not over the pictures), and in which share of them
+    the response of fewer words is the chosen one, which a preference for short answers alone would get right."""
+    digest, shorter = hashlib.sha256(), 0
+    texts = pairs.rows.select_columns(["question", "chosen", "rejected"]).select(pairs.indices) if pairs else []
+    for text in texts:
+        digest.update(json.dumps(text).encode())
+        shorter += len(text["chosen"].split()) < len(text["rejected"].split())
+    return {"pairs": len(texts), "fingerprint": digest.hexdigest(), "shorter_is_chosen": shorter / max(len(texts), 1)}
+
+
+def write_card(args: argparse.Namespace, pairs: int, figures: list[tuple[str, float, float]]) -> None:
+    """Write README.md for the adapter: what it is for, what it was trained on, and what it changed."""
+    start = f" It started from the adapter `{args.lora_path}`." if args.lora_path else ""
+    rows = "".join(f"| {name} | {before:.4f} | {after:.4f} |\n" for name, before, after in figures)
+    table = f"| held-out pairs | before | after |\n|---|---|---|\n{rows}" if figures else ""
+    text = f"""---
+base_model: {args.model_path}
+library_name: peft
+tags: [orpo, lora, llava-next]
 ---
 
-# {{ name }}
+# {args.output_dir.name}
 
-A LoRA adapter for `{{ args.model_path }}`, trained with ORPO ([Hong et al. 2024](https://arxiv.org/abs/2403.07691)) on
-{{ pairs }} preference pairs of `{{ args.dataset }}`, so that the model names less that is not in the picture.
+A LoRA adapter for `{args.model_path}`, trained with ORPO ([Hong et al. 2024](https://arxiv.org/abs/2403.07691)) on
+{pairs:,} preference pairs of `{args.dataset}`, so that the model names less that is not in the picture.{start}
+Load it with `PeftModel.from_pretrained(model, path)`.
 
-{% if rows %}| held-out pairs | base | with adapter |
-|---|---|---|
-{% for name, before, after in rows %}| {{ name }} | {{ "%.4f" % before }} | {{ "%.4f" % after }} |
-{% endfor %}{% endif %}
-```python
-from peft import PeftModel
-from transformers import LlavaNextForConditionalGeneration
-
-model = LlavaNextForConditionalGeneration.from_pretrained("{{ args.model_path }}")
-model = PeftModel.from_pretrained(model, "path/to/{{ name }}")
-```
-"""
-)
+{table}"""
+    write_whole(args.output_dir / "README.md", text)
 
 
-def set_up_tracking(args: argparse.Namespace) -> None:
-    """W&B online for whoever is logged in, else offline into the output folder; nothing is ever asked."""
-    if args.report_to == "wandb":
-        import wandb
-
-        os.environ.update(WANDB_PROJECT=args.wandb_project, WANDB_DIR=str(args.output_dir))
-        if args.wandb_entity:
-            os.environ["WANDB_ENTITY"] = args.wandb_entity
-        if not wandb.login(prompt=False, verify=False):
-            os.environ["WANDB_MODE"] = "offline"
-            wandb.teardown()  # the settings that login read know nothing of the line above
-
-
-def last_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint that was written whole (trainer_state.json comes last), or None."""
-    found = [folder for folder in output_dir.glob("checkpoint-*") if folder.name.split("-")[1].isdigit()]
-    found.sort(key=lambda folder: int(folder.name.split("-")[1]))
-    for folder in reversed(found):
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
-            return folder
-        except (OSError, ValueError):
-            continue
-    return None
-
-
-def open_run(args: argparse.Namespace) -> Path | None:
-    """Make the output folder ready; returns the checkpoint to go on from. Refuses to write over another run."""
+def finish_run(args: argparse.Namespace, trainer: LlavaORPOTrainer, recomputed: str, seconds: float) -> None:
+    """Write card, curves and training_summary.json, and print what the run changed."""
     output_dir = args.output_dir
-    free = ("resume", "report_to", "wandb_project", "wandb_entity", "num_workers", "gradient_checkpointing", "packing",
-            "compile", "cache_vision_features", "cache_gb", "batch_size", "gradient_accumulation_steps")  # fmt: skip
-    settings = {name: str(value) for name, value in vars(args).items() if name not in free}
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    settings["pairs_a_step"] = str(args.batch_size * args.gradient_accumulation_steps * processes)
-    if output_dir.exists() and not output_dir.is_dir():
-        stop(f"--output_dir {output_dir} is a file; name a folder.")
-    checkpoint = last_checkpoint(output_dir)
-    if not MAIN_PROCESS:
-        return checkpoint
-    if not args.resume and (checkpoint or (output_dir / "metrics.jsonl").exists()):
-        stop(f"--output_dir {output_dir} holds an earlier run; add --resume to go on with it, or name another folder.")
-    if checkpoint:
-        noted = output_dir / "arguments.json"
-        before = json.loads(noted.read_text()) if noted.exists() else settings
-        pairs = before.get("pairs_a_step")
-        if pairs is None:  # noted by an earlier version, which did not take another number of processes
-            parts = (
-                int(before.get(name, getattr(args, name))) for name in ("batch_size", "gradient_accumulation_steps")
-            )
-            pairs = str(math.prod(parts) * processes)
-        if pairs != settings["pairs_a_step"]:
-            stop(f"--resume needs the {pairs} pairs an optimizer step that the run in {output_dir} began with, but "
-                 f"--batch_size {args.batch_size} x --gradient_accumulation_steps {args.gradient_accumulation_steps} x "
-                 f"{processes} process{'es' if processes > 1 else ''} = {settings['pairs_a_step']}.")  # fmt: skip
-        changed = [
-            f"--{name} was {before[name]}, is {value}"
-            for name, value in settings.items()
-            if before.get(name, value) != value
-        ]
-        if changed:
-            stop(f"--resume cannot change the run in {output_dir}: {'; '.join(changed)}.")
-        step = int(checkpoint.name.split("-")[1])
-        for name in ("metrics.jsonl", "samples.jsonl"):  # what came after the checkpoint is about to be done again
-            kept = [json.dumps(line) + "\n" for line in read_jsonl(output_dir / name) if line["step"] <= step]
-            write_whole(output_dir / name, "".join(kept))
-    else:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "samples.jsonl", "dropped_rows.jsonl"):
-            (output_dir / name).unlink(missing_ok=True)
-        write_whole(output_dir / "arguments.json", json.dumps(settings, indent=2))
-    return checkpoint
-
-
-def make_pairs(args, rows: datasets.DatasetDict, processor) -> tuple[PreferencePairs, PreferencePairs | None]:
-    """Check and split the pairs; list the rows left out in dropped_rows.jsonl and count them on screen."""
-    root = Path(args.dataset).parent if Path(args.dataset).is_file() else Path(args.dataset)
-    dropped_file = args.output_dir / "dropped_rows.jsonl"
-    good, dropped = check_rows(rows["train"], root, processor, args.max_length, args.max_samples)
-    test = next((rows[name] for name in ("test", "validation") if name in rows), None)
-    if test:
-        eval_good, eval_dropped = check_rows(test, root, processor, args.max_length, None)
-        dropped += eval_dropped
-        train = good
-    else:
-        test = rows["train"]
-        train, eval_good = split_rows(rows["train"], good, args.eval_fraction, args.seed)
-    if MAIN_PROCESS:
-        write_whole(dropped_file, "".join(json.dumps(row) + "\n" for row in dropped))
-    reasons = ", ".join(f"{n} x {reason}" for reason, n in Counter(row["reason"] for row in dropped).most_common())
-    if not train:
-        stop(f"--dataset {args.dataset} has no usable pair ({reasons or 'it has no rows'}); see {dropped_file}.")
-    held_out = f"{len(eval_good):,} held out"
-    if len(eval_good) > args.eval_samples:
-        eval_good = sorted(np.random.default_rng(args.seed).permutation(eval_good)[: args.eval_samples].tolist())
-        held_out += f", {args.eval_samples:,} of them evaluated"
-    console.print(f"{len(train):,} pairs to train on, {held_out}; {len(dropped):,} rows left out"
-                  f"{': ' + reasons if reasons else ''}")  # fmt: skip
-    shared = (root, processor, args.max_length, dropped_file)
-    return (
-        PreferencePairs(rows["train"], train, *shared),
-        PreferencePairs(test, eval_good, *shared) if eval_good else None,
-    )
-
-
-def build_trainer(args, model, processor, train_pairs, eval_pairs, checkpoint: Path | None) -> LlavaORPOTrainer:
-    on_gpu = torch.cuda.is_available()
-    batches = math.ceil(len(train_pairs) / (args.batch_size * int(os.environ.get("WORLD_SIZE", 1))))
-    workers = args.num_workers
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
-    config = ORPOConfig(
-        output_dir=str(args.output_dir),
-        num_train_epochs=args.epochs,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=args.warmup_ratio,
-        beta=args.beta,
-        max_length=args.max_length,
-        padding_value=processor.tokenizer.pad_token_id,
-        disable_dropout=False,  # there is none but LoRA's, which was asked for
-        gradient_checkpointing=False,  # preflight sets it, layer by layer; TRL's default would turn all on again
-        ddp_find_unused_parameters=False,  # preflight has seen that each gets a gradient
-        optim="adamw_torch_fused",
-        bf16=on_gpu and torch.cuda.is_bf16_supported(),
-        use_cpu=not on_gpu,
-        seed=args.seed,
-        logging_steps=1,
-        # once an epoch is given in steps too: then a checkpoint of that step holds what comes after the evaluation
-        eval_strategy="no" if eval_pairs is None else "steps",
-        eval_steps=args.eval_steps or math.ceil(batches / args.gradient_accumulation_steps),
-        eval_on_start=eval_pairs is not None and not checkpoint,  # the base; trainer.evaluate() would undo DDP here
-        save_steps=args.save_steps,
-        save_total_limit=2,
-        dataloader_num_workers=workers,
-        # the batches of an optimizer step are asked for at once
-        dataloader_prefetch_factor=math.ceil(args.gradient_accumulation_steps / workers) + 1 if workers else None,
-        remove_unused_columns=False,
-        report_to=args.report_to,
-        run_name=args.output_dir.name,
-    )
-    if not on_gpu:  # for several processes it is cpu:0, onto which torch.load does not bring the optimizer's state
-        config.__dict__["_setup_devices"] = torch.device("cpu")
-    config._n_gpu = 1  # several GPUs take torchrun: nn.DataParallel would cut logits_to_keep apart
-    trainer = LlavaORPOTrainer(
-        model=model,
-        args=config,
-        data_collator=partial(collate_pairs, pad_token_id=processor.tokenizer.pad_token_id),
-        train_dataset=train_pairs,
-        eval_dataset=eval_pairs,
-        processing_class=processor,
-    )
-    trainer.prefix_sharing = not args.no_prefix_sharing
-    trainer.block_mask = on_gpu and trainer.prefix_sharing and flex_attention_runs(model)
-    trainer.packing = trainer.block_mask if args.packing is None else args.packing
-    freeze_tower(model)
-    speed_up(model, trainer.block_mask, config.bf16)
-    if args.compile:
-        console.print("--compile: preflight, the first evaluation and the first step take minutes longer")
-        for layer in model.get_base_model().model.language_model.layers:
-            layer.compile()
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    trainer.recorder = RunRecorder(trainer, args.output_dir, processor, eval_pairs)
-    trainer.add_callback(trainer.recorder)
-    return trainer
-
-
-def fill_cache(args, trainer: LlavaORPOTrainer, *sets: PreferencePairs | None) -> None:
-    """Run the vision tower once over each picture that --cache_vision_features does not hold yet, before training.
-
-    Stops at --cache_gb or a full disk; what is not there is computed when it is needed. Each process does its share.
-    """
-    model, accelerator = trainer.model.eval(), trainer.accelerator
-    cache = VisionCache(args.cache_vision_features, model, trainer.processing_class)
-    pairs = [pairs for pairs in sets if pairs]
-    size, total = 0, sum(map(len, pairs))
-    for file in args.cache_vision_features.rglob("*.safetensors"):
-        with suppress(FileNotFoundError):  # deleted meanwhile
-            size += file.stat().st_size
-    room = (args.cache_gb * 1e9 - size) / accelerator.num_processes
-    share = torch.utils.data.Subset(
-        torch.utils.data.ConcatDataset([PicturesToCache(each, cache) for each in pairs]),
-        range(accelerator.process_index, total, accelerator.num_processes),
-    )
-    loader = torch.utils.data.DataLoader(share, batch_size=None, num_workers=trainer.args.dataloader_num_workers)
-    tower, layer = model.get_base_model().model.vision_tower, model.config.vision_feature_layer
-    written, ended = 0, ""
-    for item in tqdm(loader, desc="vision features", disable=not MAIN_PROCESS):
-        if not item or cache.holds(item["picture"]):
-            continue
-        with accelerator.autocast():
-            hidden = tower(item["pixel_values"].to(tower.device), output_hidden_states=True).hidden_states[layer]
-        content = save({"pixel_values": hidden[:, None].to(tower.dtype).cpu(), "image_sizes": item["image_sizes"]})
-        room -= len(content)
-        try:
-            if room < 0:
-                raise OSError(f"--cache_gb {args.cache_gb:g} is reached")
-            file = cache.file(item["picture"])
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, content)
-        except OSError as error:
-            ended = f"; {error.strerror or error}, the rest is computed when it is needed"
-            break
-        written += 1
-    console.print(f"vision features: {written:,} pictures new in {args.cache_vision_features}{ended}")
-    accelerator.wait_for_everyone()
-    for each in pairs:
-        each.cache = cache
-
-
-def fingerprint(pairs: PreferencePairs) -> str:
-    """SHA-256 over the texts of the pairs, in order (not over the pictures)."""
-    texts = pairs.rows.select_columns(["question", "chosen", "rejected"])
-    digest = hashlib.sha256()
-    for start in range(0, len(pairs), 1000):
-        for text in texts.select(pairs.indices[start : start + 1000]).to_list():
-            digest.update(json.dumps(text).encode())
-    return digest.hexdigest()
-
-
-def finish_run(args: argparse.Namespace, trainer: LlavaORPOTrainer, seconds: float) -> None:
-    """Write adapter, model card, curves and training_summary.json, and print what the run changed."""
-    output_dir, train_pairs, eval_pairs = args.output_dir, trainer.train_dataset, trainer.eval_dataset
-    data_wait = trainer.seconds_waited / max(trainer.recorder.seconds, 1e-9)
     metrics = read_jsonl(output_dir / "metrics.jsonl")
     evaluations = [row for row in metrics if "eval_loss" in row]
     before, after = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
     # a picture that breaks off is noted anew whenever it is met
-    listed = {(row["split"], row["row"]): row["reason"] for row in read_jsonl(output_dir / "dropped_rows.jsonl")}
-    dropped = Counter(listed.values())
+    dropped = {(row["split"], row["row"]): row["reason"] for row in read_jsonl(output_dir / "dropped_rows.jsonl")}
+    train, held_out = describe_pairs(trainer.train_dataset), describe_pairs(trainer.eval_dataset)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
+    arguments = {name: value for name, value in vars(args).items() if name != "lock"}
     summary = {
-        "arguments": {name: value if isinstance(value, int | float | list) else str(value) for name, value in vars(args).items()},
-        "versions": {name: importlib.metadata.version(name) for name in
-                     ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")},
+        "arguments": {k: v if isinstance(v, int | float | list) else str(v) for k, v in arguments.items()},
+        "versions": {name: importlib.metadata.version(name) for name in packages},
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
-        "data": {"train_pairs": len(train_pairs), "eval_pairs": len(eval_pairs or []),
-                 "fingerprint": fingerprint(train_pairs),
-                 "dropped": dropped},
+        "data": {
+            "train_pairs": train["pairs"],
+            "eval_pairs": held_out["pairs"],
+            "fingerprint": train["fingerprint"],
+            "shorter_is_chosen": held_out["shorter_is_chosen"],
+            "dropped": Counter(dropped.values()),
+        },
         "steps": trainer.state.global_step,
-        "data_wait_share": data_wait,
-        "packed": trainer.packing,
-        "flex_attention": trainer.block_mask,
-        "recomputed_layers": sum(layer.gradient_checkpointing for layer in
-                                 trainer.model.get_base_model().model.language_model.layers),
+        "data_wait_share": trainer.seconds_waited / seconds,
+        "packed": trainer.packed,
+        "recomputed": recomputed,
         "processes": trainer.accelerator.num_processes,
         "seconds": round(seconds, 1),
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak,
         "before": before,
         "after": after,
-    }  # fmt: skip
-    partial_dir = output_dir / "adapter.partial"
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        (partial_dir / name).chmod((output_dir / "metrics.jsonl").stat().st_mode)  # safetensors' own is 0600
-        os.replace(partial_dir / name, output_dir / name)
-    shutil.rmtree(partial_dir)
-    shown = {"accuracies": "preference accuracy", "margins": "reward margin"}
-    table = Table(f"{len(eval_pairs or []):,} held-out pairs", "base", "with adapter")
-    figures = ("rewards/accuracies", "rewards/margins", "log_odds_chosen", "nll_loss", "loss")
-    rows = [
-        (shown.get(key.split("/")[-1], key), before[f"eval_{key}"], after[f"eval_{key}"]) for key in figures if before
-    ]
-    for name, *values in rows:
-        table.add_row(name, *(f"{value:.4f}" for value in values))
-    console.print(table)
-    card = ModelCardData(base_model=args.model_path, library_name="peft", tags=["orpo", "lora", "llava-next"])
-    text = MODEL_CARD.render(card=card.to_yaml(), name=output_dir.name, args=args, pairs=len(train_pairs), rows=rows)
-    write_whole(output_dir / "README.md", text)
+    }
+    figures = []
+    if before:
+        names = {"preference accuracy": "rewards/accuracies", "reward margin": "rewards/margins", "NLL": "nll_loss"}
+        names |= {"log-odds": "log_odds_chosen", "loss": "loss"}
+        figures = [(name, before[f"eval_{key}"], after[f"eval_{key}"]) for name, key in names.items()]
+        table = Table(f"{held_out['pairs']:,} held-out pairs", "before", "after")
+        for name, *values in figures:
+            table.add_row(name, *(f"{value:.4f}" for value in values))
+        console.print(table)
+        console.print(
+            f"in {held_out['shorter_is_chosen']:.1%} of these pairs the response of fewer words is the chosen one"
+        )
+    write_card(args, train["pairs"], figures)
     draw_curves(metrics, output_dir / "training_curves.png")
-    write_whole(output_dir / "training_summary.json", json.dumps(summary, indent=2))
-    if dropped:
-        console.print("rows left out: " + ", ".join(f"{n} x {reason}" for reason, n in dropped.most_common()))
-    console.print(f"{data_wait:.1%} of the training time was waiting for pictures"
-                  f"{'; more --num_workers can help' if data_wait > 0.03 else ''}")  # fmt: skip
+    write_whole(output_dir / "training_summary.json", json.dumps(summary, indent=2, allow_nan=False))
+    wait = summary["data_wait_share"]
+    console.print(f"{wait:.1%} of the time was waiting for pictures{'; try more --num_workers' if wait > 0.03 else ''}")
     console.print(f"adapter, card, curves and summary are in {output_dir}")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    started = time.perf_counter()
-    rows = load_rows(args.dataset)  # a wrong path shows before the model is loaded
-    if args.cache_vision_features:
-        try:
-            args.cache_vision_features.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            stop(
-                f"--cache_vision_features {args.cache_vision_features} cannot be used: {error.strerror}; name a folder."
-            )
+    rows = load_rows(args.dataset)  # this and a wrong adapter show before the model is loaded
+    adapter = read_adapter(args.lora_path) if args.lora_path else None
     checkpoint = open_run(args)
-    if checkpoint:
-        console.print(f"going on from {checkpoint}")
-    elif args.resume:
-        console.print(f"no checkpoint in {args.output_dir} yet; the run starts at the beginning")
-    if args.resume and (args.output_dir / "training_summary.json").exists():
-        console.print(f"the run in {args.output_dir} is finished; there is nothing to resume")
-        return
-    set_up_tracking(args)
+    if args.resume:
+        console.print(f"continuing from {checkpoint}" if checkpoint else "there is no checkpoint; starting anew")
+        if checkpoint and (args.output_dir / "training_summary.json").exists():
+            console.print(f"the run in {args.output_dir} is finished; there is nothing to resume")
+            return
+    open_tracking(args)
     set_seed(args.seed)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    model, processor = load_llava(args.model_path, device=device, load_4bit=args.load_4bit, load_8bit=args.load_8bit)
+    model, processor = load_llava(args.model_path, device=device, load_4bit=args.load_4bit)
     train_pairs, eval_pairs = make_pairs(args, rows, processor)
-    trainer = build_trainer(args, add_adapter(model, args), processor, train_pairs, eval_pairs, checkpoint)
-    preflight(trainer, train_pairs, args.gradient_checkpointing)
-    if args.cache_vision_features:
-        fill_cache(args, trainer, train_pairs, eval_pairs)
+    if adapter:
+        model = load_adapter(model, processor, *adapter, trainable=True)
+        console.print(f"training starts from the adapter {args.lora_path}, with its rank {adapter[1].r}")
+    else:
+        model = add_adapter(model, args)
+    trainer = build_trainer(args, model, processor, train_pairs, eval_pairs, resumed=checkpoint is not None)
+    recomputed = preflight(trainer, train_pairs, args.gradient_checkpointing)
     set_seed(args.seed)  # so that order and dropout do not depend on what preflight had to try
-    with closing(trainer.recorder):
+    started = time.perf_counter()
+    try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        trainer.accelerator.wait_for_everyone()
-        metrics = read_jsonl(args.output_dir / "metrics.jsonl")
-        if eval_pairs and not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in metrics):
-            trainer.evaluate()
-    # in every process: where weights are split among them, each has a part
-    trainer.save_model(str(args.output_dir / "adapter.partial"))
+    finally:
+        trainer.recorder.close()
+    if trainer.state.global_step < trainer.state.max_steps:
+        stop("the run was told to end (SIGTERM); the same command with --resume continues it.", code=143)
+    trainer.accelerator.wait_for_everyone()
+    metrics = read_jsonl(args.output_dir / "metrics.jsonl")
+    if eval_pairs and not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in metrics):
+        trainer.evaluate()
+    trainer.save_model()  # in every process: where weights are split among them, each has a part
     if MAIN_PROCESS:
-        finish_run(args, trainer, time.perf_counter() - started)
+        (args.output_dir / "adapter_model.safetensors").chmod((args.output_dir / "arguments.json").stat().st_mode)
+        finish_run(args, trainer, recomputed, time.perf_counter() - started)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
@@ -1635,22 +1369,14 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        newest = last_checkpoint(parse_args().output_dir)
-        stop(f"interrupted; the same command with --resume goes on from {newest.name}." if newest else
-             "interrupted before the first checkpoint, which comes after --save_steps steps.", code=130)  # fmt: skip
-    except LookupError as error:  # of PreferencePairs, maybe in a data loader's worker
-        if type(error) is not LookupError:  # a KeyError or an IndexError is a fault of the program
-            raise
-        stop(str(error).splitlines()[-1])
+        stop("interrupted; the same command with --resume continues from the last checkpoint.", code=130)
     except torch.OutOfMemoryError:
         stop(
-            "the GPU's memory is full; use a smaller --batch_size with more --gradient_accumulation_steps, --gradient_checkpointing "
-            "on, or --load_4bit."
+            "the GPU's memory is full; use a smaller --batch_size with more --gradient_accumulation_steps, or --load_4bit."
         )
     except (RuntimeError, ConnectionError, EOFError) as error:
         # torch has noticed that a worker is gone, or reading from it breaks off before torch has
-        frames = traceback.extract_tb(error.__traceback__) if not isinstance(error, RuntimeError) else []
-        if "DataLoader worker (pid" not in str(error) and not any("/multiprocessing/" in at.filename for at in frames):
+        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
             raise
         stop("a process that decodes pictures was killed: too little memory, or too little shared memory (in a container: "
              "--shm-size 8g); use a smaller --num_workers, and --resume.")  # fmt: skip
