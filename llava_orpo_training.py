@@ -117,7 +117,6 @@ import jinja2
 import matplotlib
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from filelock import FileLock, Timeout
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -236,27 +235,14 @@ def read_original(model_path: str, original: dict) -> tuple:
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     if len(tokenizer) != original["vocab_size"] + 2:
         stop(f"--model_path {model_path} has {len(tokenizer) - 2:,} tokens in its tokenizer and not 32,000.")
-    config = LlavaNextConfig(
-        vision_config=vision.to_dict(),
-        text_config=text,
-        image_token_index=original["vocab_size"],
-        image_grid_pinpoints=grid,
-        vision_feature_layer=original["mm_vision_select_layer"],
-        tie_word_embeddings=False,
-    )
-    side = vision.image_size
-    images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_grid_pinpoints=grid
-    )
+    config = LlavaNextConfig(vision_config=vision.to_dict(), text_config=text, image_grid_pinpoints=grid)
+    config.vision_feature_layer = original["mm_vision_select_layer"]
+    side, counts = vision.image_size, {"patch_size": vision.patch_size, "num_additional_image_tokens": 1}
+    images = LlavaNextImageProcessorPil(size={"shortest_edge": side}, crop_size=side, image_grid_pinpoints=grid)
     before, after = ("[INST] ", " [/INST]") if text["model_type"] == "mistral" else ("USER: ", " ASSISTANT:")
-    processor = LlavaNextProcessor(
-        images,
-        tokenizer,
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=f"{before}<image>\n{{{{ messages[0]['content'][-1]['text'] }}}}{after}",
-    )
+    template = before + "<image>\n{{ messages[0]['content'][-1]['text'] }}" + after
+    counts["vision_feature_select_strategy"] = "default"
+    processor = LlavaNextProcessor(images, tokenizer, chat_template=template, **counts)
     return config, processor, tower
 
 
@@ -573,31 +559,32 @@ def find_fault(question: str, chosen: str, rejected: str, picture, processor, ma
     return None
 
 
-def check_rows(rows: datasets.Dataset, root: Path, processor, max_length: int, limit: int | None) -> tuple[dict, list]:
-    """Find the rows fit for training. Returns the first `limit` as {row: digest of its picture}, and the others that were
-    met as a list of {split, row, reason}. Relative picture paths start at `root`."""
-    good, dropped, marked = {}, [], 0
+def iterate_rows(rows: datasets.Dataset, root: Path):
+    """Yield each row's number, (question, chosen, rejected), and picture: its bytes or its path, which starts at `root`."""
     columns = rows.select_columns(["question", "chosen", "rejected", "image"]).with_format("arrow")
     for start in tqdm(range(0, len(rows), 1000), desc="checking rows", disable=len(rows) < 5000):
         table = columns[start : start + 1000]
         texts = zip(*(table[name].to_pylist() for name in ("question", "chosen", "rejected")), strict=True)
         images = chain.from_iterable(zip(c.field("bytes"), c.field("path"), strict=True) for c in table["image"].chunks)
         for row, (text, (content, path)) in enumerate(zip(texts, images, strict=True), start):
-            picture = content.as_buffer() if content.is_valid else root / (path.as_py() or "")
-            fault = find_fault(*text, picture, processor, max_length)
-            if fault:
-                dropped.append({"split": str(rows.split), "row": row, "reason": fault})
-                continue
-            good[row] = identify_picture(picture)
-            marked += strip_marker(text[0]) != text[0]
-            if len(good) == limit:
-                break
+            yield row, text, content.as_buffer() if content.is_valid else root / (path.as_py() or "")
+
+
+def check_rows(rows: datasets.Dataset, root: Path, processor, max_length: int, limit: int | None) -> tuple[dict, list]:
+    """Find the rows fit for training. Returns the first `limit` as {row: digest of its picture}, and those left out on the
+    way as a list of {split, row, reason}."""
+    good, dropped, marked = {}, [], 0
+    for row, texts, picture in iterate_rows(rows, root):
+        fault = find_fault(*texts, picture, processor, max_length)
+        if fault:
+            dropped.append({"split": str(rows.split), "row": row, "reason": fault})
+            continue
+        good[row] = identify_picture(picture)
+        marked += strip_marker(texts[0]) != texts[0]
         if len(good) == limit:
             break
     if marked:
-        console.print(
-            f"{marked:,} questions name <image> on a line of its own; it is left out, the prompt has the picture"
-        )
+        console.print(f"{marked:,} questions have <image> on a line of its own, which is left out")
     return good, dropped
 
 
@@ -607,8 +594,7 @@ def split_rows(good: dict[int, bytes], eval_fraction: float, seed: int) -> tuple
     order = np.random.default_rng(seed).permutation(len(pictures))
     wanted = min(max(round(eval_fraction * len(pictures)), 1), len(pictures) - 1) if eval_fraction else 0
     held_out = {pictures[i] for i in order[: max(wanted, 0)]}
-    sides = [row for row in good if good[row] not in held_out], [row for row in good if good[row] in held_out]
-    return sides
+    return [row for row in good if good[row] not in held_out], [row for row in good if good[row] in held_out]
 
 
 class PreferencePairs(torch.utils.data.Dataset):
@@ -641,13 +627,9 @@ class PreferencePairs(torch.utils.data.Dataset):
                 row = self.row(candidate)
                 return self.encode(row["image"], row["question"], row["chosen"], row["rejected"])
             except OSError:
-                fault = {
-                    "split": str(self.rows.split),
-                    "row": self.indices[candidate],
-                    "reason": "image breaks off when decoded",
-                }
+                fault = {"row": self.indices[candidate], "reason": "image breaks off when decoded"}
                 with self.dropped_file.open("a") as file:
-                    file.write(json.dumps(fault) + "\n")
+                    file.write(json.dumps({"split": str(self.rows.split), **fault}) + "\n")
         stop(f"no row of the {self.rows.split} pairs can be used; see {self.dropped_file}.")
 
     def encode(self, image: Image.Image, question: str, chosen: str, rejected: str) -> dict:
@@ -657,19 +639,14 @@ class PreferencePairs(torch.utils.data.Dataset):
         return {**ids, "pixel_values": pixels["pixel_values"][0], "image_sizes": pixels["image_sizes"][0]}
 
     def longest(self) -> dict:
-        """Return a pair as long as any: the longest question, chosen and rejected of all (the most tokens of the 16 with
-        the most bytes), and a picture of the shape that takes most tokens, as far as `max_length` allows."""
-        texts = self.rows.select_columns(["question", "chosen", "rejected"]).with_format("arrow")[:]
-        longest = []
-        for name in texts.column_names:
-            order = pc.binary_length(texts[name]).to_numpy()[self.indices].argsort()[-16:]
-            found = [self.rows[self.indices[i]][name] for i in order.tolist()]
-            longest.append(max(found, key=lambda text: len(self.processor.tokenizer(text).input_ids)))
-        shapes = [
-            Image.new("RGB", (width, height)) for height, width in self.processor.image_processor.image_grid_pinpoints
-        ]
+        """Return a pair as long as any: the longest question, chosen and rejected of all, and a picture of the shape that
+        takes most tokens, as far as `max_length` allows."""
+        names = ["question", "chosen", "rejected"]
+        texts = self.rows.select_columns(names).select(self.indices)[:]
+        question, *responses = (max(texts[name], key=len) for name in names)
+        shapes = [Image.new("RGB", (w, h)) for h, w in self.processor.image_processor.image_grid_pinpoints]
         # where responses are cut, the shorter prompt makes the longer pair
-        pairs = [self.encode(image, question, *longest[1:]) for image in shapes for question in (longest[0], "")]
+        pairs = [self.encode(image, text, *responses) for image in shapes for text in (question, "")]
         fitting = [pair for pair in pairs if pair["chosen"]] or [self[0]]
         return max(fitting, key=lambda pair: sum(len(pair[name]) for name in ("prompt", "chosen", "rejected")))
 
@@ -773,7 +750,6 @@ class LlavaORPOTrainer(ORPOTrainer):
     """
 
     packed = False  # set where FlexAttention runs
-    seconds_waited, pairs_seen, last_log = 0.0, 0, None
 
     def concatenated_forward(self, model, batch: dict) -> tuple[torch.Tensor, ...]:
         """Return the mean log-probability of each chosen and rejected response's tokens (B), their mean logits (B), and
@@ -805,26 +781,15 @@ class LlavaORPOTrainer(ORPOTrainer):
         finally:
             speed_up(self.model, self.packed, self.accelerator.native_amp)
 
-    def get_batch_samples(self, *args, **kwargs):
-        """Return the next batches, and count their pairs and the time that training waits for them."""
-        start = time.perf_counter()
-        samples = super().get_batch_samples(*args, **kwargs)
-        self.seconds_waited += time.perf_counter() - start
-        self.pairs_seen += sum(len(batch["chosen_labels"]) for batch in samples[0]) * self.args.world_size
-        return samples
-
     def log(self, logs: dict, start_time: float | None = None) -> None:
-        """Log TRL's metrics and the pairs per second since the last log. Stops at the first loss or gradient that is not
-        finite, before it reaches a checkpoint."""
+        """Log TRL's metrics. Stops at the first loss or gradient that is not finite, before it reaches a checkpoint."""
         for name in ("loss", "grad_norm", "eval_loss"):
             if not math.isfinite(logs.get(name, 0)):
-                checkpoint = last_checkpoint(Path(self.args.output_dir))
-                stop(f"{name} is {logs[name]} at step {self.state.global_step}, so the run has diverged; start again with a "
-                     f"smaller --learning_rate. The last good checkpoint is {checkpoint or 'the base model'}.")  # fmt: skip
-        now = time.perf_counter()
-        if "loss" in logs and self.last_log:
-            logs["pairs_per_second"] = (self.pairs_seen - self.last_log[0]) / (now - self.last_log[1])
-        self.last_log = self.pairs_seen, now
+                checkpoint = last_checkpoint(Path(self.args.output_dir)) or "the base model"
+                stop(
+                    f"{name} is {logs[name]} at step {self.state.global_step}: the run has diverged. Start again with a "
+                    f"smaller --learning_rate. The last good checkpoint is {checkpoint}."
+                )
         super().log(logs, start_time)
 
     def create_model_card(self, *_, **__) -> None:
@@ -868,13 +833,10 @@ def flex_attention_runs(model) -> bool:
     if model.device.type != "cuda":
         return False
     config = model.config.text_config
-    size = config.head_dim or config.hidden_size // config.num_attention_heads
-    query, key, value = (
-        torch.zeros(1, heads, 256, size, device=model.device, dtype=model.lm_head.weight.dtype, requires_grad=True)
-        for heads in (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-    )
+    shape = 1, config.num_attention_heads, 256, config.head_dim or config.hidden_size // config.num_attention_heads
     try:
-        torch.compile(flex_attention)(query, key, value, enable_gqa=True).sum().backward()
+        heads = torch.zeros(shape, device=model.device, dtype=model.lm_head.weight.dtype, requires_grad=True)
+        torch.compile(flex_attention)(heads, heads, heads).sum().backward()
     except Exception as error:  # no C compiler, no Triton, too little shared memory: each raises its own
         console.print(
             f"FlexAttention does not run here ({type(error).__name__}); training uses a dense mask, which is slower"
@@ -883,34 +845,28 @@ def flex_attention_runs(model) -> bool:
     return True
 
 
-def fit_memory(trainer: LlavaORPOTrainer, batch: dict, checkpointing: str) -> str:
-    """Run a batch forward and backward with as few layers recomputed as the memory allows, and return which they are.
-
-    The gradients stay. The room that AdamW's two moments will take is kept occupied meanwhile. Raises OutOfMemoryError if
-    the batch does not fit even so.
-    """
+def fit_memory(trainer: LlavaORPOTrainer, batch: dict, checkpointing: str) -> int:
+    """Run a batch forward and backward with as few layers recomputed as the memory allows. Returns n where every n-th layer
+    is, or 0 for none. The gradients stay. AdamW's two moments are given their room meanwhile."""
     model = trainer.model.train()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     _moments = torch.empty(2 * sum(weight.nbytes for weight in weights), dtype=torch.uint8, device=model.device)
 
-    def run() -> None:
+    def run() -> None:  # a function of its own, so that nothing keeps a failed try's tensors
         with trainer.accelerator.autocast():
             chosen, rejected, _, _, nll = trainer.concatenated_forward(model, batch)
             (nll - trainer.odds_ratio_loss(chosen, rejected)[0].mean()).backward()
 
-    plans = {"no layer": 0, "every 4th layer": 4, "every 2nd layer": 2, "every layer": 1}
-    plans = {"off": dict([*plans.items()][:1]), "on": dict([*plans.items()][-1:])}.get(checkpointing, plans)
-    for plan, every in plans.items():
+    plans = {"off": [0], "on": [1], "auto": [0, 4, 2, 1]}[checkpointing]
+    for every in plans:
         if every:
             model.get_base_model().model.language_model.gradient_checkpointing_enable(every_n_layers=every)
-        try:
+        with nullcontext() if every == plans[-1] else suppress(torch.OutOfMemoryError):
             run()
-            return plan
-        except torch.OutOfMemoryError:
-            if plan == [*plans][-1]:
-                raise
-        model.zero_grad()  # outside of the except clause, whose traceback would keep the first try's graph
+            break
+        model.zero_grad()
         torch.cuda.empty_cache()
+    return every
 
 
 def compare_alone(trainer: LlavaORPOTrainer, pairs: list[dict], batch: dict) -> float:
@@ -930,9 +886,9 @@ def compare_alone(trainer: LlavaORPOTrainer, pairs: list[dict], batch: dict) -> 
     return sum(apart) / len(apart)
 
 
-def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs, checkpointing: str) -> str:
+def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs, checkpointing: str) -> int:
     """Check on real pairs what would go wrong silently, and on the longest batch that the memory is enough. Prints a
-    table and stops if a check fails. Sets gradient checkpointing and returns which layers it recomputes."""
+    table and stops if a check fails. Sets gradient checkpointing and returns what fit_memory does."""
     model, pad = trainer.model.eval(), pairs.processor.tokenizer.pad_token_id
     few = [pairs[i] for i in range(min(4, len(pairs)))]
     batch = trainer._prepare_inputs(collate_pairs(few, pad))
@@ -949,11 +905,8 @@ def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs, checkpointing: 
     longest = few[:1] if split else [pairs.longest()] * trainer.args.per_device_train_batch_size
     longest = trainer._prepare_inputs(collate_pairs(longest, pad))
     recomputed = fit_memory(trainer, longest, "on" if split and checkpointing == "auto" else checkpointing)
-    dead = [
-        name
-        for name, weight in trainable.items()
-        if weight.grad is None or not weight.grad.any() or not weight.grad.isfinite().all()
-    ]
+    gradients = {name: weight.grad for name, weight in trainable.items()}
+    dead = [name for name, grad in gradients.items() if grad is None or not grad.any() or not grad.isfinite().all()]
     for weight in fresh:
         torch.nn.init.zeros_(weight)
     model.zero_grad()
@@ -969,7 +922,7 @@ def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs, checkpointing: 
         ("every trainable weight gets a gradient", dead[0] if dead else size
          + ", ".join(f"{n} {name}" for name, n in modules.items()), bool(trainable) and not dead),
         ("the longest batch fits the memory" + ", not tried: weights are split later" * split,
-         f"{len(longest['image_sizes'])} x {tokens:,} tokens; {recomputed} recomputes its activations", True),
+         f"{len(longest['image_sizes'])} x {tokens:,} tokens; " + (f"layers recomputed: 1 in {recomputed}" if recomputed else "no layer is recomputed"), True),
     ]  # fmt: skip
     table = Table("preflight", "found", "")
     for name, found, passed in checks:
@@ -1042,8 +995,8 @@ class RunRecorder(ProgressCallback):
         if not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
             return
         if "loss" in logs:
-            shown = {"loss": "loss", "accuracy": "rewards/accuracies", "pairs_per_s": "pairs_per_second"}
-            self.training_bar.set_postfix({name: f"{logs.get(key, 0):.3f}" for name, key in shown.items()})
+            shown = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
+            self.training_bar.set_postfix({name: f"{logs[key]:.3f}" for name, key in shown.items()})
         with (self.output_dir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": state.global_step, **logs}, allow_nan=False) + "\n")
 
@@ -1057,7 +1010,6 @@ class RunRecorder(ProgressCallback):
         together = {"synced_gpus": True} if args.world_size > 1 else {}
         with self.trainer.plain_forward():
             answers = generate_answers(model.eval(), self.processor, images, questions, **together)
-        self.trainer.last_log = self.trainer.pairs_seen, time.perf_counter()  # pairs per second are of training alone
         if not state.is_world_process_zero:
             return
         with (self.output_dir / "samples.jsonl").open("a") as file:
@@ -1105,16 +1057,16 @@ def last_checkpoint(output_dir: Path) -> Path | None:
     return None
 
 
-def open_run(args: argparse.Namespace) -> Path | None:
-    """Make the output folder ready and return the checkpoint to continue from. Stops if the folder is in use, cannot be
-    written, or holds a run that was not to be continued or had other settings."""
+def open_run(args: argparse.Namespace) -> tuple[Path | None, FileLock]:
+    """Make the output folder ready. Returns the checkpoint to continue from and the folder's lock. Stops if another run has
+    the lock, if the folder cannot be written, or if it holds a run that was not to be continued or had other settings."""
     output_dir, processes = args.output_dir, int(os.environ.get("WORLD_SIZE", 1))
+    lock = FileLock(output_dir / ".lock", timeout=0)
     if not MAIN_PROCESS:
-        return last_checkpoint(output_dir)
+        return last_checkpoint(output_dir), lock
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        args.lock = FileLock(output_dir / ".lock", timeout=0)
-        args.lock.acquire()
+        lock.acquire()
     except Timeout:
         stop(f"--output_dir {output_dir} is being written by another run; name another folder.")
     except OSError as error:
@@ -1123,28 +1075,28 @@ def open_run(args: argparse.Namespace) -> Path | None:
     if not args.resume and (checkpoint or (output_dir / "metrics.jsonl").exists()):
         stop(f"--output_dir {output_dir} holds an earlier run; add --resume to continue it, or name another folder.")
     free = ("resume", "output_dir", "report_to", "wandb_project", "wandb_entity", "num_workers", "gradient_checkpointing",
-            "batch_size", "gradient_accumulation_steps", "lock")  # fmt: skip
+            "batch_size", "gradient_accumulation_steps")  # fmt: skip
     settings = {name: str(value) for name, value in vars(args).items() if name not in free}
     settings["pairs_a_step"] = str(args.batch_size * args.gradient_accumulation_steps * processes)
     noted = output_dir / "arguments.json"
     if checkpoint and noted.exists():
         before = json.loads(noted.read_text())
-        if before["pairs_a_step"] != settings["pairs_a_step"]:
-            stop(f"--resume needs the {before['pairs_a_step']} pairs an optimizer step that the run in {output_dir} began with, "
-                 f"but --batch_size {args.batch_size} x --gradient_accumulation_steps {args.gradient_accumulation_steps} x "
-                 f"{processes} process{'es' if processes > 1 else ''} = {settings['pairs_a_step']}.")  # fmt: skip
-        names = before.keys() & settings.keys()
         changed = [
-            f"--{name} was {before[name]}, is {settings[name]}" for name in names if before[name] != settings[name]
+            f"{name} was {before[name]}, is {now}" for name, now in settings.items() if before.get(name, now) != now
         ]
         if changed:
-            stop(f"--resume cannot change the run in {output_dir}: {'; '.join(sorted(changed))}.")
+            stop(f"--resume cannot change the run in {output_dir}: {'; '.join(changed)}. (pairs_a_step is --batch_size x "
+                 f"--gradient_accumulation_steps x {processes} processes.)")  # fmt: skip
     step = int(checkpoint.name.split("-")[1]) if checkpoint else -1
     for file in (output_dir / "metrics.jsonl", output_dir / "samples.jsonl"):
         if file.exists():  # the steps after the checkpoint will be done again
             write_whole(file, "".join(json.dumps(row) + "\n" for row in read_jsonl(file) if row["step"] <= step))
     write_whole(noted, json.dumps(settings, indent=2))
-    return checkpoint
+    if args.resume:
+        console.print(
+            f"continuing from {checkpoint}" if checkpoint else f"no checkpoint in {output_dir}, starting anew"
+        )
+    return checkpoint, lock
 
 
 def build_trainer(args, model, processor, train_pairs, eval_pairs, resumed: bool) -> LlavaORPOTrainer:
@@ -1270,7 +1222,22 @@ Load it with `PeftModel.from_pretrained(model, path)`.
     write_whole(args.output_dir / "README.md", text)
 
 
-def finish_run(args: argparse.Namespace, trainer: LlavaORPOTrainer, recomputed: str, seconds: float) -> None:
+def finish_run(args: argparse.Namespace, trainer: LlavaORPOTrainer, recomputed: int, seconds: float) -> None:
+    """Evaluate once more if the last step was not an epoch's, save the adapter, and report what the run changed."""
+    metrics = read_jsonl(args.output_dir / "metrics.jsonl")
+    trainer.accelerator.wait_for_everyone()
+    if trainer.eval_dataset and [row["step"] for row in metrics if "eval_loss" in row][-1] < trainer.state.global_step:
+        trainer.evaluate()
+    trainer.save_model()  # in every process: where weights are split among them, each has a part
+    if MAIN_PROCESS:
+        # safetensors lets nobody but the owner read it
+        (args.output_dir / "adapter_model.safetensors").chmod((args.output_dir / "arguments.json").stat().st_mode)
+        write_report(args, trainer, recomputed, seconds)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+def write_report(args: argparse.Namespace, trainer: LlavaORPOTrainer, recomputed: int, seconds: float) -> None:
     """Write card, curves and training_summary.json, and print what the run changed."""
     output_dir = args.output_dir
     metrics = read_jsonl(output_dir / "metrics.jsonl")
@@ -1281,9 +1248,8 @@ def finish_run(args: argparse.Namespace, trainer: LlavaORPOTrainer, recomputed: 
     train, held_out = describe_pairs(trainer.train_dataset), describe_pairs(trainer.eval_dataset)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
-    arguments = {name: value for name, value in vars(args).items() if name != "lock"}
     summary = {
-        "arguments": {k: v if isinstance(v, int | float | list) else str(v) for k, v in arguments.items()},
+        "arguments": {k: v if isinstance(v, int | float | list) else str(v) for k, v in vars(args).items()},
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
         "data": {
@@ -1294,9 +1260,8 @@ def finish_run(args: argparse.Namespace, trainer: LlavaORPOTrainer, recomputed: 
             "dropped": Counter(dropped.values()),
         },
         "steps": trainer.state.global_step,
-        "data_wait_share": trainer.seconds_waited / seconds,
         "packed": trainer.packed,
-        "recomputed": recomputed,
+        "recomputed_every": recomputed,
         "processes": trainer.accelerator.num_processes,
         "seconds": round(seconds, 1),
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak,
@@ -1318,8 +1283,6 @@ def finish_run(args: argparse.Namespace, trainer: LlavaORPOTrainer, recomputed: 
     write_card(args, train["pairs"], figures)
     draw_curves(metrics, output_dir / "training_curves.png")
     write_whole(output_dir / "training_summary.json", json.dumps(summary, indent=2, allow_nan=False))
-    wait = summary["data_wait_share"]
-    console.print(f"{wait:.1%} of the time was waiting for pictures{'; try more --num_workers' if wait > 0.03 else ''}")
     console.print(f"adapter, card, curves and summary are in {output_dir}")
 
 
@@ -1327,22 +1290,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     rows = load_rows(args.dataset)  # this and a wrong adapter show before the model is loaded
     adapter = read_adapter(args.lora_path) if args.lora_path else None
-    checkpoint = open_run(args)
-    if args.resume:
-        console.print(f"continuing from {checkpoint}" if checkpoint else "there is no checkpoint; starting anew")
-        if checkpoint and (args.output_dir / "training_summary.json").exists():
-            console.print(f"the run in {args.output_dir} is finished; there is nothing to resume")
-            return
+    checkpoint, lock = open_run(args)
+    if checkpoint and (args.output_dir / "training_summary.json").exists():
+        console.print(f"the run in {args.output_dir} is finished; there is nothing to resume")
+        return
     open_tracking(args)
     set_seed(args.seed)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     model, processor = load_llava(args.model_path, device=device, load_4bit=args.load_4bit)
     train_pairs, eval_pairs = make_pairs(args, rows, processor)
-    if adapter:
-        model = load_adapter(model, processor, *adapter, trainable=True)
-        console.print(f"training starts from the adapter {args.lora_path}, with its rank {adapter[1].r}")
-    else:
-        model = add_adapter(model, args)
+    model = load_adapter(model, processor, *adapter, trainable=True) if adapter else add_adapter(model, args)
     trainer = build_trainer(args, model, processor, train_pairs, eval_pairs, resumed=checkpoint is not None)
     recomputed = preflight(trainer, train_pairs, args.gradient_checkpointing)
     set_seed(args.seed)  # so that order and dropout do not depend on what preflight had to try
@@ -1353,16 +1310,8 @@ def main(argv: list[str] | None = None) -> None:
         trainer.recorder.close()
     if trainer.state.global_step < trainer.state.max_steps:
         stop("the run was told to end (SIGTERM); the same command with --resume continues it.", code=143)
-    trainer.accelerator.wait_for_everyone()
-    metrics = read_jsonl(args.output_dir / "metrics.jsonl")
-    if eval_pairs and not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in metrics):
-        trainer.evaluate()
-    trainer.save_model()  # in every process: where weights are split among them, each has a part
-    if MAIN_PROCESS:
-        (args.output_dir / "adapter_model.safetensors").chmod((args.output_dir / "arguments.json").stat().st_mode)
-        finish_run(args, trainer, recomputed, time.perf_counter() - started)
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    finish_run(args, trainer, recomputed, time.perf_counter() - started)
+    lock.release()
 
 
 if __name__ == "__main__":
