@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-SETTINGS = "--epochs 3 --batch_size 16 --gradient_accumulation_steps 1 --learning_rate 1e-3 --beta 0.5 --no-gradient_checkpointing"
+SETTINGS = "--epochs 3 --batch_size 16 --gradient_accumulation_steps 1 --learning_rate 1e-3 --beta 0.5 --gradient_checkpointing off"
 TITLES = {
     "accuracy": "preference accuracy ↑",
     "chair": "CHAIR ↓",

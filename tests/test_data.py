@@ -79,10 +79,10 @@ def test_a_picture_that_breaks_off_is_replaced_and_listed(tmp_path, processor):
     assert dropped(tmp_path) == [{"split": "train", "row": 0, "reason": "image breaks off when decoded"}]
 
 
-def test_responses_that_are_equal_once_cut_are_replaced(tmp_path, processor):
+def test_responses_that_are_equal_once_cut_are_left_out(tmp_path, processor):
     same = "The image shows a red ball. " * 40
     pairs = make_pairs([row(chosen=same + "A cup.", rejected=same + "A bus."), row()], tmp_path, processor)
-    assert pairs[0]["chosen"] == pairs[1]["chosen"]
+    assert pairs.indices == [1]
     assert dropped(tmp_path) == [{"split": "train", "row": 0, "reason": "chosen equals rejected once cut"}]
 
 
@@ -136,9 +136,8 @@ def test_a_set_left_empty_is_one_sentence(tmp_path, processor, capsys):
 def test_pairs_without_an_image_path_are_split_one_by_one(tmp_path, processor):
     folder = tmp_path / "nulls"
     folder.mkdir()
-    datasets.Dataset.from_list([row(image_path=None if i else "a.png") for i in range(5)]).to_parquet(
-        folder / "p.parquet"
-    )
+    rows = [row(image={"bytes": picture(seed=i), "path": None}, image_path=None if i else "a.png") for i in range(5)]
+    datasets.Dataset.from_list(rows).to_parquet(folder / "p.parquet")
     flags = ["--dataset", str(folder / "p.parquet"), "--output_dir", str(folder)]
     train, held_out = training.make_pairs(training.parse_args(flags), training.load_rows(flags[1]), processor)
     assert (len(train), len(held_out)) == (4, 1)
@@ -148,7 +147,7 @@ def test_pictures_that_all_break_off_are_one_sentence(tmp_path, processor):
     broken = {"bytes": picture((400, 300), seed=3, kind="JPEG")[:-9000], "path": None}
     pairs = make_pairs([row(image=broken)], tmp_path, processor)
     sentence = "no row of the train pairs can be used; see .*dropped_rows.jsonl"
-    with pytest.raises(LookupError, match=sentence):
+    with pytest.raises(SystemExit):
         pairs[0]
     datasets.Dataset.from_list([row(image=broken)]).to_parquet(tmp_path / "broken.parquet")
     command = [sys.executable, str(ROOT / "llava_orpo_training.py"), "--model_path", str(MINIATURE / "model"), "--dataset",
@@ -188,11 +187,14 @@ def test_a_conversation_instead_of_text_is_one_sentence(tmp_path, processor, cap
     assert "in its column chosen; it must hold plain text" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag, value", [("--eval_fraction", "1"), ("--batch_size", "0"), ("--learning_rate", "-1")])
+@pytest.mark.parametrize(
+    "flag, value", [("--eval_fraction", "1"), ("--batch_size", "0"), ("--learning_rate", "-1"), ("--beta", "nan")]
+)
 def test_a_value_out_of_range_is_one_sentence(flag, value, capsys):
     with pytest.raises(SystemExit, match="2"):
         training.parse_args([flag, value])
-    assert f"error: {flag} is {float(value):g}" in capsys.readouterr().err.replace(".0;", ";")
+    error = capsys.readouterr().err
+    assert f"error: argument {flag}: {value} is not" in error and error.count("\n") == 2
 
 
 def test_jsonl_with_pictures_beside_it(tmp_path, processor):
@@ -207,7 +209,7 @@ def test_jsonl_with_pictures_beside_it(tmp_path, processor):
 
 
 def test_pairs_of_one_picture_stay_on_one_side_and_the_seed_decides(tmp_path, processor):
-    rows = [row(image_path=f"{i // 3}.png") for i in range(60)]
+    rows = [row(image={"bytes": picture(seed=i // 3), "path": f"{i}.png"}) for i in range(60)]
     split = {}
     for seed in ("1", "1 ", "2"):
         folder = tmp_path / f"seed{seed}"
@@ -285,7 +287,7 @@ def test_as_many_rows_as_rlaif_v_start_soon_and_hold_a_flat_memory(tmp_path, pro
     start = time.perf_counter()
     train, held_out = training.make_pairs(args, training.load_rows(args.dataset), processor)
     assert time.perf_counter() - start < 30
-    assert len(train) == 83_132 - 8313 and len(held_out) == 300  # of the tenth held out, those that are evaluated
+    assert len(train) == 83_132 - 10_392 and len(held_out) == 300  # of the eighth picture's, those that are evaluated
     process = psutil.Process()
     for i in range(200):
         train[i]

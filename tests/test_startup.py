@@ -112,7 +112,7 @@ def test_memory_is_flat_over_2000_steps(tmp_path, one_layer):
     command = [sys.executable, str(ROOT / "llava_orpo_training.py"), "--model_path", str(one_layer),
                "--dataset", str(tmp_path / "pairs.parquet"), "--output_dir", str(tmp_path / "run"), "--eval_fraction", "0",
                "--batch_size", "1", "--gradient_accumulation_steps", "1", "--num_workers", "1", "--report_to", "none",
-               "--lora_target_modules", "q_proj", "--no-gradient_checkpointing", "--save_steps", "100000"]  # fmt: skip
+               "--lora_target_modules", "q_proj", "--gradient_checkpointing", "off", "--save_steps", "100000"]  # fmt: skip
     used, metrics = {}, tmp_path / "run" / "metrics.jsonl"  # {step: bytes}
     with (tmp_path / "log").open("w") as log:
         process = psutil.Popen(command, stdout=log, stderr=log)
