@@ -1223,10 +1223,8 @@ Load it with `PeftModel.from_pretrained(model, path)`.
 
 
 def finish_run(args: argparse.Namespace, trainer: LlavaORPOTrainer, recomputed: int, seconds: float) -> None:
-    """Evaluate once more if the last step was not an epoch's, save the adapter, and report what the run changed."""
-    metrics = read_jsonl(args.output_dir / "metrics.jsonl")
-    trainer.accelerator.wait_for_everyone()
-    if trainer.eval_dataset and [row["step"] for row in metrics if "eval_loss" in row][-1] < trainer.state.global_step:
+    """Evaluate once more if the run ended within an epoch, save the adapter, and report what the run changed."""
+    if trainer.eval_dataset and trainer.state.global_step % trainer.args.eval_steps:
         trainer.evaluate()
     trainer.save_model()  # in every process: where weights are split among them, each has a part
     if MAIN_PROCESS:

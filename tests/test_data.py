@@ -223,6 +223,39 @@ def test_pairs_of_one_picture_stay_on_one_side_and_the_seed_decides(tmp_path, pr
     assert split["1"] == split["1 "] != split["2"]
 
 
+@pytest.mark.parametrize("form", ["bytes", "empty image_path", "other paths"])
+def test_no_held_out_picture_is_trained_on(form, tmp_path, processor):
+    """20 pictures with 5 questions each, whatever the columns say of them."""
+    rows = []
+    for i in range(100):
+        content = picture(seed=i % 20)
+        (tmp_path / f"{i}.png").write_bytes(content)
+        image = str(tmp_path / f"{i}.png") if form == "other paths" else {"bytes": content, "path": None}
+        rows.append(row(image=image, question=f"Question {i}?") | ({"image_path": ""} if "empty" in form else {}))
+    source = tmp_path / ("pairs.jsonl" if form == "other paths" else "pairs.parquet")
+    if form == "other paths":
+        source.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(source)
+    args = training.parse_args(["--dataset", str(source), "--output_dir", str(tmp_path)])
+    train, held_out = training.make_pairs(args, training.load_rows(args.dataset), processor)
+    assert (len(train), len(held_out)) == (90, 10)
+    assert not {i % 20 for i in train.indices} & {i % 20 for i in held_out.indices}
+
+
+def test_llavas_marker_of_the_picture_is_left_out(tmp_path, processor, capsys):
+    questions = ["Is <image> here?", "<image>\nDescribe this image.", "Describe this image.\n<image>"]
+    pairs = make_pairs([row(question=question) for question in questions], tmp_path, processor)
+    plain = training.build_prompt(processor, "Describe this image.", (120, 90))
+    assert pairs[0]["prompt"] != plain and pairs[1]["prompt"] == pairs[2]["prompt"] == plain
+    assert pairs.row(1)["question"] == "Describe this image."
+    assert "2 questions have <image> on a line of its own" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_very_thin_picture_is_shown():
+    assert training.embed_picture(Image.new("RGB", (3, 3000))).startswith("data:image/png;base64,")
+
+
 def test_max_samples_are_the_first_good_pairs(tmp_path, processor):
     pairs = make_pairs([row(question=""), *[row()] * 5], tmp_path, processor, "--max_samples", "3")
     assert pairs.indices == [1, 2, 3]

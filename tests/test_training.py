@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def losses(folder) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in training.read_jsonl(folder / "metrics.jsonl") if "loss" in row}
 
 
-def test_files_and_keys(finished):
+def test_files_and_keys(finished, few_pairs):
     names = {path.name for path in finished.iterdir()}
     assert names >= {"adapter_model.safetensors", "adapter_config.json", "README.md", "metrics.jsonl", "samples.html",
                      "samples.jsonl", "training_curves.png", "training_summary.json", "dropped_rows.jsonl",
@@ -78,6 +79,9 @@ def test_files_and_keys(finished):
     )
     assert len(summary["data"]["fingerprint"]) == 64 and summary["peak_memory_bytes"] > 1e8
     assert summary["versions"]["trl"] == "1.16.0"
+    test = datasets.load_dataset("parquet", data_files=str(few_pairs / "test.parquet"), split="train")
+    shorter = [len(row["chosen"].split()) < len(row["rejected"].split()) for row in test]
+    assert summary["data"]["shorter_is_chosen"] == sum(shorter) / 10
     assert summary["before"]["step"] == 0 and summary["after"]["step"] == 12
     assert summary["after"]["eval_nll_loss"] < summary["before"]["eval_nll_loss"]
     rows = training.read_jsonl(finished / "metrics.jsonl")
@@ -197,6 +201,111 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         training.write_whole(tmp_path / "file", "after")
     assert (tmp_path / "file").read_text() == "before" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(tmp_path, few_pairs, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path / "run", few_pairs, "--save_steps", "1", "--learning_rate", "1e6", "--epochs", "4")
+    error = " ".join(capsys.readouterr().err.split())
+    assert "the run has diverged" in error and "Traceback" not in error
+    (kept,) = {word.rstrip(".") for word in error.split() if "checkpoint-" in word}
+    weights = load_file(os.path.join(kept, "adapter_model.safetensors"))
+    assert all(weight.isfinite().all() for weight in weights.values())
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("damage", ["rng_state.pth", "optimizer.pt", "adapter_model.safetensors"])
+def test_a_damaged_checkpoint_gives_way_to_the_older_one(damage, tmp_path, finished, few_pairs, capsys):
+    """In a run folder that was moved, too."""
+    folder = tmp_path / "moved"
+    shutil.copytree(finished, folder)
+    (folder / "training_summary.json").unlink()
+    file = folder / "checkpoint-12" / damage
+    if damage == "rng_state.pth":
+        file.unlink()
+    else:
+        file.write_bytes(b"" if damage == "optimizer.pt" else file.read_bytes()[:-100])
+    run(folder, few_pairs, "--epochs", "2", "--save_steps", "2", "--resume")
+    said = "".join(capsys.readouterr().err.split())
+    assert "checkpoint-12isnotwhole" in said and f"continuingfrom{folder}/checkpoint-10" in said
+    assert losses(folder) == pytest.approx(losses(finished), abs=1e-6)
+
+
+def test_a_mistyped_layer_is_refused(tmp_path, few_pairs, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path / "run", few_pairs, "--lora_target_modules", "q_proj", "foo")
+    assert "--lora_target_modules foo" in capsys.readouterr().err
+
+
+def test_sigterm_leaves_a_checkpoint_and_a_second_run_is_refused(tmp_path, finished, few_pairs, capsys):
+    folder = tmp_path / "run"
+    command = [sys.executable, SCRIPT, "--model_path", str(MINIATURE / "model"), "--dataset", str(few_pairs),
+               "--output_dir", str(folder), *SMALL[1:], "--epochs", "50", "--save_steps", "1000"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        while len(losses(folder)) < 2:
+            assert process.poll() is None
+            time.sleep(0.02)
+        with pytest.raises(SystemExit, match="2"):
+            run(folder, few_pairs, "--epochs", "50", "--save_steps", "1000", "--resume")
+        assert "is being written by another run" in capsys.readouterr().err
+        process.send_signal(signal.SIGTERM)
+        error = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 143 and error.splitlines()[-1].startswith("error: the run was told to end (SIGTERM)")
+    assert training.last_checkpoint(folder) and not (folder / "training_summary.json").exists()
+
+
+def test_the_loss_does_not_depend_on_how_pairs_are_batched(tmp_path, finished, few_pairs):
+    """49 pairs at 8 a step: the one that does not fill a step is left out, however the others are batched."""
+    for batch_size, steps in (("8", "1"), ("2", "4")):
+        folder = run(tmp_path / batch_size, few_pairs, "--epochs", "1", "--save_steps", "100", "--batch_size", batch_size,
+                     "--gradient_accumulation_steps", steps)  # fmt: skip
+        assert len(losses(folder)) == 6
+        first = run(tmp_path / f"{batch_size}-4", few_pairs, "--epochs", "1", "--save_steps", "100")
+        assert losses(folder) == pytest.approx(losses(first), abs=1e-4)
+
+
+def test_a_second_round_goes_on_with_the_first_ones_adapter(tmp_path, finished, few_pairs):
+    first = json.loads((finished / "training_summary.json").read_text())
+    folder = run(tmp_path / "second", few_pairs, "--lora_path", str(finished))
+    summary = json.loads((folder / "training_summary.json").read_text())
+    assert summary["before"]["eval_loss"] == pytest.approx(first["after"]["eval_loss"], abs=1e-5)
+    assert summary["after"]["eval_loss"] != summary["before"]["eval_loss"]
+    assert f"started from the adapter `{finished}`" in (folder / "README.md").read_text()
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (finished, folder))
+    assert before.keys() == after.keys() and all(not torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize(("output_dir", "flags", "words"), [
+    ("file/run", [], "cannot be written"), ("run", ["--lora_path", "no such adapter"], "--lora_path no such adapter"),
+])  # fmt: skip
+def test_what_cannot_work_is_one_sentence_before_the_model_is_loaded(
+    output_dir, flags, words, tmp_path, few_pairs, capsys, monkeypatch
+):
+    monkeypatch.delattr(training, "load_llava")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path / output_dir, few_pairs, *flags)
+    assert words in capsys.readouterr().err
+
+
+def test_wandb_without_a_network_is_offline(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    calls = []
+
+    def init(**options):
+        calls.append(options["mode"])
+        if options["mode"] is None:
+            raise wandb.errors.CommError("no network")
+
+    monkeypatch.setattr(wandb, "login", lambda **_: True)
+    monkeypatch.setattr(wandb, "init", init)
+    training.open_tracking(training.parse_args(["--output_dir", str(tmp_path)]))
+    assert calls == [None, "offline"] and "recorded offline" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_finished_run_is_not_run_again(finished, few_pairs, capsys):
