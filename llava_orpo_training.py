@@ -218,8 +218,9 @@ def read_original(model_path: str, original: dict) -> tuple:
     wanted = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "vocab_size": 32000}
     for name, value in wanted.items():
         if original.get(name) != value:
-            found = original.get(name)
-            stop(f"--model_path {model_path} has {name} {found!r}, not {value!r}; this script reads LLaVA-1.6 only.")
+            stop(
+                f"--model_path {model_path} has {name} {original.get(name)!r}, and LLaVA-1.6, which this reads, {value!r}."
+            )
     tower = original["mm_vision_tower"]
     vision = LlavaNextConfig().vision_config  # this is openai/clip-vit-large-patch14-336, which all published ones name
     if tower != "openai/clip-vit-large-patch14-336":
@@ -237,12 +238,13 @@ def read_original(model_path: str, original: dict) -> tuple:
         stop(f"--model_path {model_path} has {len(tokenizer) - 2:,} tokens in its tokenizer and not 32,000.")
     config = LlavaNextConfig(vision_config=vision.to_dict(), text_config=text, image_grid_pinpoints=grid)
     config.vision_feature_layer = original["mm_vision_select_layer"]
-    side, counts = vision.image_size, {"patch_size": vision.patch_size, "num_additional_image_tokens": 1}
+    side = vision.image_size
     images = LlavaNextImageProcessorPil(size={"shortest_edge": side}, crop_size=side, image_grid_pinpoints=grid)
     before, after = ("[INST] ", " [/INST]") if text["model_type"] == "mistral" else ("USER: ", " ASSISTANT:")
     template = before + "<image>\n{{ messages[0]['content'][-1]['text'] }}" + after
-    counts["vision_feature_select_strategy"] = "default"
-    processor = LlavaNextProcessor(images, tokenizer, chat_template=template, **counts)
+    processor = LlavaNextProcessor(
+        images, tokenizer, vision.patch_size, "default", template, num_additional_image_tokens=1
+    )
     return config, processor, tower
 
 
@@ -383,13 +385,9 @@ def read_adapter(lora_path: str) -> tuple[Path, "LoraConfig"]:
     if config.peft_type != "LORA":
         stop(f"--lora_path {lora_path} is a {config.peft_type} adapter; this script reads LoRA.")
     if (folder / "non_lora_trainables.bin").exists():
-        stop(
-            f"--lora_path {lora_path} has more trained weights in non_lora_trainables.bin; merge it with LLaVA's code."
-        )
+        stop(f"--lora_path {lora_path} has more weights in non_lora_trainables.bin; merge it with LLaVA's own code.")
     if not (folder / "adapter_model.safetensors").exists():
-        stop(
-            f"--lora_path {lora_path} has no adapter_model.safetensors; convert an adapter_model.bin, which can run code."
-        )
+        stop(f"--lora_path {lora_path} has no adapter_model.safetensors; convert its adapter_model.bin, if it has one.")
     config.rank_pattern = {rename_key(name): rank for name, rank in config.rank_pattern.items()}
     config.alpha_pattern = {rename_key(name): alpha for name, alpha in config.alpha_pattern.items()}
     return folder, config
@@ -671,11 +669,8 @@ def make_pairs(args, rows: datasets.DatasetDict, processor) -> tuple[PreferenceP
     evaluated = held_out
     if len(held_out) > args.eval_samples:
         evaluated = sorted(np.random.default_rng(args.seed).permutation(held_out)[: args.eval_samples].tolist())
-    console.print(
-        f"{len(train):,} pairs to train on, {len(held_out):,} held out, of which {len(evaluated):,} are evaluated"
-    )
-    if dropped:
-        console.print(f"{len(dropped):,} rows are left out: {reasons}")
+    counts = f"{len(train):,} pairs to train on, {len(held_out):,} held out"
+    console.print(f"{counts}, of which {len(evaluated):,} are evaluated; {len(dropped):,} rows left out {reasons}")
     shared = (root, processor, args.max_length, dropped_file)
     eval_pairs = PreferencePairs(test, evaluated, *shared) if evaluated else None
     return PreferencePairs(rows["train"], train, *shared), eval_pairs
@@ -786,10 +781,8 @@ class LlavaORPOTrainer(ORPOTrainer):
         for name in ("loss", "grad_norm", "eval_loss"):
             if not math.isfinite(logs.get(name, 0)):
                 checkpoint = last_checkpoint(Path(self.args.output_dir)) or "the base model"
-                stop(
-                    f"{name} is {logs[name]} at step {self.state.global_step}: the run has diverged. Start again with a "
-                    f"smaller --learning_rate. The last good checkpoint is {checkpoint}."
-                )
+                stop(f"{name} is {logs[name]} at step {self.state.global_step}: the run has diverged. Start again with a "
+                     f"smaller --learning_rate. The last good checkpoint is {checkpoint}.")  # fmt: skip
         super().log(logs, start_time)
 
     def create_model_card(self, *_, **__) -> None:
@@ -872,17 +865,16 @@ def fit_memory(trainer: LlavaORPOTrainer, batch: dict, checkpointing: str) -> in
 def compare_alone(trainer: LlavaORPOTrainer, pairs: list[dict], batch: dict) -> float:
     """Return how far the log-probability of a response in the shared row is from that of prompt and response alone, as
     the mean over the responses of `pairs`, of which `batch` is made."""
-    apart = []
-    for shared, name in zip(
-        trainer.concatenated_forward(trainer.model, batch)[:2], ("chosen", "rejected"), strict=True
-    ):
-        for i, pair in enumerate(pairs):
-            row = torch.tensor([pair["prompt"] + pair[name]], device=trainer.model.device)
-            pictures = {key: pair[key][None].to(trainer.model.device) for key in ("pixel_values", "image_sizes")}
+    apart, device = [], trainer.model.device
+    scores = trainer.concatenated_forward(trainer.model, batch)[:2]
+    for name, shared in zip(("chosen", "rejected"), scores, strict=True):
+        for pair, score in zip(pairs, shared, strict=True):
+            row = torch.tensor([pair["prompt"] + pair[name]], device=device)
+            pictures = {key: pair[key][None].to(device) for key in ("pixel_values", "image_sizes")}
             with trainer.plain_forward():
                 logits = trainer.model(input_ids=row, **pictures, logits_to_keep=len(pair[name]) + 1).logits[0, :-1]
             alone = -torch.nn.functional.cross_entropy(logits.float(), row[0, -len(pair[name]) :])
-            apart.append((alone - shared[i]).abs().item())
+            apart.append((alone - score).abs().item())
     return sum(apart) / len(apart)
 
 
@@ -911,24 +903,25 @@ def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs, checkpointing: 
         torch.nn.init.zeros_(weight)
     model.zero_grad()
 
-    modules = Counter(name.split(".lora_A")[0].split(".")[-1] for name in trainable if "lora_A" in name)
-    size = f"{sum(weight.numel() for weight in trainable.values()):,} in "
+    size = f"{sum(weight.numel() for weight in trainable.values()):,} weights in {len(trainable)} tensors"
     tokens = sum(longest[name].shape[1] for name in ("prompt_input_ids", "chosen_labels", "rejected_labels"))
-    checks = [
-        ("another picture moves the chosen log-probability", f"{seen:.4f} -> {unseen:.4f} for its negative",
-         seen != unseen and math.isfinite(seen) and math.isfinite(unseen)),
-        # bfloat16 rounds by up to a few hundredths; a wrong mask, label or position is far off
-        ("each response scores as it does alone", f"log-probabilities {apart:.1e} apart", apart < 0.05),
-        ("every trainable weight gets a gradient", dead[0] if dead else size
-         + ", ".join(f"{n} {name}" for name, n in modules.items()), bool(trainable) and not dead),
-        ("the longest batch fits the memory" + ", not tried: weights are split later" * split,
-         f"{len(longest['image_sizes'])} x {tokens:,} tokens; " + (f"layers recomputed: 1 in {recomputed}" if recomputed else "no layer is recomputed"), True),
-    ]  # fmt: skip
+    fits = "the longest batch fits the memory" + ", not tried: weights are split later" * split
+    layers = f"1 layer in {recomputed} is recomputed" if recomputed else "no layer is recomputed"
+    # bfloat16 rounds log-probabilities by up to a few hundredths; a wrong mask, label or position is far off
+    checks = {
+        "another picture moves the chosen log-probability": (
+            f"{seen:.4f} -> {unseen:.4f}",
+            0 < abs(seen - unseen) < 1e4,
+        ),
+        "each response scores as it does alone": (f"log-probabilities {apart:.1e} apart", apart < 0.05),
+        "every trainable weight gets a gradient": (dead[0] if dead else size, not dead),
+        fits: (f"{len(longest['image_sizes'])} x {tokens:,} tokens; {layers}", True),
+    }
     table = Table("preflight", "found", "")
-    for name, found, passed in checks:
+    for name, (found, passed) in checks.items():
         table.add_row(name, found, "[green]ok[/]" if passed else "[red]failed[/]")
     console.print(table)
-    for name, found, passed in checks:
+    for name, (found, passed) in checks.items():
         if not passed:
             stop(f"preflight failed: {name}, but found {found}; nothing was trained.")
     return recomputed
@@ -941,9 +934,8 @@ SAMPLES_PAGE = jinja2.Template(
     """<!doctype html><meta charset="utf-8"><title>Samples</title>
 <style>body{font:15px/1.45 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
 section{display:grid;grid-template-columns:18rem 1fr;gap:1.5rem;border-top:1px solid #ddd;padding:1.5rem 0}
-img{width:100%;border-radius:6px}th{text-align:left;white-space:nowrap;padding-right:1rem;color:#555;font-weight:600}
-th,td{vertical-align:top;padding-bottom:.4rem}th{width:5.5rem}.chosen th{color:#19742c}.rejected th{color:#a32020}
-table{align-self:start;border-collapse:collapse}@media(max-width:45rem){section{grid-template-columns:1fr}}</style>
+img{width:100%}th,td{vertical-align:top;text-align:left;padding:0 1rem .4rem 0}.chosen th{color:#19742c}
+.rejected th{color:#a32020}@media(max-width:45rem){section{grid-template-columns:1fr}}</style>
 <h1>Held-out pairs, and what the model answers at each evaluation</h1>
 {% for sample in samples %}{% set number = loop.index0 %}<section>
 <img src="{{ embed(sample.image) }}" alt="the picture asked about"><table>
@@ -1081,21 +1073,17 @@ def open_run(args: argparse.Namespace) -> tuple[Path | None, FileLock]:
     noted = output_dir / "arguments.json"
     if checkpoint and noted.exists():
         before = json.loads(noted.read_text())
-        changed = [
-            f"{name} was {before[name]}, is {now}" for name, now in settings.items() if before.get(name, now) != now
-        ]
+        changed = [f"{key} was {before[key]}, is {now}" for key, now in settings.items() if before.get(key, now) != now]
         if changed:
-            stop(f"--resume cannot change the run in {output_dir}: {'; '.join(changed)}. (pairs_a_step is --batch_size x "
-                 f"--gradient_accumulation_steps x {processes} processes.)")  # fmt: skip
+            means = f"pairs_a_step is --batch_size x --gradient_accumulation_steps x {processes} processes"
+            stop(f"--resume cannot change the run in {output_dir}: {'; '.join(changed)} ({means}).")
     step = int(checkpoint.name.split("-")[1]) if checkpoint else -1
     for file in (output_dir / "metrics.jsonl", output_dir / "samples.jsonl"):
         if file.exists():  # the steps after the checkpoint will be done again
             write_whole(file, "".join(json.dumps(row) + "\n" for row in read_jsonl(file) if row["step"] <= step))
     write_whole(noted, json.dumps(settings, indent=2))
     if args.resume:
-        console.print(
-            f"continuing from {checkpoint}" if checkpoint else f"no checkpoint in {output_dir}, starting anew"
-        )
+        console.print(f"continuing from {checkpoint}" if checkpoint else "there is no checkpoint yet, starting anew")
     return checkpoint, lock
 
 
@@ -1172,13 +1160,11 @@ def draw_curves(metrics: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained", sharex=True)
     for axis, (title, keys) in zip(axes.flat, panels.items(), strict=True):
         for key, colour in zip(keys, ("#1b7837", "#b2182b"), strict=False):
-            label = key.split("/")[-1] if len(keys) > 1 else "training"
-            train = [(row["step"], row[key]) for row in metrics if key in row]
-            held_out = [(row["step"], row[f"eval_{key}"]) for row in metrics if f"eval_{key}" in row]
-            axis.plot(*zip(*train, strict=True), color=colour, alpha=0.55, lw=1, label=label)
-            if held_out:
-                label = f"held out{', ' + label if len(keys) > 1 else ''}"
-                axis.plot(*zip(*held_out, strict=True), "o", color=colour, ms=5, label=label)
+            name = f", {key.split('/')[-1]}" if len(keys) > 1 else ""
+            for prefix, style, label in (("", "-", "training"), ("eval_", "o", "held out")):
+                points = [(row["step"], row[prefix + key]) for row in metrics if prefix + key in row]
+                if points:
+                    axis.plot(*zip(*points, strict=True), style, color=colour, lw=0.7, ms=5, label=label + name)
         axis.set_title(title, fontsize=11)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8, frameon=False)
@@ -1250,13 +1236,8 @@ def write_report(args: argparse.Namespace, trainer: LlavaORPOTrainer, recomputed
         "arguments": {k: v if isinstance(v, int | float | list) else str(v) for k, v in vars(args).items()},
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
-        "data": {
-            "train_pairs": train["pairs"],
-            "eval_pairs": held_out["pairs"],
-            "fingerprint": train["fingerprint"],
-            "shorter_is_chosen": held_out["shorter_is_chosen"],
-            "dropped": Counter(dropped.values()),
-        },
+        "data": {"train_pairs": train["pairs"], "eval_pairs": held_out["pairs"], "fingerprint": train["fingerprint"],
+                 "shorter_is_chosen": held_out["shorter_is_chosen"], "dropped": Counter(dropped.values())},
         "steps": trainer.state.global_step,
         "packed": trainer.packed,
         "recomputed_every": recomputed,
@@ -1265,7 +1246,7 @@ def write_report(args: argparse.Namespace, trainer: LlavaORPOTrainer, recomputed
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak,
         "before": before,
         "after": after,
-    }
+    }  # fmt: skip
     figures = []
     if before:
         names = {"preference accuracy": "rewards/accuracies", "reward margin": "rewards/margins", "NLL": "nll_loss"}
@@ -1276,7 +1257,7 @@ def write_report(args: argparse.Namespace, trainer: LlavaORPOTrainer, recomputed
             table.add_row(name, *(f"{value:.4f}" for value in values))
         console.print(table)
         console.print(
-            f"in {held_out['shorter_is_chosen']:.1%} of these pairs the response of fewer words is the chosen one"
+            f"in {held_out['shorter_is_chosen']:.1%} of these pairs, the response of fewer words is the chosen one"
         )
     write_card(args, train["pairs"], figures)
     draw_curves(metrics, output_dir / "training_curves.png")
@@ -1319,11 +1300,11 @@ if __name__ == "__main__":
         stop("interrupted; the same command with --resume continues from the last checkpoint.", code=130)
     except torch.OutOfMemoryError:
         stop(
-            "the GPU's memory is full; use a smaller --batch_size with more --gradient_accumulation_steps, or --load_4bit."
+            "the GPU's memory is full; use a smaller --batch_size with more --gradient_accumulation_steps or --load_4bit."
         )
     except (RuntimeError, ConnectionError, EOFError) as error:
         # torch has noticed that a worker is gone, or reading from it breaks off before torch has
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
             raise
-        stop("a process that decodes pictures was killed: too little memory, or too little shared memory (in a container: "
-             "--shm-size 8g); use a smaller --num_workers, and --resume.")  # fmt: skip
+        stop("a process that decodes pictures was killed: too little memory, or too little shared memory (--shm-size 8g in a "
+             "container); use a smaller --num_workers, and --resume.")  # fmt: skip
