@@ -39,8 +39,8 @@ FLAGS += ["--num_workers", "0", "--lora_dropout", "0", "--save_steps", "2"]
 
 
 def commands() -> list[str]:
-    """What the README starts the training and AMBER with on several GPUs or machines, each on one line."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    """What the READMEs start the training and AMBER with on several GPUs or machines, each on one line."""
+    text = "".join(path.read_text() for path in (ROOT / "README.md", CONFIGS / "README.md")).replace("\\\n", " ")
     return re.findall(r"(?:accelerate launch|torchrun)[^\n`|]*llava_\w+\.py[^\n`|]*", text)
 
 
