@@ -22,8 +22,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from bench_orpo_step import count
-
 GB = 1e9
 SHORTEST, CONTEXT = 1800, 32768  # of the pairs tried: the smallest picture's, and Mistral's context
 PROMPT, CHOSEN, REJECTED = 2340 + 25, 130, 120  # of the pair in the table: a 640x480 photo
@@ -32,9 +30,7 @@ PROMPT, CHOSEN, REJECTED = 2340 + 25, 130, 120  # of the pair in the table: a 64
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["narrow", "7b"], default="7b", help="language model (default: 7b)")
-    parser.add_argument(
-        "--batch_size", type=count, nargs="+", default=[1, 4, 16], help="pairs a step (default: 1 4 16)"
-    )
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 4, 16], help="pairs a step (default: 1 4 16)")
     parser.add_argument("--memory_gb", type=float, nargs="+", default=[8, 16, 24, 48, 80], help="sizes of GPU (default: 8 16 24 48 80)")  # fmt: skip
     return parser.parse_args(argv)
 
@@ -86,9 +82,8 @@ def fake_model(size: str, load_4bit: bool):
                     kind[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
         if load_4bit and hasattr(module, "base_layer"):
             module.base_layer = Packed(module.base_layer)
-    training.speed_up(model, block_mask=False, autocast=size != "narrow")
-    language_model = model.get_base_model().model.language_model
-    training.checkpoint_layers(model, len(language_model.layers))
+    training.speed_up(model, packed=False, autocast=size != "narrow")
+    model.get_base_model().model.language_model.gradient_checkpointing_enable()
     return model
 
 
@@ -141,7 +136,7 @@ def account(size: str, load_4bit: bool, rows: int, length: int, kept: int) -> in
             with torch.autocast("cpu", torch.bfloat16, enabled=size != "narrow"):
                 hidden = base.model.language_model(
                     inputs_embeds=inputs, position_ids=torch.arange(length)[None], use_cache=False,
-                    attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool).expand(rows, 1, length, length),
+                    attention_mask=torch.zeros(1, 1, 1, 1, dtype=inputs.dtype).expand(rows, 1, length, length),
                 ).last_hidden_state  # fmt: skip
                 logits = base.lm_head(hidden[:, -kept:]).float()
             del inputs, hidden
@@ -161,10 +156,10 @@ def step_on_gpu(model, trainer, optimizer, length: int) -> int | None:
     import llava_orpo_training as training
 
     answers = {"chosen": [200] * CHOSEN, "rejected": [201] * REJECTED}
-    size, image_tokens = max((photo for photo in bench.PHOTOS if photo[1] + CHOSEN + REJECTED + 20 < length), key=lambda photo: photo[1])  # fmt: skip
+    size, image_tokens, tiles = max((photo for photo in bench.PHOTOS if photo[1] + CHOSEN + REJECTED + 20 < length), key=lambda photo: photo[1])  # fmt: skip
     words = length - image_tokens - CHOSEN - REJECTED - 5  # as in the accounting, the question is what grows
     pair = {"prompt": [1] * 5 + [32000] * image_tokens + [100] * words, **answers,
-            "pixel_values": torch.zeros(3 if image_tokens < 2000 else 5, 3, 336, 336), "image_sizes": torch.tensor(size)}  # fmt: skip
+            "pixel_values": torch.zeros(tiles, 3, 336, 336), "image_sizes": torch.tensor(size)}  # fmt: skip
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
@@ -188,10 +183,9 @@ def measure(size: str, load_4bit: bool, limits: list[float]) -> dict[float, int]
     import llava_orpo_training as training
 
     model = training.add_adapter(bench.build_model(size, "cuda", load_4bit), training.parse_args([])).train()
-    trainer = bench.make_trainer("shared", "cuda", autocast=True)
-    training.freeze_tower(model)
-    training.speed_up(model, block_mask=True, autocast=True)
-    training.checkpoint_layers(model, len(model.get_base_model().model.language_model.layers))
+    trainer = bench.make_trainer("shared", "cuda")
+    training.speed_up(model, packed=True, autocast=True)
+    model.get_base_model().model.language_model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], fused=True)
     longest = {}
     for limit in limits:

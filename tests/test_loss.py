@@ -1,16 +1,19 @@
 """The loss is ORPO's, and the fast form of the forward is equal to the plain one."""
 
 import math
+import sys
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import MINIATURE
+from conftest import MINIATURE, ROOT
 from PIL import Image
 
 import llava_orpo_training as training
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import bench_orpo_step
 
 BETA = 0.1
 PAIRS = [  # (canvas size, question, chosen, rejected): every length differs, so that all paddings occur
@@ -43,18 +46,14 @@ def encode(processor, pair, seed=0) -> dict:
 
 
 def make_trainer(prefix_sharing: bool) -> training.LlavaORPOTrainer:
-    """The trainer's loss without a data set around it."""
-    trainer = training.LlavaORPOTrainer.__new__(training.LlavaORPOTrainer)
-    trainer.beta, trainer.padding_value, trainer.aux_loss_enabled = BETA, 513, False
-    trainer.accelerator = SimpleNamespace(
-        device="cpu", gather_for_metrics=lambda tensor: tensor, gather=lambda tensor: tensor
-    )
-    trainer.prefix_sharing = prefix_sharing
+    """The trainer's loss without a data set around it, in the script's form or in the plain one of two rows a pair."""
+    trainer = bench_orpo_step.make_trainer("shared" if prefix_sharing else "plain", "cpu")
+    trainer.padding_value, trainer.accelerator.gather_for_metrics = 513, lambda tensor: tensor
     return trainer
 
 
 def with_adapter(model, **overrides):
-    args = training.parse_args(["--lora_dropout", "0"])
+    args = training.parse_args([])
     vars(args).update(overrides)
     torch.manual_seed(1)
     adapted = training.add_adapter(model, args)
@@ -106,8 +105,7 @@ def test_prefix_sharing_equals_two_rows(checkpointing, train_projector):
     features = [encode(processor, pair, seed) for seed, pair in enumerate(PAIRS)]
     batch = training.collate_pairs(features, processor.tokenizer.pad_token_id)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
+        model.model.language_model.gradient_checkpointing_enable()
     model = with_adapter(model, train_projector=train_projector).train()
     loss, metrics, gradients = loss_and_gradients(make_trainer(True), model, batch)
     plain_loss, plain_metrics, plain_gradients = loss_and_gradients(make_trainer(False), model, batch)

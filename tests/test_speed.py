@@ -1,20 +1,15 @@
 """Each faster path gives the loss and the gradients of the plain one, and what it saves is there."""
 
-import copy
-import json
-import subprocess
-import sys
 import weakref
+from types import SimpleNamespace
 
 import datasets
-import psutil
 import pytest
 import torch
 from conftest import MINIATURE
 from PIL import Image
-from safetensors.torch import load_file
 from test_loss import PAIRS, encode, loss_and_gradients, make_trainer, with_adapter
-from test_training import SCRIPT, SMALL, few_pairs, losses, run  # noqa: F401
+from test_training import few_pairs  # noqa: F401
 from torch.nn.attention import flex_attention
 from transformers.integrations.flex_attention import WrappedFlexAttention
 
@@ -47,14 +42,32 @@ def uncompiled_flex(monkeypatch):
     monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda _: flex_attention.flex_attention)
 
 
-@pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("block_mask", [False, True])
-def test_every_layout_equals_two_rows(packing, block_mask, adapted, uncompiled_flex):
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_layout_equals_two_rows(packed, adapted, uncompiled_flex):
     trainer = make_trainer(True)
-    trainer.packing, trainer.block_mask = packing, block_mask
-    training.speed_up(adapted[0], block_mask, autocast=False)
+    trainer.packed = packed
+    training.speed_up(adapted[0], packed, autocast=False)
     assert_equal(adapted, trainer)
-    training.speed_up(adapted[0], block_mask=False, autocast=False)
+    training.speed_up(adapted[0], packed=False, autocast=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dense_mask_is_made_once(dtype):
+    """It is added to the scores in the model's type, so that the layers need no copies of their own."""
+    model, processor = training.load_llava(str(MINIATURE / "model"), device="cpu")
+    batch = training.collate_pairs([encode(processor, pair) for pair in PAIRS], 513)
+    model, kept = with_adapter(model.to(dtype)).train(), {}
+    inputs = training.share_prefix(batch, 513, packed=False, dtype=dtype)
+    assert inputs["attention_mask"].dtype == dtype
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = make_trainer(True).concatenated_forward(model, batch)[4]
+    masks = [tensor for tensor in kept.values() if tensor.shape[-2:] == inputs["attention_mask"].shape[-2:]]
+    assert loss.isfinite() and len(masks) == 1
 
 
 def test_where_flex_attention_does_not_compile_a_sentence_says_so(adapted, monkeypatch, capsys):
@@ -63,15 +76,15 @@ def test_where_flex_attention_does_not_compile_a_sentence_says_so(adapted, monke
 
     monkeypatch.setattr(training, "flex_attention", fail)
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    assert not training.flex_attention_runs(adapted[0])
-    said = " ".join(capsys.readouterr().err.split())
-    assert "(RuntimeError: no kernel fits the shared memory); a dense mask takes its place" in said
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)  # which would be on a GPU
+    model = SimpleNamespace(device=torch.device("cuda"), config=adapted[0].config, lm_head=adapted[0].lm_head)
+    assert not training.flex_attention_runs(model)
+    assert "FlexAttention does not run here (RuntimeError)" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_packed_row_has_no_padding(adapted):
     batch = adapted[2]
-    shared = training.share_prefix(batch, 513, packing=False, block_mask=False)
-    packed = training.share_prefix(batch, 513, packing=True, block_mask=False)
+    shared, packed = (training.share_prefix(batch, 513, packed, torch.float32) for packed in (False, True))
     real = batch["prompt_attention_mask"].sum() + sum(
         (batch[f"{name}_labels"] != -100).sum() for name in ("chosen", "rejected")
     )
@@ -80,21 +93,19 @@ def test_a_packed_row_has_no_padding(adapted):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's compiled backward pass needs a GPU")
-@pytest.mark.parametrize("packing", [False, True])
-def test_compiled_flex_attention_equals_two_rows_on_a_gpu(packing, adapted):
+def test_compiled_flex_attention_equals_two_rows_on_a_gpu(adapted):
     model, batch = adapted[0].cuda(), {name: tensor.cuda() for name, tensor in adapted[2].items()}
     trainer = make_trainer(True)
-    trainer.packing, trainer.block_mask, trainer.accelerator.device = packing, True, "cuda"
-    training.speed_up(model, block_mask=True, autocast=False)
+    trainer.packed = True
+    training.speed_up(model, packed=True, autocast=False)
     loss, _, gradients = loss_and_gradients(trainer, model, batch)
-    training.speed_up(model.cpu(), block_mask=False, autocast=False)
+    training.speed_up(model.cpu(), packed=False, autocast=False)
     assert loss == pytest.approx(adapted[3], abs=1e-4)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient.cpu(), adapted[4][name], atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_the_block_mask_hides_what_the_dense_one_hides(packing, photo_llava):
+def test_the_block_mask_hides_what_the_dense_one_hides(photo_llava):
     """At a real photo's length, where whole blocks of 128 are skipped; compiled, as on a GPU, but without gradients."""
     model, processor = training.load_llava(str(photo_llava), device="cpu")
     sizes = ((336, 672), (500, 333), (336, 336))
@@ -106,117 +117,68 @@ def test_the_block_mask_hides_what_the_dense_one_hides(packing, photo_llava):
     batch = training.collate_pairs(features, processor.tokenizer.pad_token_id)
     model = with_adapter(model).eval()
     trainer = make_trainer(True)
-    trainer.packing = packing
     with torch.no_grad():
         dense = trainer.concatenated_forward(model, batch)
-        trainer.block_mask = True
-        training.speed_up(model, block_mask=True, autocast=False)
+        trainer.packed = True
+        training.speed_up(model, packed=True, autocast=False)
         for found, expected in zip(trainer.concatenated_forward(model, batch), dense, strict=True):
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    mask = training.share_prefix(batch, 0, packing, block_mask=True)["attention_mask"]
-    assert mask.sparsity() > (70 if packing else 30)  # % of the blocks that are not computed
+    mask = training.share_prefix(batch, 0, True, torch.float32)["attention_mask"]
+    assert mask.sparsity() > 70  # % of the blocks that are not computed
 
 
-def test_compiled_layers_equal_plain_ones(adapted):
-    model, processor = training.load_llava(str(MINIATURE / "model"), device="cpu")
-    model = with_adapter(model, train_projector=True).train()
-    for layer in model.get_base_model().model.language_model.layers:
-        layer.compile()
-    assert_equal(adapted, make_trainer(True), model=model)
+@pytest.mark.parametrize(
+    "mode, failures, every",
+    [("off", 0, 0), ("on", 0, 1), ("auto", 0, 0), ("auto", 1, 4), ("auto", 2, 2), ("auto", 3, 1)],
+)
+def test_as_few_layers_are_recomputed_as_fit(mode, failures, every, adapted, monkeypatch):
+    """Recomputed layers give the gradients of kept ones, and a failed try's tensors are gone when the next one starts."""
+    model, trainer = adapted[0], make_trainer(True)
+    language_model, kept, left_over = model.get_base_model().model.language_model, [], []
+    trainer.model, forward, backward = model, trainer.concatenated_forward, torch.Tensor.backward
 
+    def start(*inputs):
+        left_over.append(sum(reference() is not None for reference in kept))
+        kept.clear()
+        return forward(*inputs)
 
-@pytest.mark.parametrize("recomputed", [0, 2, 4])
-def test_recomputed_layers_equal_kept_ones(recomputed, adapted):
-    training.checkpoint_layers(adapted[0], recomputed)
-    assert_equal(adapted, make_trainer(True))
-    training.checkpoint_layers(adapted[0], 0)
-
-
-def test_the_tower_keeps_nothing_for_the_backward_pass():
-    model, processor = training.load_llava(str(MINIATURE / "model"), device="cpu")
-    batch = training.collate_pairs([encode(processor, PAIRS[0])], 513)
-    model = with_adapter(model).train()
-    for parameter in model.get_base_model().model.vision_tower.parameters():
-        parameter.requires_grad_(True)
-    before = training.kept_bytes(make_kept(model), batch)
-    training.freeze_tower(model)
-    assert training.kept_bytes(make_kept(model), batch) < 0.7 * before
-    make_trainer(True).get_batch_loss_metrics(model, batch)[0].backward()
-    reached = [name for name, weight in model.named_parameters() if weight.grad is not None]
-    assert len(reached) == 2 * 4 * 7 and not any("vision_tower" in name for name in reached)
-
-
-def make_kept(model):
-    trainer = make_trainer(True)
-    trainer.model, trainer.accelerator.autocast = model, training.nullcontext
-    trainer.accelerator.device = torch.device("cpu")
-    return trainer
-
-
-@pytest.mark.parametrize("mode, free, count", [("on", 1e12, 4), ("off", 0, 0), ("auto", 1e12, 0), ("auto", 0, 4)])
-def test_training_recomputes_what_preflight_has_set(mode, free, count, tmp_path, few_pairs, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(training, "free_memory", lambda _: free)
-    seen = []
-
-    def look(self, args, state, control, model=None, **_):
-        seen.append([layer.gradient_checkpointing for layer in model.get_base_model().model.language_model.layers])
-        assert not any(
-            getattr(part, "gradient_checkpointing", False)
-            for part in model.base_model.model.model.vision_tower.modules()
-        )
-        assert not args.gradient_checkpointing
-
-    monkeypatch.setattr(training.RunRecorder, "on_step_end", look)
-    monkeypatch.setattr(training.RunRecorder, "on_log", lambda *_, **__: None)
-    monkeypatch.setattr(training, "finish_run", lambda *_: None)
-    run(tmp_path / "run", few_pairs, "--max_samples", "8", "--gradient_checkpointing", mode, "--eval_steps", "9")
-    assert seen == [[i < count for i in range(4)]]
-
-
-def test_a_plan_that_does_not_fit_is_given_up_for_all_layers(tmp_path, few_pairs, monkeypatch):  # noqa: F811
-    """The first attempt's tensors are gone when the second starts."""
-    backward, alive, outputs = torch.Tensor.backward, [], []
-    forward = training.LlavaORPOTrainer.concatenated_forward
-
-    def note(self, model, batch):
-        alive.append([reference() is not None for reference in outputs])
-        result = forward(self, model, batch)
-        if result[0].requires_grad and len(outputs) < 3:
-            outputs.append(weakref.ref(result[0].untyped_storage()))
-        return result
-
-    def fail_once(self, *args, **kwargs):
-        if "failed" not in failed:
-            failed.append("failed")
+    def fail_at_first(*inputs, **options):
+        assert len(kept) == 1 and kept[0]() is not None
+        if len(left_over) <= failures:
             raise torch.OutOfMemoryError("the GPU is full")
-        return backward(self, *args, **kwargs)
+        return backward(*inputs, **options)
 
-    failed = []
-    monkeypatch.setattr(training.LlavaORPOTrainer, "concatenated_forward", note)
-    monkeypatch.setattr(torch.Tensor, "backward", fail_once)
-    folder = run(tmp_path / "run", few_pairs, "--max_samples", "8", "--gradient_checkpointing", "auto")
-    assert json.loads((folder / "training_summary.json").read_text())["recomputed_layers"] == 4
-    assert failed and outputs and not any(alive[-1])
+    monkeypatch.setattr(trainer, "concatenated_forward", start)
+    monkeypatch.setattr(torch.Tensor, "backward", fail_at_first)
+    # the input of the projector's adapter is always kept, for the gradient of lora_A
+    adapter = model.get_base_model().model.multi_modal_projector.linear_2.lora_A["default"]
+    hook = adapter.register_forward_hook(lambda _, inputs, __: kept.append(weakref.ref(inputs[0].untyped_storage())))
+    model.zero_grad()
+    try:
+        assert training.fit_memory(trainer, adapted[2], mode) == every
+        assert [layer.gradient_checkpointing for layer in language_model.layers] == [
+            bool(every) and i % every == 0 for i in range(4)
+        ]
+    finally:
+        hook.remove()
+        language_model.gradient_checkpointing_disable()
+    assert left_over == [0] * (failures + 1)
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            torch.testing.assert_close(weight.grad, adapted[4][name], atol=1e-5, rtol=1e-4)
 
 
-def test_measuring_memory_gives_it_back(adapted):
-    trainer, used = make_kept(adapted[0]), []
-    for _ in range(8):
-        kept = training.kept_bytes(trainer, adapted[2])
-        used.append(psutil.Process().memory_info().rss)
-    assert used[-1] - used[1] < 2 * kept
+def test_where_nothing_fits_the_error_reaches_the_user(adapted, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("the GPU is full")
 
-
-def test_checkpointing_is_as_much_as_the_memory_asks_for(adapted, monkeypatch):
-    model, _, batch, *_ = adapted
-    trainer = make_kept(model)
-    counts = []
-    for free in (0, 2e6, 20e6, 40e6, 80e6, 1e12):
-        monkeypatch.setattr(training, "free_memory", lambda _, free=free: free)
-        counts.append(training.plan_checkpointing(trainer, batch))
-    training.checkpoint_layers(model, 0)
-    assert counts[0] == 4 and counts[-1] == 0 and counts == sorted(counts, reverse=True)
-    assert len(set(counts)) > 2  # some layers, not all or none
+    trainer = make_trainer(True)
+    trainer.model = adapted[0]
+    monkeypatch.setattr(trainer, "concatenated_forward", fail)
+    for mode in ("auto", "off"):
+        with pytest.raises(torch.OutOfMemoryError):
+            training.fit_memory(trainer, adapted[2], mode)
+    adapted[0].get_base_model().model.language_model.gradient_checkpointing_disable()
 
 
 def test_autocast_without_the_detour_over_float32_is_the_same():
@@ -225,122 +187,12 @@ def test_autocast_without_the_detour_over_float32_is_the_same():
     model = with_adapter(model.bfloat16()).train()
     found = []
     for autocast in (False, True):
-        training.speed_up(model, block_mask=False, autocast=autocast)
+        training.speed_up(model, packed=False, autocast=autocast)
         with torch.autocast("cpu", torch.bfloat16):
             found.append(make_trainer(True).concatenated_forward(model, batch)[:2])
     assert {weight.dtype for name, weight in model.named_parameters() if "lora_" in name} == {torch.float32}
     for plain, fast in zip(*found, strict=True):
         torch.testing.assert_close(fast, plain, atol=0, rtol=0)
-
-
-def count_pictures(folder, train: int) -> int:
-    """Different pictures in the first `train` pairs and the nine held out."""
-    pictures = set()
-    for split, n in (("train", train), ("test", 9)):
-        rows = datasets.load_dataset("parquet", data_files=str(folder / f"{split}.parquet"), split="train")
-        rows = rows.cast_column("image", datasets.Image(decode=False)).select(range(n))
-        pictures |= {image["bytes"] for image in rows["image"]}
-    return len(pictures)
-
-
-def test_cached_features_train_the_same(tmp_path, few_pairs, monkeypatch, capsys):  # noqa: F811
-    flags = ["--max_samples", "16", "--lora_dropout", "0", "--save_steps", "100"]
-    folder = tmp_path / "features"
-    cache = ["--cache_vision_features", str(folder)]
-    plain = run(tmp_path / "plain", few_pairs, *flags)
-
-    def assert_same(name, *options):
-        found = run(tmp_path / name, few_pairs, *flags, *cache, *options)
-        assert losses(found) == pytest.approx(losses(plain), abs=1e-5)
-        expected = load_file(plain / "adapter_model.safetensors")
-        for key, weight in load_file(found / "adapter_model.safetensors").items():
-            torch.testing.assert_close(weight, expected[key], atol=1e-5, rtol=1e-4)
-
-    assert_same("bounded", "--cache_gb", "0.0005")
-    assert 0.2e6 < sum(file.stat().st_size for file in folder.rglob("*.safetensors")) <= 0.5e6
-    assert "--cache_gb 0.0005 is reached" in " ".join(capsys.readouterr().err.split())
-    assert_same("filled")
-    files = sorted(folder.rglob("*.safetensors"))
-    assert len(files) == count_pictures(few_pairs, 16)
-
-    decoded = []
-    load = training.load_image
-    monkeypatch.setattr(training, "load_image", lambda source: decoded.append(1) or load(source))
-    assert_same("read")
-    assert len(decoded) < 8  # what preflight and samples.html show, against 16 + 2 x 9
-    files[0].unlink()  # one is deleted, another one breaks off: both are computed anew
-    files[1].write_bytes(files[1].read_bytes()[:1000])
-    assert_same("mended")
-    assert len(load_file(files[0])) == len(load_file(files[1])) == 2
-
-
-def test_another_tower_reads_no_stale_features():
-    model, processor = training.load_llava(str(MINIATURE / "model"), device="cpu")
-    model = with_adapter(model)
-    first = training.VisionCache(MINIATURE, model, processor)
-    assert training.VisionCache(MINIATURE, model, processor).folder == first.folder
-    for change in ("dtype", "layer", "tower", "pictures"):
-        other, _ = training.load_llava(str(MINIATURE / "model"), device="cpu")
-        other, options = with_adapter(other), copy.deepcopy(processor)
-        if change == "dtype":
-            other.bfloat16()
-        elif change == "layer":
-            other.config.vision_feature_layer = -1
-        elif change == "tower":
-            other.get_base_model().model.vision_tower.config.hidden_act = "gelu"
-        else:
-            options.image_processor.image_mean = [0.5, 0.5, 0.4]
-        assert training.VisionCache(MINIATURE, other, options).folder != first.folder, change
-    weight = next(model.get_base_model().model.vision_tower.parameters())
-    weight.data.view(-1)[-1] += 1e-3
-    assert training.VisionCache(MINIATURE, model, processor).folder != first.folder
-    assert first.file(b"one") != first.file(b"other")
-
-
-def test_runs_at_once_fill_one_cache(tmp_path, few_pairs):  # noqa: F811
-    flags = ["--max_samples", "24", "--lora_dropout", "0", "--save_steps", "100"]
-    plain = run(tmp_path / "plain", few_pairs, *flags)
-    command = [sys.executable, SCRIPT, "--model_path", str(MINIATURE / "model"), "--dataset", str(few_pairs), *SMALL[1:],
-               *flags, "--cache_vision_features", str(tmp_path / "features")]  # fmt: skip
-    folders = [tmp_path / name for name in ("one", "two", "three")]
-    runs = [subprocess.Popen([*command, "--output_dir", str(folder)], stderr=subprocess.DEVNULL) for folder in folders]
-    assert [process.wait(timeout=300) for process in runs] == [0] * 3
-    for folder in folders:
-        assert losses(folder) == pytest.approx(losses(plain), abs=1e-5)
-    files = [file for file in (tmp_path / "features").rglob("*") if file.is_file()]
-    assert len(files) == count_pictures(few_pairs, 24) and {file.suffix for file in files} == {".safetensors"}
-    assert all(len(load_file(file)) == 2 for file in files)
-
-
-def test_an_epochs_last_step_is_measured_whole(tmp_path, few_pairs, monkeypatch):  # noqa: F811
-    """Of 11 pairs, the second step holds 3; TRL's metrics would count one of each forward's."""
-    seen = []
-    monkeypatch.setattr(
-        training.RunRecorder, "on_step_end", lambda self, *_, **__: seen.append(self.trainer.pairs_seen)
-    )
-    folder = run(
-        tmp_path / "run", few_pairs, "--max_samples", "11", "--batch_size", "2", "--gradient_accumulation_steps", "4"
-    )
-    rows = [row for row in training.read_jsonl(folder / "metrics.jsonl") if "loss" in row]
-    assert len(rows) == 2 and seen == [8, 11]  # of which pairs_per_second is made
-    for row in rows:
-        assert -row["logps/chosen"] == pytest.approx(row["nll_loss"], abs=1e-6)
-
-
-def test_the_wait_for_data_is_measured(tmp_path, few_pairs, monkeypatch, capsys):  # noqa: F811
-    """Without workers, decoding is waiting: 0.05 s more a pair must show."""
-    features = training.PreferencePairs.features
-
-    def slow(self, *args):
-        training.time.sleep(0.05)
-        return features(self, *args)
-
-    monkeypatch.setattr(training.PreferencePairs, "features", slow)
-    folder = run(tmp_path / "slow", few_pairs, "--max_samples", "16")
-    summary = json.loads((folder / "training_summary.json").read_text())
-    seconds = sum(8 / row["pairs_per_second"] for row in training.read_jsonl(folder / "metrics.jsonl") if "loss" in row)
-    assert summary["data_wait_share"] * seconds > 16 * 0.05 and summary["data_wait_share"] < 1
-    assert "more --num_workers can help" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_longest_pair_is_no_shorter_than_any(few_pairs):  # noqa: F811
