@@ -1,12 +1,13 @@
 """Peak memory of one ORPO training step of the 7B model, and the longest pair that fits a GPU of 8, 16, 24, 48 or 80 GB.
 
-On a GPU the steps are run, random weights, with the allocator limited to each size. Without one they are accounted for:
-the decoder runs on tensors that have a size but no content (torch's FakeTensorMode), forward, backward and AdamW, and
-every storage is counted from its first use to its release. All weights count; of the activations, the decoder's, the
-head's and the loss's do: the tower runs before, keeps nothing, and needs less. "Two rows" has the full logits of TRL's form,
-"one row" is what the script does. What a real GPU adds (CUDA's context, about 0.5 GB, and the
-allocator's fragments) is in neither. In NF4, the accounted weights are a stand-in of NF4's size that is unpacked for each
-product, forward and backward. All layers recompute their activations, so this is the least that a step needs.
+On a GPU the steps are run, random weights, with the allocator limited to each size. Without one they are accounted
+for: the decoder runs on tensors that have a size but no content (torch's FakeTensorMode), forward, backward and
+AdamW, and every storage is counted from its first use to its release. All weights count; of the activations, the
+decoder's, the head's and the loss's do: the tower runs before, keeps nothing, and needs less. "Two rows" has the full
+logits of TRL's form, "one row" is what the script does. No mask is counted, since FlexAttention's takes next to
+nothing. What a real GPU adds (CUDA's context, about 0.5 GB, and the allocator's fragments) is in neither. In NF4, the
+accounted weights are a stand-in of NF4's size that is unpacked for each product, forward and backward. All layers
+recompute their activations, so this is the least that a step needs.
 
     python benchmarks/bench_memory.py
 """
