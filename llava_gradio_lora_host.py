@@ -853,19 +853,28 @@ def take_picture(engine, path, turns):
         return None, *settle(engine, turns)
 
 
-async def answer(engine, image: gr.FileData, question: str = QUESTIONS[0], model: str = "", temperature: float = 0,
-                 top_p: float = 1, max_new_tokens: int = 512) -> str:  # fmt: skip
-    """Ask one model about a picture; each message is the answer so far. Without a name, the last model answers."""
-    model = model or engine.models[-1]
-    if model not in engine.models or not 0 <= temperature <= 2 or not 0 < top_p <= 1 or max_new_tokens < 1:
-        refuse(
-            f"model is one of {', '.join(engine.models)}, temperature from 0 to 2, top_p above 0 and up to 1, max_new_tokens above 0."
-        )
-    picture = await asyncio.to_thread(open_picture, image["path"])
-    turns = [(check_question(question), None)]
-    async with aclosing(engine.stream(model, picture, turns, temperature, top_p, int(max_new_tokens))) as answers:
-        async for text in answers:
-            yield text
+def make_api(engine):
+    """Return the function behind the API's one endpoint."""
+
+    async def answer(
+        image: gr.FileData,
+        question: str = QUESTIONS[0],
+        model: str = engine.models[-1],
+        temperature: float = 0,
+        top_p: float = 1,
+        max_new_tokens: int = 512,
+    ) -> str:
+        """Ask one model about a picture. Each message is the whole answer so far."""
+        if model not in engine.models or not 0 <= temperature <= 2 or not 0 < top_p <= 1 or max_new_tokens < 1:
+            names = ", ".join(engine.models)
+            refuse(f"Give a model of {names}, temperature 0 to 2, top_p above 0 up to 1, max_new_tokens above 0.")
+        picture = await asyncio.to_thread(open_picture, image and image["path"])
+        turns = [(check_question(question), None)]
+        async with aclosing(engine.stream(model, picture, turns, temperature, top_p, int(max_new_tokens))) as answers:
+            async for text in answers:
+                yield text
+
+    return answer
 
 
 def build_page(engine, about: str, max_new_tokens: int, remember: bool, users: int, queue_size: int) -> gr.Blocks:
@@ -920,7 +929,7 @@ def build_page(engine, about: str, max_new_tokens: int, remember: bool, users: i
             cancels=asked,
             **quick,
         )
-        gr.api(partial(answer, engine), api_name="answer", **limit)
+        gr.api(make_api(engine), api_name="answer", **limit)
     return page.queue(max_size=queue_size)
 
 
