@@ -117,7 +117,6 @@ from rich.table import Table
 from rich.text import Text
 from safetensors.torch import load_file
 
-
 # ---------------------------------------------------------------------------- blocks copied from earlier scripts
 
 
@@ -441,6 +440,11 @@ class Job:
     updates: asyncio.Queue = field(default_factory=asyncio.Queue)  # token counts, then None or an exception
     stopped: bool = False
 
+    @property
+    def ended(self) -> bool:
+        """Whether it is stopped or long enough."""
+        return self.stopped or len(self.tokens) >= self.max_new_tokens
+
     def tell(self, update) -> None:
         """Pass an update from the engine's thread to whoever waits for the answer."""
         if not self.loop.is_closed():
@@ -460,6 +464,7 @@ class Engine:
         ends = model.generation_config.eos_token_id
         self.ends = set(ends) if isinstance(ends, list) else {ends}
         self.jobs: queue.Queue[Job] = queue.Queue()
+        self.batch: list[Job] = []  # whose answers are growing
         threading.Thread(target=self.work, daemon=True).start()
 
     async def stream(
@@ -499,34 +504,21 @@ class Engine:
             while not self.jobs.empty():
                 waiting.append(self.jobs.get())
             waiting = [job for job in waiting if not job.stopped]
-            alike = [job for job in waiting if self.can_share(job, waiting[0])]
-            batch = alike[: self.max_batch_size]
-            waiting = [job for job in waiting if job not in batch]
-            outcome = None
+            alike = [job for job in waiting if job.sampling == waiting[0].sampling]
+            if not self.mixes:
+                alike = [job for job in alike if job.adapter == alike[0].adapter]
+            self.batch, outcome = alike[: self.max_batch_size], None
+            waiting = [job for job in waiting if job not in self.batch]
             try:
-                if batch:
-                    self.generate(batch)
-            except torch.OutOfMemoryError as error:
-                torch.cuda.empty_cache()
-                if len(batch) > 1:  # try again with fewer at a time
-                    self.max_batch_size = len(batch) // 2
-                    print(f"out of memory: from now on {self.max_batch_size} answers at a time", file=sys.stderr)
-                    for job in batch:
-                        job.tokens.clear()
-                    waiting = batch + waiting
-                    continue
-                outcome = gr.Error(f"The memory is full; ask something shorter. ({error})", print_exception=False)
-            except Exception as error:
-                print(f"{len(batch)} answers failed: {type(error).__name__}: {error}", file=sys.stderr)
-                outcome = gr.Error(
-                    "The model failed on this question; the server's log says why.", print_exception=False
-                )
+                if self.batch:
+                    self.generate(self.batch)
+            except Exception as error:  # such as a full GPU: these answers are lost, and the page goes on
+                print(f"{len(self.batch)} answers failed: {type(error).__name__}: {error}", file=sys.stderr)
+                sentence = "The model failed on this question. Ask again, or start with a smaller --max_batch_size."
+                outcome = gr.Error(sentence, print_exception=False)
+            batch, self.batch = self.batch, []
             for job in batch:
                 job.tell(outcome)
-
-    def can_share(self, job: Job, other: Job) -> bool:
-        """Whether two answers can be generated in one batch."""
-        return job.sampling == other.sampling and (self.mixes or job.adapter == other.adapter)
 
     def generate(self, batch: list[Job]) -> None:
         """Generate the answers of a batch together; each job is told about its tokens as they come."""
@@ -541,7 +533,7 @@ class Engine:
         options = {"do_sample": False}
         if temperature:
             options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        use_adapter = nullcontext()
+        streamer, use_adapter = RowStreamer(batch, self.ends), nullcontext()
         if len(self.models) == 2 and self.mixes:
             options["adapter_names"] = ["default" if job.adapter else "__base__" for job in batch]
         elif len(self.models) == 2 and not batch[0].adapter:
@@ -554,34 +546,32 @@ class Engine:
                 image_sizes=pixels["image_sizes"][rows].to(device),
                 max_new_tokens=max(job.max_new_tokens for job in batch),
                 pad_token_id=pad,
-                streamer=RowStreamer(batch, self.ends),
-                stopping_criteria=[
-                    lambda ids, scores, **_: torch.tensor(
-                        [job.stopped or len(job.tokens) >= job.max_new_tokens for job in batch], device=ids.device
-                    )
-                ],
+                streamer=streamer,
+                stopping_criteria=[streamer.find_ended],
                 **options,
             )
 
 
 class RowStreamer:
-    """Hands each new token of a batch to its row's job: a streamer as `generate` expects it, for several rows."""
+    """Hands each new token of a batch to its row's job: a streamer for several rows, which `generate` lacks."""
 
     def __init__(self, batch: list[Job], ends: set[int]):
         self.batch, self.ends, self.prompt = batch, ends, True
 
     def put(self, tokens: torch.Tensor) -> None:
-        for job, token in zip(self.batch, tokens.tolist(), strict=True):
-            ended = (
-                job.stopped or len(job.tokens) >= job.max_new_tokens or job.tokens[-1:] and job.tokens[-1] in self.ends
-            )
-            if not self.prompt and not ended:
+        rows = [] if self.prompt else zip(self.batch, tokens.tolist(), strict=True)  # the prompt comes first
+        for job, token in rows:
+            if not (job.ended or job.tokens and job.tokens[-1] in self.ends):
                 job.tokens.append(token)
                 job.tell(len(job.tokens))
         self.prompt = False
 
     def end(self) -> None:
         """`generate` calls this after the last token."""
+
+    def find_ended(self, ids: torch.Tensor, scores, **_) -> torch.Tensor:
+        """Return which rows are stopped or long enough: a stopping criterion."""
+        return torch.tensor([job.ended for job in self.batch], device=ids.device)
 
 
 def build_chat(processor, image_size: tuple[int, int], turns: list) -> list[int]:
@@ -665,7 +655,9 @@ def find_objects(text: str) -> dict[str, str]:
     found = {}
     for word in map(str.lower, split_words(text)):
         forms = [word, IRREGULAR.get(word), word.removesuffix("s"), word.removesuffix("es"), re.sub("ies$", "y", word)]
-        found |= dict.fromkeys([word] if OBJECTS & {*forms} else [], next((form for form in forms if form in OBJECTS), ""))
+        found |= dict.fromkeys(
+            [word] if OBJECTS & {*forms} else [], next((form for form in forms if form in OBJECTS), "")
+        )
     return found
 
 
@@ -697,7 +689,7 @@ TURNS = jinja2.Template(
     """\
 {% for turn in turns | reverse %}
 <article>
-  <h3><img src="{{ turn.thumbnail }}" alt=""> {{ turn.question }}</h3>
+  <h3><img src="{{ turn.thumbnail }}" alt=""><span>{{ turn.question }}</span></h3>
   {% for model, answer in turn.answers.items() %}
   <section aria-label="{{ model }}">
     <h4>{{ model }}</h4>
@@ -707,33 +699,35 @@ TURNS = jinja2.Template(
         {%- if doubtful %}</u>{% endif %}{% if differs %}</mark>{% endif %}
       {%- else %}<i>{{ "No answer." if turn.done else "Waiting for the model …" }}</i>
       {%- endfor %}</p>
-    <small>{{ answer.split() | length }} words, {{ "%.1f" | format(turn.seconds[model]) }} s
+    <small>{{ "%.1f" | format(turn.seconds[model]) }} s
       <button class="copy">Copy</button></small>
   </section>
   {% endfor %}
   {% if turn.done and turn.answers | length > 1 and turn.answers.values() | unique | list | length == 1 %}
-  <aside>The answers are the same.</aside>{% endif %}
+  <aside>Both answers are the same.</aside>{% endif %}
 </article>
 {% else %}<p class="empty">The answers appear here, side by side.</p>
 {% endfor %}
-{% if turns %}<aside>{% if turns[-1].answers | length > 1 %}<mark>Word</mark> that the other answer does not have.{% endif %}
-<u>Object</u> that {{ judge }} did not confirm when it was asked about it, which can be wrong.</aside>{% endif %}
+{% if turns %}<aside><small>{% if turns[-1].answers | length > 1 %}<mark>Word</mark> that the other answer does not have.{% endif %}
+<u>Object</u> that “{{ judge }}” does not confirm when it is asked about it, which can be wrong.</small></aside>{% endif %}
 """,
     autoescape=True,
 )
 
 CSS = """
 #picture img { width: 100%; height: 100%; object-fit: contain }
-#answers article { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr)); gap: .3em 1.5em;
-  border-bottom: 1px solid var(--border-color-primary); padding: .6em 0; margin-bottom: .4em }
-#answers h3 { grid-column: 1 / -1; display: flex; gap: .6em; align-items: center; margin: 0; font-size: 1rem; font-weight: 500 }
+#question button { background: var(--button-primary-background-fill); color: var(--button-primary-text-color) }
+#examples .gallery-item { height: 90px } #examples .gallery-item * { height: 100%; object-fit: contain }
+#answers article { display: flex; flex-wrap: wrap; gap: .3em 1.5em; padding: .6em 0; margin-bottom: .5em;
+  border-bottom: 1px solid var(--border-color-primary) }
+#answers h3, #answers aside { flex-basis: 100% } #answers section { flex: 1 1 260px }
+#answers h3 { display: flex; gap: .6em; align-items: center; margin: 0; font-size: 1rem; font-weight: 500 }
 #answers h3 img { width: 44px; height: 44px; object-fit: contain }
-#answers h3, #answers p { white-space: pre-wrap; overflow-wrap: anywhere }
-#answers h4 { margin: 0; font-size: .85rem; color: var(--body-text-color-subdued) }
-#answers p { margin: .2em 0 .4em; font-size: 1.05rem; line-height: 1.7 }
-#answers small, #answers aside, #answers .empty { font-size: .82rem; color: var(--body-text-color-subdued) }
-#answers aside { grid-column: 1 / -1 }
-#answers button { margin-left: .6em; text-decoration: underline; cursor: pointer }
+#answers span, #answers p { white-space: pre-wrap; overflow-wrap: anywhere }
+#answers h4 { margin: 0; font-size: .9rem }
+#answers p { margin: .2em 0 .3em; font-size: 1.05rem; line-height: 1.7 }
+#answers h4, #answers small, #answers aside, #answers .empty { color: var(--body-text-color); opacity: .75 }
+#answers button { all: unset; margin-left: .6em; text-decoration: underline; cursor: pointer }
 #answers mark { background: #ffdf80; color: #222; border-radius: 3px; padding: .1em 0; box-decoration-break: clone }
 .dark #answers mark { background: #7a5c00; color: #fff }
 #answers u { text-decoration: underline wavy #e33 1.5px; text-underline-offset: 3px }
@@ -900,7 +894,12 @@ def build_page(engine, about: str, max_new_tokens: int, remember: bool, users: i
                 )  # fmt: skip
                 shown = gr.HTML(render_turns([], models[0]), elem_id="answers", js_on_load=COPY)
         with gr.Row():
-            gr.Examples([[str(drawn[number])] for number in (16, 6, 34, 19, 3, 5)], picture, label="Pictures to try")
+            gr.Examples(
+                [[str(drawn[number])] for number in (16, 6, 34, 19, 3, 5)],
+                picture,
+                label="Pictures to try",
+                elem_id="examples",
+            )
             gr.Examples([[question] for question in QUESTIONS], box, label="Questions to try")
         with gr.Accordion("Settings", open=False):
             chosen = gr.CheckboxGroup(models, value=models[:2], label="Models that answer", visible=len(models) > 1)
