@@ -108,6 +108,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a kernel that nothing here needs
 
 import gradio as gr
+import gradio.component_meta
 import jinja2
 import numpy as np
 import torch
@@ -614,7 +615,7 @@ def open_picture(path: str | Path | None) -> Image.Image:
     except FileNotFoundError:
         refuse("This picture is no longer on the server; choose it again.")
     except Exception:  # a broken file makes Pillow raise almost anything
-        refuse(f"This file is damaged or no picture; {', '.join(FORMATS)} can be read.")
+        refuse(f"This file is damaged, far too large or no picture; {', '.join(FORMATS)} can be read.")
     if not image:
         refuse(f"This picture has {width:,} x {height:,} pixels; make it smaller, or crop it if it is a narrow strip.")
     return image
@@ -798,7 +799,7 @@ async def find_doubtful(engine, image: Image.Image, objects: set[str]) -> set[st
 
 async def ask(engine, path, question, turns, models, temperature, top_p, length, remember, check):
     """Answer a question from the page: yields the question's box, the conversation, and the conversation's HTML."""
-    started, judge = False, engine.models[0]
+    started, judge, typed = False, engine.models[0], question
     try:
         question = check_question(question)
         if not models:
@@ -828,7 +829,7 @@ async def ask(engine, path, question, turns, models, temperature, top_p, length,
     except gr.Error as error:
         gr.Warning(error.message)
         turns = turns[:-1] if started and not turn["done"] else turns
-        yield gr.Textbox(question, submit_btn="Ask", stop_btn=False), turns, render_turns(turns, judge)
+        yield gr.Textbox(typed, submit_btn="Ask", stop_btn=False), turns, render_turns(turns, judge)
 
 
 def settle(engine, turns):
@@ -836,6 +837,18 @@ def settle(engine, turns):
     for turn in turns:
         turn["done"] = True
     return gr.Textbox(submit_btn="Ask", stop_btn=False), turns, render_turns(turns, engine.models[0])
+
+
+gradio.component_meta.create_or_modify_pyi = lambda *_: None  # it would write a .pyi file beside this script
+
+
+class Picture(gr.Image):
+    """A picture whose file open_picture opens, and not Gradio, which has no sentence for a broken one."""
+
+    is_template = True  # to the browser, it is a gr.Image
+
+    def preprocess(self, payload) -> str | None:
+        return payload and payload.path
 
 
 def take_picture(engine, path, turns):
@@ -883,10 +896,7 @@ def build_page(engine, about: str, max_new_tokens: int, remember: bool, users: i
         turns = gr.State([], time_to_live=3600)
         with gr.Row():
             with gr.Column(scale=2, min_width=280, elem_id="left"):
-                picture = gr.Image(
-                    type="filepath", label="Picture", height=240, elem_id="picture", buttons=["fullscreen"]
-                )
-                picture.preprocess = lambda file: file and file.path  # open_picture opens it
+                picture = Picture(label="Picture", height=240, elem_id="picture", buttons=["fullscreen"])
             with gr.Column(scale=5, min_width=280):
                 box = gr.Textbox(
                     placeholder="Ask about the picture, or press Ask for a description", show_label=False, elem_id="question",
@@ -952,7 +962,7 @@ def launch_page(page: gr.Blocks, host="127.0.0.1", port=None, share=False, users
         page.launch(
             server_name=host, server_port=port, share=share, auth=users, max_file_size=MAX_MEGABYTES * 10**6, css=CSS,
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]), footer_links=["api"],
-            run_history=False, ssr_mode=False, quiet=True, prevent_thread_lock=True,
+            run_history=False, ssr_mode=False, show_error=True, quiet=True, prevent_thread_lock=True,
         )  # fmt: skip
     except OSError as error:
         stop(f"--host {host} --port {port} cannot be listened on ({error}).")

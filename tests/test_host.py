@@ -111,7 +111,8 @@ def test_a_conversation_is_one_prompt_and_a_question_is_plain_text(engine, photo
     start = host.build_prompt(engine.processor, "Is there a ball?", size)
     ids = host.build_chat(engine.processor, size, [("Is there a ball?", "Yes"), ("And a cup?", None)])
     assert ids[: len(start)] == start
-    assert engine.processor.tokenizer.decode(ids[len(start) :]) == "Yes</s>[INST] And a cup? [/INST]"
+    encode = host.partial(engine.processor.tokenizer, add_special_tokens=False)
+    assert ids[len(start) :] == [*encode("Yes").input_ids, 2, *encode("[INST] And a cup? [/INST]").input_ids]
     for processor in (engine.processor, host.read_checkpoint(str(photo_llava))[1]):
         specials = {processor.image_token_id, *processor.tokenizer.all_special_ids} - {processor.tokenizer.unk_token_id}
         for turns in ([("{}", None)], [("{}", "{}"), ("Is it?", None)]):
@@ -206,7 +207,7 @@ REFUSED = {
     "html": (b"<html><script>alert(1)</script></html>", "no picture"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "no picture"),
     "100 megapixels": (png_header(10_000, 10_000), "10,000 x 10,000"),
-    "bomb": (png_header(60_000, 60_000), "60,000 x 60,000"),
+    "bomb": (png_header(60_000, 60_000), "far too large"),
     "cut off": (encode(Image.effect_noise((400, 400), 50), "JPEG")[:5000], "damaged"),
     "no pixels": (png_header(80, 80), "damaged"),
     "strip": (encode(Image.new("RGB", (1000, 2))), "narrow strip"),
@@ -335,7 +336,7 @@ def test_hostile_calls_are_refused_and_the_page_lives_on(engine, address, tmp_pa
     for data, words in (
         ([upload(address, b"no picture"), "Is it?"], "no picture"),
         ([upload(address, REFUSED["svg"][0], "a.svg"), "Is it?"], "no picture"),
-        ([upload(address, REFUSED["bomb"][0], "a.png"), "Is it?"], "60,000"),
+        ([upload(address, REFUSED["bomb"][0], "a.png"), "Is it?"], "far too large"),
         ([None, "Is it?"], "Choose a picture"),
         ([good, "a" * 20_000], "20,000 characters"),
         ([good, "Is it?", "Adapter", -1, 1, 20], "temperature"),
@@ -348,12 +349,15 @@ def test_hostile_calls_are_refused_and_the_page_lives_on(engine, address, tmp_pa
         ([file(f"{good['path']}/../../../{SCRIPT.name}"), "Is it?"], ""),
         ([file("/etc/passwd"), "Is it?"], ""),
     ):
-        event, content = call(address, data)
-        assert event == "error" and words in str(content), (data, content)
+        event, content = call(address, [*data, "Adapter", 0, 1, 60][:6] if len(data) == 2 else data)
+        assert event == "error" and content["error"] and words in content["error"], (data, content)
     assert httpx.get(f"{address}/gradio_api/file={victim}").status_code in (403, 404)
     assert httpx.post(f"{address}/gradio_api/upload", files={"files": ("a.png", bytes(21_000_000))}).status_code == 413
-    assert call(address, [good, "<image> </s> Is it?"])[0] == "complete"
-    assert call(address, [good, QUESTIONS[0]]) == ("complete", [plain(engine, PICTURES[0], QUESTIONS[0])])
+    assert call(address, [good, "<image> </s> Is it?", "Adapter", 0, 1, 60])[0] == "complete"
+    assert call(address, [good, QUESTIONS[0], "Adapter", 0, 1, 60]) == (
+        "complete",
+        [plain(engine, PICTURES[0], QUESTIONS[0])],
+    )
 
 
 def test_a_curl_user_who_leaves_costs_nothing_more(endless, address):
