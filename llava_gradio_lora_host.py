@@ -96,7 +96,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from contextlib import aclosing, nullcontext
+from contextlib import aclosing, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from itertools import groupby, product
@@ -112,6 +112,7 @@ import gradio.component_meta
 import jinja2
 import numpy as np
 import torch
+from peft import LoraConfig
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
@@ -448,7 +449,7 @@ class Job:
 
     def tell(self, update) -> None:
         """Pass an update from the engine's thread to whoever waits for the answer."""
-        if not self.loop.is_closed():
+        with suppress(RuntimeError):  # nobody waits any more: the event loop has ended
             self.loop.call_soon_threadsafe(self.updates.put_nowait, update)
 
 
@@ -459,9 +460,11 @@ class Engine:
     def __init__(self, model, processor, max_batch_size: int):
         self.model, self.processor, self.max_batch_size = model, processor, max_batch_size
         self.models = ["Base", "Adapter"] if hasattr(model, "peft_config") else ["Base"]
-        # PEFT picks an adapter by row only in layers that see rows, so not in the vision tower and the projector
+        # PEFT picks the adapter by row only in layers that see rows, so not in the vision tower and the projector
         layers = [name for name, _ in model.named_modules() if name.endswith(".lora_A")]
-        self.mixes = all(".language_model." in name for name in layers)
+        config = model.peft_config["default"] if layers else None
+        self.mixes = bool(config) and not config.use_dora and not config.modules_to_save
+        self.mixes = self.mixes and all(".language_model." in name for name in layers)
         ends = model.generation_config.eos_token_id
         self.ends = set(ends) if isinstance(ends, list) else {ends}
         self.jobs: queue.Queue[Job] = queue.Queue()
@@ -815,9 +818,8 @@ async def ask(engine, path, question, turns, models, temperature, top_p, length,
         turns = [*turns, turn]
         yield gr.Textbox("", submit_btn=False, stop_btn="Stop"), turns, render_turns(turns, judge)
         started = True
-        async with aclosing(
-            grow_answers(engine, turn, image, conversations, temperature, top_p, int(length))
-        ) as growing:
+        sampling = (temperature, top_p, int(length))
+        async with aclosing(grow_answers(engine, turn, image, conversations, *sampling)) as growing:
             async for _ in growing:
                 yield gr.skip(), turns, render_turns(turns, judge)
         turn["done"] = True
@@ -904,24 +906,16 @@ def build_page(engine, about: str, max_new_tokens: int, remember: bool, users: i
                 )  # fmt: skip
                 shown = gr.HTML(render_turns([], models[0]), elem_id="answers", js_on_load=COPY)
         with gr.Row():
-            gr.Examples(
-                [[str(drawn[number])] for number in (16, 6, 34, 19, 3, 5)],
-                picture,
-                label="Pictures to try",
-                elem_id="examples",
-            )
+            pictures = [[str(drawn[number])] for number in (16, 6, 34, 19, 3, 5)]
+            gr.Examples(pictures, picture, label="Pictures to try", elem_id="examples")
             gr.Examples([[question] for question in QUESTIONS], box, label="Questions to try")
         with gr.Accordion("Settings", open=False):
             chosen = gr.CheckboxGroup(models, value=models[:2], label="Models that answer", visible=len(models) > 1)
             temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0 always takes the likeliest token")
-            top_p = gr.Slider(
-                0.05, 1, 1, step=0.05, label="Top-p", info="draw from the likeliest tokens that sum to this"
-            )
+            top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="draw from the likeliest tokens of this sum")
             length = gr.Slider(1, max_new_tokens, min(512, max_new_tokens), step=1, label="Longest answer, in tokens")
             remember = gr.Checkbox(remember, label="Follow-up questions see the conversation about the picture")
-            check = gr.Checkbox(
-                True, label=f"Ask {models[0]} about the objects that are named, and underline what it denies"
-            )
+            check = gr.Checkbox(True, label=f"Ask {models[0]} about the named objects and underline those it denies")
         clear = gr.Button("Clear the answers", size="sm")
         gr.Markdown("<small>Uploaded pictures stay on the server for an hour at most.</small>")
         changed, quick = [box, turns, shown], {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -930,14 +924,9 @@ def build_page(engine, about: str, max_new_tokens: int, remember: bool, users: i
         asked = box.submit(partial(ask, engine), [picture, box, turns, *settings], changed, show_progress="minimal",
                            show_progress_on=shown, api_visibility="private", **limit)  # fmt: skip
         box.stop(partial(settle, engine), turns, changed, cancels=asked, **quick)
+        clear.click(partial(settle, engine), gr.State([]), changed, cancels=asked, **quick)
+        quick |= {"queue": True, "concurrency_limit": None}  # a sentence is shown only from the queue
         picture.change(partial(take_picture, engine), [picture, turns], [picture, *changed], cancels=asked, **quick)
-        clear.click(
-            lambda: (gr.Textbox("", submit_btn="Ask", stop_btn=False), [], render_turns([], models[0])),
-            None,
-            changed,
-            cancels=asked,
-            **quick,
-        )
         gr.api(make_api(engine), api_name="answer", **limit)
     return page.queue(max_size=queue_size)
 
@@ -980,21 +969,13 @@ async def print_answers(engine, paths: list[Path], questions: list[str], max_new
 
     asked = [(path, open_picture(path), check_question(question)) for path, question in product(paths, questions)]
     answers = await asyncio.gather(*[finish(model, *rest) for _, *rest in asked for model in engine.models])
-    console = Console()
     for number, (path, _, question) in enumerate(asked):
         texts = answers[number * len(engine.models) : (number + 1) * len(engine.models)]
         table = Table(*engine.models, title=Text(f"{path}: {question}"), title_justify="left", expand=True)
-        cells = [
-            mark_words(text, texts[not side]) if len(texts) > 1 else [(text, False, False)]
-            for side, text in enumerate(texts)
-        ]
-        table.add_row(
-            *[
-                Text.assemble(*[(piece, "black on yellow" if differs else "") for piece, differs, _ in cell])
-                for cell in cells
-            ]
-        )
-        console.print(table)
+        marked = [mark_words(text, texts[1 - side] if len(texts) > 1 else text) for side, text in enumerate(texts)]
+        styled = [[(piece, "black on yellow" if differs else "") for piece, differs, _ in cell] for cell in marked]
+        table.add_row(*[Text.assemble(*cell) for cell in styled])
+        Console().print(table)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1011,9 +992,8 @@ def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the pictures are deleted
     with tempfile.TemporaryDirectory(prefix="llava_host_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # where Gradio keeps uploaded pictures
-        page = build_page(
-            engine, about, args.max_new_tokens, not args.test_mode, max(1, args.max_batch_size // 2), args.queue_size
-        )
+        users_at_once = max(1, args.max_batch_size // 2)  # each asks for two answers
+        page = build_page(engine, about, args.max_new_tokens, not args.test_mode, users_at_once, args.queue_size)
         launch_page(page, args.host, args.port, args.share, users)
         page.block_thread()
 

@@ -119,7 +119,7 @@ def test_a_follow_up_sees_the_conversation_about_its_picture_alone(engine, open_
     page = open_page()
     page.get_by_text("Settings").click()
     page.get_by_label("Follow-up questions see the conversation").check()
-    page.get_by_label("Ask Base about the objects").uncheck()
+    page.get_by_label("Ask Base about the named objects").uncheck()
     example(page, 0)
     for number, question in enumerate(["One?", "Two?", "Three?"]):
         if number == 2:
@@ -180,7 +180,7 @@ def test_bad_input_gets_a_sentence_and_the_page_goes_on(open_page):
     assert page.locator("#answers h3 span").inner_text() == evil
     assert page.locator("#answers script, #answers section img").count() == 0
     page.get_by_text("Settings").click()
-    page.get_by_label("Adapter", exact=True).uncheck()
+    page.get_by_role("checkbox", name="Adapter", exact=True).uncheck()
     ask(page, CAPTION)
     finished(page, turns=2)
     assert page.locator("#answers article").first.locator("section").count() == 1  # one model, if one is wanted
