@@ -886,11 +886,11 @@ def make_api(engine):
     return answer
 
 
-def build_page(engine, about: str, max_new_tokens: int, remember: bool, users: int, queue_size: int) -> gr.Blocks:
+def build_page(engine, about: str, max_new_tokens: int, remember: bool, users: int, queue_size: int, temperature=0.0):
     """Return the page and its API over an engine, which has `models` (their names) and `stream` (see Engine).
 
     `about` is the line below the title, `remember` whether follow-up questions see the conversation at first, and `users`
-    how many questions are answered at once, while `queue_size` more wait.
+    how many questions are answered at once, while `queue_size` more wait. `temperature` is where its slider starts.
     """
     models, drawn = engine.models, sorted((MINIATURE / "amber" / "image").glob("*.webp"))
     with gr.Blocks(title="LLaVA-1.6, before and after alignment", delete_cache=(60, 3600)) as page:
@@ -911,7 +911,9 @@ def build_page(engine, about: str, max_new_tokens: int, remember: bool, users: i
             gr.Examples([[question] for question in QUESTIONS], box, label="Questions to try")
         with gr.Accordion("Settings", open=False):
             chosen = gr.CheckboxGroup(models, value=models[:2], label="Models that answer", visible=len(models) > 1)
-            temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0 always takes the likeliest token")
+            temperature = gr.Slider(
+                0, 2, temperature, step=0.05, label="Temperature", info="0 always takes the likeliest token"
+            )
             top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="draw from the likeliest tokens of this sum")
             length = gr.Slider(1, max_new_tokens, min(512, max_new_tokens), step=1, label="Longest answer, in tokens")
             remember = gr.Checkbox(remember, label="Follow-up questions see the conversation about the picture")

