@@ -777,12 +777,15 @@ async def grow_answers(engine, turn: dict, image: Image.Image, conversations: di
     finished = asyncio.gather(*tasks)
     finished.add_done_callback(lambda _: changed.set())
     try:
-        while not finished.done():
-            await changed.wait()
+        while not finished.done() and not turn["done"]:  # which a new picture sets
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await changed.wait()
             changed.clear()
             yield
             await asyncio.sleep(0.05)  # a page that is drawn more often only gets slower
-        await finished
+        if finished.done():
+            await finished
     finally:  # also when the user stops or leaves
         for task in tasks:
             task.cancel()
@@ -822,7 +825,7 @@ async def ask(engine, path, question, turns, models, temperature, top_p, length,
         async with aclosing(grow_answers(engine, turn, image, conversations, *sampling)) as growing:
             async for _ in growing:
                 yield gr.skip(), turns, render_turns(turns, judge)
-        turn["done"] = True
+        check, turn["done"] = check and not turn["done"], True
         yield gr.skip(), turns, render_turns(turns, judge)
         objects = {name for answer in turn["answers"].values() for name in find_objects(answer).values()}
         if check and objects:
@@ -853,13 +856,14 @@ class Picture(gr.Image):
         return payload and payload.path
 
 
-def take_picture(engine, path, turns):
-    """Look at a new picture; one that cannot be used is put aside with a sentence."""
+def take_picture(path, turns):
+    """Look at a new picture: one that cannot be used is put aside with a sentence, and answers about another one end."""
+    for turn in turns:
+        turn["done"] = turn["done"] or turn["path"] != path
     try:
-        return gr.skip() if not path or open_picture(path) else None, *settle(engine, turns)
+        return gr.skip() if not path or open_picture(path) else None
     except gr.Error as error:
         gr.Warning(error.message)
-        return None, *settle(engine, turns)
 
 
 def make_api(engine):
@@ -926,7 +930,7 @@ def build_page(engine, about: str, max_new_tokens: int, remember: bool, users: i
         box.stop(partial(settle, engine), turns, changed, cancels=asked, **quick)
         clear.click(partial(settle, engine), gr.State([]), changed, cancels=asked, **quick)
         quick |= {"queue": True, "concurrency_limit": None}  # a sentence is shown only from the queue
-        picture.change(partial(take_picture, engine), [picture, turns], [picture, *changed], cancels=asked, **quick)
+        picture.change(take_picture, [picture, turns], picture, **quick)
         gr.api(make_api(engine), api_name="answer", **limit)
     return page.queue(max_size=queue_size)
 
