@@ -1,35 +1,26 @@
-"""The Gradio host's page in a browser: streaming, side by side, Stop, Regenerate, Clear, Save, and what it refuses."""
+"""The LoRA host's page in a browser: one picture, one question, two answers; stop, follow-ups, new pictures, a phone."""
 
-import io
-import json
 import os
 import shutil
-import time
-import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import MINIATURE
-from PIL import Image
 from playwright.sync_api import Error, expect, sync_playwright
-from test_host import PICTURES, encode, kept_files, plain, rest
+from test_host import PICTURES, REFUSED, endless, engine, plain, rest  # noqa: F401
 
-import llava_gradio_lora_host as llava_host
+import llava_gradio_lora_host as host
 
 expect.set_options(timeout=30_000)  # both cores may be busy
 SCREENSHOTS = os.environ.get("SCREENSHOTS")  # a folder to keep pictures of the page in
+CAPTION = "Describe this image."
 
 
 @pytest.fixture(scope="module")
-def server():
-    """The host and its page's address."""
-    args = llava_host.parse_args(["--test_mode", "--max_new_tokens", "900"])
-    host = llava_host.Host(args)
-    page = llava_host.build_page(host, args)
-    llava_host.launch_page(page, args, port=None)
-    yield host, page.local_url
+def address(engine):  # noqa: F811
+    page = host.build_page(engine, "Base `miniature/model`, adapter `miniature/adapter`", 900, False, 8, 64)
+    host.launch_page(page)
+    yield page.local_url
     page.close()
-    host.engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -47,238 +38,171 @@ def browser():
 
 
 @pytest.fixture
-def page(server, browser):
-    page = browser.new_page(viewport={"width": 1360, "height": 900})
-    page.problems, page.requested = [], []
-    page.on("pageerror", lambda error: page.problems.append(str(error)))
-    page.on("dialog", lambda dialog: (page.problems.append("a script ran"), dialog.dismiss()))
-    page.on("request", lambda request: page.requested.append(request.url))
-    page.goto(server[1])
-    expect(page.locator("#send")).to_be_visible()
-    yield page
-    page.close()
-    assert not page.problems
+def open_page(address, browser):
+    """A function that opens the page, of a width in pixels, light or dark."""
+    pages, problems = [], []
+
+    def open_one(width=1280, height=800, theme="light"):
+        page = browser.new_page(viewport={"width": width, "height": height})
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("dialog", lambda dialog: (problems.append("a script ran"), dialog.dismiss()))
+        page.goto(f"{address}?__theme={theme}")
+        expect(page.locator("#question textarea")).to_be_visible()
+        pages.append(page)
+        return page
+
+    yield open_one
+    for page in pages:
+        page.close()
+    assert not problems
 
 
 def give(page, picture):
-    """Upload a picture's file, from a path or as (name, type, bytes)."""
+    """Upload a picture, from a path or as (name, bytes)."""
     if not isinstance(picture, Path):
-        picture = dict(zip(("name", "mimeType", "buffer"), picture, strict=True))
+        picture = {"name": picture[0], "mimeType": "image/png", "buffer": picture[1]}
     page.locator("#picture input[type=file]").set_input_files(picture)
+
+
+def example(page, number):
+    page.locator("#examples .gallery-item").nth(number).click()
+    expect(page.locator("#picture img")).to_be_visible()
 
 
 def ask(page, question):
     page.locator("#question textarea").fill(question)
-    page.locator("#send").click()
+    page.get_by_role("button", name="Ask", exact=True).click()
 
 
 def finished(page, turns=1):
-    expect(page.locator(".base .answer")).to_have_count(turns)  # begun
-    expect(page.locator("#again")).to_be_enabled()
+    expect(page.locator("#answers article")).to_have_count(turns)  # begun
+    expect(page.get_by_role("button", name="Ask", exact=True)).to_be_visible()
 
 
-def shown(page, column):
-    return page.locator(f".{column} .answer").first.inner_text()
+def shown(page, model, turn=0):
+    return page.locator(f"#answers section[aria-label={model}] p").nth(turn).inner_text()
 
 
-def test_two_columns_stream_and_mark_what_differs(server, page, monkeypatch):
-    host, _ = server
+def test_two_answers_stream_and_what_differs_is_marked(engine, open_page):  # noqa: F811
+    page = open_page()
     give(page, PICTURES[16])
     expect(page.locator("#picture img")).to_be_visible()
     page.evaluate(
-        """() => { window.seen = []; new MutationObserver(() => window.seen.push(document.querySelector('.base .answer')?.innerText || ''))
-                   .observe(document.querySelector('#talk'), {childList: true, subtree: true, characterData: true}) }"""
+        """() => { window.seen = []; new MutationObserver(() => window.seen.push(document.querySelector('#answers p')?.innerText || ''))
+                   .observe(document.querySelector('#answers'), {childList: true, subtree: true, characterData: true}) }"""
     )
-    page.get_by_text("Describe this image.").click()
-    expect(page.locator("#question textarea")).to_have_value("Describe this image.")
-    page.locator("#question textarea").press("Enter")
+    page.get_by_role("button", name="Ask", exact=True).click()  # an empty question asks for a description
     finished(page)
-    base, aligned = (plain(host, PICTURES[16], "Describe this image.", adapter) for adapter in (False, True))
-    assert base != aligned and (shown(page, "base"), shown(page, "aligned")) == (base, aligned)
-    partial = [text for text in dict.fromkeys(page.evaluate("window.seen")) if text and text != base]
-    assert len(partial) > 1 and all(base.startswith(text) for text in partial)  # it streamed
-    marked = page.locator(".base mark").all_inner_texts()
-    assert "house" in marked and "The" not in marked
-    assert (
-        page.locator(".base u").all_inner_texts() == ["house"] and not page.locator(".aligned u").count()
-    )  # it is not there
-    line = page.locator(".aligned .cost").inner_text()
-    for words in ("s to first token", "tokens/s", " image tokens", "miniature/model + miniature/adapter"):
-        assert words in line
-    assert all(url.startswith((server[1], "data:", "blob:")) for url in page.requested)  # nothing goes anywhere else
-    assert not kept_files(monkeypatch)  # and nothing is kept
+    base, adapter = (plain(engine, PICTURES[16], CAPTION, model) for model in engine.models)
+    assert base != adapter and (shown(page, "Base"), shown(page, "Adapter")) == (base, adapter)
+    partial = [text for text in dict.fromkeys(page.evaluate("window.seen")) if text and base.startswith(text)]
+    assert len(partial) > 2  # it streamed
+    assert "".join(page.locator("#answers section mark").all_inner_texts()) == "green house"
+    assert page.locator("#answers section u").all_inner_texts() == ["house"]  # it is not there
     if SCREENSHOTS:
-        page.screenshot(path=Path(SCREENSHOTS) / "host.png")
-
-    before = page.locator("#picture img").get_attribute("src")
-    page.locator("#examples .gallery-item").nth(1).click()  # a pair is not saved with another picture
-    expect(page.locator("#picture img")).not_to_have_attribute("src", before)
-    page.locator("#save").click()
-    expect(page.locator(".notice")).to_contain_text("another picture")
-    page.locator("#examples .gallery-item").first.click()
-    page.get_by_text("Settings").click()
-    page.get_by_label("number input for Temperature").fill("1.5")
-    page.get_by_label("number input for Temperature").blur()
-    time.sleep(0.5)
-    with page.expect_download() as download:
-        page.locator("#save").click()
-    page.get_by_label("number input for Temperature").fill("0")
-    page.get_by_label("number input for Temperature").blur()
-    with zipfile.ZipFile(download.value.path()) as saved:
-        pair = json.loads(saved.read("pair.json"))
-        picture = Image.open(io.BytesIO(saved.read("pair.png")))
-    assert [answer["answer"] for answer in pair["answers"]] == [base, aligned] and pair["answers"][0]["doubtful"] == [
-        "house"
-    ]
-    assert pair["temperature"] == 0  # with which they were given
-    assert pair["question"] == "Describe this image." and picture.width == 1200 and picture.height > 500
-    colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
-    assert {(255, 224, 138), (221, 51, 51)} <= colours  # the marks of differences and of doubts
-    if SCREENSHOTS:
-        picture.save(Path(SCREENSHOTS) / "host_pair.png")
-
+        page.screenshot(path=f"{SCREENSHOTS}/host.png")
     ask(page, "Is there a house in this image?")
     finished(page, turns=2)
-    assert shown(page, "aligned") in ("Yes", "No") and "(reused)" in page.locator(".aligned .cost").first.inner_text()
-    page.locator("#clear").click()
-    expect(page.locator(".base .answer")).to_have_count(0)
-    expect(page.locator("#picture img")).to_have_count(0)
-    expect(page.locator("#save")).to_be_disabled()
+    assert shown(page, "Adapter") in ("Yes", "No") and shown(page, "Adapter", 1) == adapter  # the newest is first
+    page.get_by_role("button", name="Clear the answers").click()
+    expect(page.locator("#answers article")).to_have_count(0)
 
 
-def test_regenerate_settings_views_and_examples(server, page):
-    page.locator("#examples .gallery-item").nth(4).click()
-    expect(page.locator("#picture img")).to_be_visible()
+def test_a_follow_up_sees_the_conversation_about_its_picture_alone(engine, open_page, monkeypatch):  # noqa: F811
+    conversations, stream = [], engine.stream
+
+    def note(model, image, turns, *rest):
+        conversations.append((model, [question for question, _ in turns]))
+        return stream(model, image, turns, *rest)
+
+    monkeypatch.setattr(engine, "stream", note)
+    page = open_page()
     page.get_by_text("Settings").click()
-    page.get_by_label("Aligned only").check()
-    expect(page.locator(".base .column")).to_be_hidden()
-    page.get_by_label("number input for Temperature").fill("1.5")
-    page.get_by_label("number input for Temperature").blur()
-    ask(page, "Describe this image.")
-    expect(page.locator("#again")).to_be_enabled()
-    texts = {shown(page, "aligned")}
-    for _ in range(3):
-        page.locator("#again").click()
-        expect(page.locator("#again")).to_be_disabled()
-        expect(page.locator("#again")).to_be_enabled()
-        expect(page.locator(".aligned .answer")).to_have_count(1)  # in place of the last one
-        texts.add(shown(page, "aligned"))
-    assert len(texts) > 1
-    page.get_by_label("number input for Temperature").fill("0")
-    page.get_by_label("number input for Answer length").fill("5")
-    page.get_by_label("number input for Answer length").blur()
-    page.locator("#again").click()
-    expect(page.locator(".aligned .cost")).to_contain_text("cut off at the answer length")
-    assert plain(server[0], PICTURES[3], "Describe this image.").startswith(shown(page, "aligned"))
+    page.get_by_label("Follow-up questions see the conversation").check()
+    page.get_by_label("Ask Base about the named objects").uncheck()
+    example(page, 0)
+    for number, question in enumerate(["One?", "Two?", "Three?"]):
+        if number == 2:
+            before = page.locator("#picture img").get_attribute("src")
+            example(page, 1)
+            expect(page.locator("#picture img")).not_to_have_attribute("src", before)
+        ask(page, question)
+        finished(page, turns=number + 1)
+    assert [questions for model, questions in conversations if model == "Base"] == [
+        ["One?"],
+        ["One?", "Two?"],
+        ["Three?"],
+    ]
+    thumbnails = page.locator("#answers h3 img").evaluate_all("images => images.map(image => image.src)")
+    assert thumbnails[0] != thumbnails[1] == thumbnails[2]  # each answer says which picture it is about
 
 
-def test_a_refusal_loses_neither_question_nor_conversation(server, page, monkeypatch):
-    page.locator("#examples .gallery-item").first.click()
-    expect(page.locator("#picture img")).to_be_visible()
-    ask(page, "Is there a cup in this image?")
-    finished(page)
-    said = shown(page, "base")
-    monkeypatch.setattr(server[0], "queue_size", 0)
-    page.locator("#again").click()
-    expect(page.locator(".notice")).to_contain_text("The queue is full")
-    assert shown(page, "base") == said
-    ask(page, "And a ball?")
-    expect(page.locator("#question textarea")).to_have_value("And a ball?")
-    expect(page.locator("#again")).to_be_enabled()
-    monkeypatch.undo()
-    page.locator("#send").click()
-    finished(page, turns=2)
+def test_stop_a_new_picture_and_leaving_end_the_generation(endless, open_page):  # noqa: F811
+    def begin(page, turns):
+        ask(page, CAPTION)
+        expect(page.locator("#answers article")).to_have_count(turns)
+        expect(page.locator("#answers section[aria-label=Base] p").first).to_contain_text("The image")
+        return list(endless.batch)
 
-
-def test_stop_and_leaving_end_the_generation(server, page, browser, monkeypatch):
-    engine = server[0].engine
-    monkeypatch.setattr(engine, "ends", {-1})  # an answer grows until it is stopped
-    give(page, PICTURES[0])
-    expect(page.locator("#picture img")).to_be_visible()
+    page = open_page()
     page.get_by_text("Settings").click()
-    page.get_by_label("number input for Answer length").fill("900")
-    page.get_by_label("number input for Answer length").blur()
-    ask(page, "Describe this image.")
-    expect(page.locator("#stop")).to_be_visible()
-    expect(page.locator(".base .answer")).to_contain_text("The image")
-    requests = list(engine.open)
-    page.locator("#stop").click()
-    rest(engine)
-    assert len(requests) == 2 and all(len(request.tokens) < 300 for request in requests)
-    finished(page)
-    assert "stopped" in page.locator(".base .cost").inner_text() and "The image" in shown(page, "aligned")
-
-    page.locator("#again").click()
-    expect(page.locator("#stop")).to_be_visible()
-    expect(page.locator(".base .answer")).to_contain_text("The image")
-    requests = list(engine.open)
-    page.locator("#clear").click()  # in the middle
-    expect(page.locator(".base .answer")).to_have_count(0)
-    expect(page.locator("#send")).to_be_visible()
-    rest(engine)
-    assert len(requests) == 2 and all(len(request.tokens) < 300 for request in requests)
-    time.sleep(1)
-    assert page.locator(".base .answer").count() == 0 and page.locator("#stop").is_hidden()
-
-    other = browser.new_page()
-    other.goto(server[1])
-    other.locator("#examples .gallery-item").first.click()
-    expect(other.locator("#picture img")).to_be_visible()
-    other.get_by_text("Settings").click()
-    other.get_by_label("number input for Answer length").fill("900")
-    other.get_by_label("number input for Answer length").blur()
-    ask(other, "Describe this image.")
-    expect(other.locator(".base .answer")).to_contain_text("The image")
-    requests = list(engine.open)
-    other.close()
-    rest(engine)
-    assert len(requests) == 2 and all(len(request.tokens) < 300 for request in requests)
+    page.get_by_label("number input for Longest answer").fill("900")
+    page.get_by_label("number input for Longest answer").blur()
+    example(page, 0)
+    for turn, end in enumerate((
+        lambda: page.get_by_role("button", name="Stop", exact=True).click(),
+        lambda: page.locator("#examples .gallery-item").nth(1).click(),
+        lambda: page.close(),
+    )):  # fmt: skip
+        jobs = begin(page, turn + 1)
+        end()
+        rest(endless)
+        assert len(jobs) == 2 and all(0 < len(job.tokens) < 600 for job in jobs)
+        if not page.is_closed():
+            finished(page, turn + 1)
+            assert "The image" in shown(page, "Base")  # what came of it stays
 
 
-@pytest.mark.parametrize(
-    ("picture", "words"),
-    [(("a.png", "image/png", b""), "empty"), (("a.jpg", "image/jpeg", b"no picture"), "no picture that can be read"),
-     (("a.png", "image/png", encode(Image.new("1", (10_000, 10_000)))), "50 megapixels")],
-)  # fmt: skip
-def test_a_bad_picture_gets_a_sentence_and_the_page_goes_on(server, page, picture, words, monkeypatch):
-    give(page, picture)
-    expect(page.locator(".notice, .toast-body").first).to_contain_text(words)
-    assert not kept_files(monkeypatch)
-    page.locator("#examples .gallery-item").first.click()
-    expect(page.locator("#picture img")).to_be_visible()
-    ask(page, "Is there a cup in this image?")
-    finished(page)
-    expect(page.locator(".notice")).to_have_count(0)
-
-
-def test_what_is_missing_is_said_and_html_is_never_run(server, page):
-    page.locator("#send").click()
-    expect(page.locator(".notice")).to_contain_text("There is no picture yet")
-    give(page, ("a.gif", "image/gif", encode(Image.open(MINIATURE / "amber" / "image" / PICTURES[0].name), "GIF")))
-    expect(page.locator("#picture img")).to_have_attribute("src", llava_host.re.compile("^data:image/png"))
-    page.locator("#send").click()
-    expect(page.locator(".notice")).to_contain_text("There is no question yet")
-    evil = "<img src=x onerror=alert(1)> <script>alert(2)</script> **cup**?"
+def test_bad_input_gets_a_sentence_and_the_page_goes_on(open_page):
+    page = open_page()
+    page.get_by_role("button", name="Ask", exact=True).click()
+    expect(page.locator(".toast-body").last).to_contain_text("Choose a picture first")
+    for name in ("text", "svg", "html", "cut off", "bomb"):
+        give(page, ("a.png", REFUSED[name][0]))
+        expect(page.locator(".toast-body").filter(has_text=REFUSED[name][1]).first).to_be_visible()
+        expect(page.locator("#picture img")).to_have_count(0)
+        for close in page.locator(".toast-close").all()[::-1]:
+            close.click()
+    example(page, 0)
+    evil = "<img src=x onerror=alert(1)> <script>alert(2)</script> ${alert(3)} {{value}} </s> <image> **cup**?"
     ask(page, evil)
     finished(page)
-    assert page.locator(".question").inner_text() == evil
-    assert page.locator("#talk img, #talk script").count() == 0
+    assert page.locator("#answers h3 span").inner_text() == evil
+    assert page.locator("#answers script, #answers section img").count() == 0
+    page.get_by_text("Settings").click()
+    page.get_by_role("checkbox", name="Adapter", exact=True).uncheck()
+    ask(page, CAPTION)
+    finished(page, turns=2)
+    assert page.locator("#answers article").first.locator("section").count() == 1  # one model, if one is wanted
 
 
-def test_a_phone_sized_window(server, browser):
-    page = browser.new_page(viewport={"width": 390, "height": 844})
-    page.goto(server[1])
-    page.locator("#examples .gallery-item").first.click()
-    expect(page.locator("#picture img")).to_be_visible()
-    ask(page, "Describe this image.")
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_on_a_phone_the_answers_are_in_sight(open_page, theme):
+    page = open_page(390, 844, theme)
+    example(page, 0)
+    page.evaluate("window.scrollTo(0, 0)")
+    ask(page, CAPTION)
     finished(page)
+    expect(page.locator("#answers section u")).to_have_count(1)
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")  # nothing to scroll sideways
-    base, aligned = (page.locator(f".{side} .answer").bounding_box() for side in ("base", "aligned"))
-    assert (
-        aligned["y"] > base["y"] + base["height"] and min(base["width"], aligned["width"]) > 280
-    )  # one above the other
-    expect(page.locator(".aligned .side")).to_be_visible()  # and each says whose it is
-    if SCREENSHOTS:
-        page.locator("#talk").scroll_into_view_if_needed()
-        page.screenshot(path=Path(SCREENSHOTS) / "host_phone.png")
-    page.close()
+    base, adapter = (
+        page.locator(f"#answers section[aria-label={name}] p").bounding_box() for name in ("Base", "Adapter")
+    )
+    assert adapter["y"] > base["y"] + base["height"] and adapter["y"] + adapter["height"] < 844
+    colour, background = page.locator("#answers section mark").first.evaluate(
+        "mark => [getComputedStyle(mark).color, getComputedStyle(mark).backgroundColor]"
+    )
+    light, dark = (sum(map(int, value[4:-1].split(","))) for value in (background, colour))
+    assert abs(light - dark) > 300  # the marked words can be read
+    if SCREENSHOTS and theme == "light":
+        page.screenshot(path=f"{SCREENSHOTS}/host_phone.png")
