@@ -1,4 +1,4 @@
-"""Align LLaVA-1.6 with ORPO and LoRA on image preference pairs, so that it names less that is not in the picture.
+"""Align LLaVA-1.6 with ORPO and LoRA on image preference pairs, so that it names fewer things that are not there.
 
 Reads   a LLaVA-NeXT checkpoint (--model_path) and preference pairs in RLAIF-V's columns (--dataset).
 Writes  to --output_dir: the LoRA adapter and its card, metrics.jsonl, samples.html, training_curves.png,
@@ -72,8 +72,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(run, "--warmup_ratio", "share of the steps in which the learning rate rises", type=share, default=0.1)
     add(run, "--beta", "weight of the odds-ratio term (the paper's lambda)", type=positive, default=0.1)
     add(run, "--seed", "seed of the split, the order and the adapter", type=natural, default=42)
-    add(run, "--gradient_checkpointing", "recompute activations in the backward pass in no layer (off), in every layer "
-        "(on), or in as few as fit the memory (auto)", nargs="?", choices=["auto", "on", "off"], const="on", default="auto")  # fmt: skip
+    modes = {"nargs": "?", "choices": ["auto", "on", "off"], "const": "on", "default": "auto"}
+    add(run, "--gradient_checkpointing", "recompute every layer in the backward pass, or as few as fit (auto)", **modes)
     add(run, "--save_steps", "steps between checkpoints, of which the newest two are kept", type=count, default=200)
     add(run, "--resume", "continue from the newest checkpoint in --output_dir", action="store_true")
     add(run, "--report_to", "experiment tracker", choices=["wandb", "none"], default="wandb")
@@ -123,6 +123,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -451,25 +452,18 @@ def generate_answers(model, processor, images: list, questions: list[str], max_n
 
 def load_rows(source: str) -> datasets.DatasetDict:
     """Open preference pairs from a hub id, a folder, a .parquet or a .jsonl file. No picture is decoded."""
-    path = Path(source)
+    kind = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.get(Path(source).suffix)
     try:
-        if path.suffix in (".parquet", ".jsonl", ".json"):
-            builder = "parquet" if path.suffix == ".parquet" else "json"
-            rows = datasets.load_dataset(builder, data_files=str(path))
-        else:
-            rows = datasets.load_dataset(source)
-        missing = {"image", "question", "chosen", "rejected"} - set(rows["train"].column_names)
-        if missing:
-            stop(
-                f"--dataset {source} lacks {', '.join(sorted(missing))} (found: {', '.join(rows['train'].column_names)})."
-            )
-        for name in ("question", "chosen", "rejected"):
-            kind = rows["train"].features[name]
-            if getattr(kind, "dtype", None) not in ("string", "large_string"):
-                stop(f"--dataset {source} has {kind} in its column {name}; it must hold plain text.")
+        rows = datasets.load_dataset(kind, data_files=source) if kind else datasets.load_dataset(source)
+        if "train" not in rows:
+            stop(f"--dataset {source} has no train split (found: {', '.join(rows)}); name its file train.parquet.")
+        found = {name: getattr(feature, "dtype", str(feature)) for name, feature in rows["train"].features.items()}
+        for name in ("image", "question", "chosen", "rejected"):
+            if name not in found or name != "image" and found[name] not in ("string", "large_string"):
+                stop(
+                    f"--dataset {source} needs a column {name} of {'picture' if name == 'image' else 'text'}s, not {found}."
+                )
         return rows.cast_column("image", datasets.Image(decode=False))
-    except KeyError:
-        stop(f"--dataset {source} has no train split (found: {', '.join(rows)}); name its file train.parquet.")
     except Exception as error:
         reason = (str(error) or "it is empty").splitlines()[0]
         stop(f"--dataset {source} cannot be read: {reason} Give a hub id, or a folder or file of parquet or jsonl.")
@@ -478,19 +472,19 @@ def load_rows(source: str) -> datasets.DatasetDict:
 def read_size(picture: Path | pa.Buffer) -> tuple[int, int]:
     """Return a picture's upright (width, height). Reads its header only, so that a set of 13 GB is checked in seconds."""
     sources = [picture]
-    if not isinstance(picture, Path):
+    if not isinstance(picture, Path):  # some formats, such as WebP, only open with all of their bytes
         sources = [io.BytesIO(picture.slice(0, min(2**16, picture.size))), io.BytesIO(picture)]
-    for source in sources:  # some formats only open with all of their bytes
+    for source in sources:
         # Pillow's parsers raise almost anything on a broken header
         with suppress(Exception), Image.open(source) as image:
-            # EXIF orientations 5 to 8 swap width and height; without the test, getexif would decode a whole PNG
+            # EXIF orientations 5 to 8 swap width and height; without the first test, getexif would decode a whole PNG
             turned = "exif" in image.info and image.getexif().get(0x0112, 1) >= 5
             return image.size[::-1] if turned else image.size
     raise OSError("not a picture")
 
 
 def identify_picture(picture: Path | pa.Buffer) -> bytes:
-    """Return a digest of a picture file's size, first and last 4 KiB, by which to know the same picture again."""
+    """Return a digest of the size and of the first and last 4 KiB of a picture's file, which tells pictures apart."""
     with picture.open("rb") if isinstance(picture, Path) else pa.BufferReader(picture) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
@@ -500,16 +494,14 @@ def identify_picture(picture: Path | pa.Buffer) -> bytes:
 
 
 def strip_marker(question: str) -> str:
-    """Return a question without LLaVA's `<image>` on a line of its own at the start or the end, which says where the
-    picture goes; build_prompt puts it there anyway."""
+    """Return a question without the `<image>` that LLaVA's data sets have on its first or last line to mark the picture's
+    place, since build_prompt puts the picture in."""
     return re.sub(r"^\s*<image>\s*\n|\n\s*<image>\s*$", "", question)
 
 
-def encode_texts(
-    processor, image_size, question: str, chosen: str, rejected: str, max_length: int
-) -> dict[str, list[int]]:
-    """Return the ids of the `prompt` about a picture of (width, height), and of the `chosen` and `rejected` response, each
-    closed by EOS and cut where prompt and response are longer than `max_length`."""
+def encode_texts(processor, image_size, question: str, chosen: str, rejected: str, max_length: int) -> dict:
+    """Return a pair's token ids as lists: the `prompt` about a picture of (width, height), and the `chosen` and the
+    `rejected` response, which end with EOS and are cut where prompt and response exceed `max_length`."""
     tokenizer = processor.tokenizer
     ids = {"prompt": build_prompt(processor, question, image_size)}
     for name, text in (("chosen", chosen), ("rejected", rejected)):
@@ -530,7 +522,7 @@ def find_fault(question: str, chosen: str, rejected: str, picture, processor, ma
     except OSError:
         return "image does not open"
     image_tokens = processor._get_num_multimodal_tokens(image_sizes=[size[::-1]])["num_image_tokens"][0]
-    # no token is shorter than a byte, so that most rows need no exact count
+    # a token has at least one byte, so that most rows need not be tokenized
     longest = image_tokens + len(question.encode()) + max(len(chosen.encode()), len(rejected.encode())) + 64
     if longest > max_length:
         ids = encode_texts(processor, size, question, chosen, rejected, max_length)
@@ -542,7 +534,7 @@ def find_fault(question: str, chosen: str, rejected: str, picture, processor, ma
 
 
 def iterate_rows(rows: datasets.Dataset, root: Path):
-    """Yield each row's number, (question, chosen, rejected), and picture: its bytes or its path, which starts at `root`."""
+    """Yield each row's number, its (question, chosen, rejected), and its picture: the bytes, or the path below `root`."""
     columns = rows.select_columns(["question", "chosen", "rejected", "image"]).with_format("arrow")
     for start in tqdm(range(0, len(rows), 1000), desc="checking rows", disable=len(rows) < 5000):
         table = columns[start : start + 1000]
@@ -553,8 +545,8 @@ def iterate_rows(rows: datasets.Dataset, root: Path):
 
 
 def check_rows(rows: datasets.Dataset, root: Path, processor, max_length: int, limit: int | None) -> tuple[dict, list]:
-    """Find the rows fit for training. Returns the first `limit` as {row: digest of its picture}, and those left out on the
-    way as a list of {split, row, reason}."""
+    """Find rows to train on. Returns the first `limit` good ones as {row: digest of its picture}, and those that were left
+    out until then as a list of {split, row, reason}."""
     good, dropped, marked = {}, [], 0
     for row, texts, picture in iterate_rows(rows, root):
         fault = find_fault(*texts, picture, processor, max_length)
@@ -566,7 +558,7 @@ def check_rows(rows: datasets.Dataset, root: Path, processor, max_length: int, l
         if len(good) == limit:
             break
     if marked:
-        console.print(f"{marked:,} questions have <image> on a line of its own, which is left out")
+        console.print(f"{marked:,} questions have <image> on a line of its own; it marks the picture and is left out")
     return good, dropped
 
 
@@ -580,49 +572,47 @@ def split_rows(good: dict[int, bytes], eval_fraction: float, seed: int) -> tuple
 
 
 class PreferencePairs(torch.utils.data.Dataset):
-    """Pairs as token ids and pixels, made when they are asked for: `__getitem__` runs in the data loader's workers."""
+    """Pairs as token ids and pixels. They are made in the data loader's workers, when they are asked for."""
 
-    def __init__(
-        self, rows: datasets.Dataset, indices: list[int], root: Path, processor, max_length: int, dropped_file: Path
-    ):
+    def __init__(self, rows: datasets.Dataset, indices: list[int], root: Path, processor, max_length: int, log: Path):
         self.rows, self.indices, self.root = rows, indices, root
-        self.processor, self.max_length, self.dropped_file = processor, max_length, dropped_file
+        self.processor, self.max_length, self.log = processor, max_length, log
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def map(self, *_, **__) -> "PreferencePairs":
-        """ORPOTrainer tokenizes text by three calls of `map`; there is nothing left for them to do."""
+        """Do nothing: ORPOTrainer tokenizes with three calls of `map`, and `encode` has its own way to do that."""
         return self
 
-    def row(self, index: int) -> dict:
-        """Return a pair's columns, with its picture decoded. Raises OSError if the picture's file breaks off."""
-        row = self.rows[self.indices[index]]
-        content, path = row["image"]["bytes"], row["image"]["path"]
-        image = load_image(content if content is not None else self.root / path)
-        return {**row, "question": strip_marker(row["question"]), "image": image}
-
     def __getitem__(self, index: int) -> dict:
-        """Return a pair as `encode` does. A picture that breaks off is noted, and the next pair takes its place."""
+        row = self.read_row(index)
+        return self.encode(row["image"], row["question"], row["chosen"], row["rejected"])
+
+    def read_row(self, index: int) -> dict:
+        """Return a pair's columns, with its picture decoded. If the picture's file breaks off, the pair is noted in the log
+        of dropped rows, and the next pair takes its place."""
         for candidate in (*range(index, len(self)), *range(index)):
+            row = self.rows[self.indices[candidate]]
+            content, path = row["image"]["bytes"], row["image"]["path"]
             try:
-                row = self.row(candidate)
-                return self.encode(row["image"], row["question"], row["chosen"], row["rejected"])
+                image = load_image(content if content is not None else self.root / path)
+                return {**row, "question": strip_marker(row["question"]), "image": image}
             except OSError:
                 fault = {"row": self.indices[candidate], "reason": "image breaks off when decoded"}
-                with self.dropped_file.open("a") as file:
+                with self.log.open("a") as file:
                     file.write(json.dumps({"split": str(self.rows.split), **fault}) + "\n")
-        stop(f"no row of the {self.rows.split} pairs can be used; see {self.dropped_file}.")
+        stop(f"no row of the {self.rows.split} pairs can be used; see {self.log}.")
 
     def encode(self, image: Image.Image, question: str, chosen: str, rejected: str) -> dict:
-        """Return the ids of encode_texts, pixel_values (tiles, 3, H, W) and image_sizes (2) as (height, width)."""
+        """Return encode_texts' ids, `pixel_values` (tiles, 3, H, W), and `image_sizes`, which is (height, width)."""
         pixels = self.processor.image_processor(image, return_tensors="pt")
         ids = encode_texts(self.processor, image.size, question, chosen, rejected, self.max_length)
         return {**ids, "pixel_values": pixels["pixel_values"][0], "image_sizes": pixels["image_sizes"][0]}
 
     def longest(self) -> dict:
-        """Return a pair as long as any: the longest question, chosen and rejected of all, and a picture of the shape that
-        takes most tokens, as far as `max_length` allows."""
+        """Return a pair at least as long as every other: the longest question, chosen and rejected response with a picture
+        of the shape that takes most tokens, as far as `max_length` allows."""
         names = ["question", "chosen", "rejected"]
         texts = self.rows.select_columns(names).select(self.indices)[:]
         question, *responses = (max(texts[name], key=len) for name in names)
@@ -634,9 +624,9 @@ class PreferencePairs(torch.utils.data.Dataset):
 
 
 def make_pairs(args, rows: datasets.DatasetDict, processor) -> tuple[PreferencePairs, PreferencePairs | None]:
-    """Check the rows and split them into pairs to train on and to hold out. Lists the rows left out in dropped_rows.jsonl."""
+    """Check the rows and return the pairs to train on and those to evaluate. Lists rows left out in dropped_rows.jsonl."""
     root = Path(args.dataset).parent if Path(args.dataset).is_file() else Path(args.dataset)
-    dropped_file = args.output_dir / "dropped_rows.jsonl"
+    log = args.output_dir / "dropped_rows.jsonl"
     good, dropped = check_rows(rows["train"], root, processor, args.max_length, args.max_samples)
     test = next((rows[name] for name in ("test", "validation") if name in rows), None)
     if test:
@@ -646,16 +636,15 @@ def make_pairs(args, rows: datasets.DatasetDict, processor) -> tuple[PreferenceP
         test = rows["train"]
         train, held_out = split_rows(good, args.eval_fraction, args.seed)
     if MAIN_PROCESS:
-        write_whole(dropped_file, "".join(json.dumps(row) + "\n" for row in dropped))
+        write_whole(log, "".join(json.dumps(row) + "\n" for row in dropped))
     reasons = ", ".join(f"{n} x {reason}" for reason, n in Counter(row["reason"] for row in dropped).most_common())
     if not train:
-        stop(f"--dataset {args.dataset} has no usable pair ({reasons or 'it has no rows'}); see {dropped_file}.")
-    evaluated = held_out
-    if len(held_out) > args.eval_samples:
-        evaluated = sorted(np.random.default_rng(args.seed).permutation(held_out)[: args.eval_samples].tolist())
-    counts = f"{len(train):,} pairs to train on, {len(held_out):,} held out"
-    console.print(f"{counts}, of which {len(evaluated):,} are evaluated; {len(dropped):,} rows left out {reasons}")
-    shared = (root, processor, args.max_length, dropped_file)
+        stop(f"--dataset {args.dataset} has no usable pair ({reasons or 'it has no rows'}); see {log}.")
+    chosen = np.random.default_rng(args.seed).permutation(held_out)[: args.eval_samples]
+    evaluated = sorted(chosen.tolist()) if len(held_out) > args.eval_samples else held_out
+    counts = f"{len(train):,} pairs to train on, {len(held_out):,} held out, of which {len(evaluated):,} are evaluated"
+    console.print(f"{counts}; {len(dropped):,} rows left out {reasons}")
+    shared = (root, processor, args.max_length, log)
     eval_pairs = PreferencePairs(test, evaluated, *shared) if evaluated else None
     return PreferencePairs(rows["train"], train, *shared), eval_pairs
 
@@ -682,12 +671,13 @@ def collate_pairs(features: list[dict], pad_token_id: int) -> dict[str, torch.Te
 
 
 def share_prefix(batch: dict, pad_token_id: int, packed: bool, dtype: torch.dtype) -> dict:
-    """Lay a batch of B pairs out as B rows `prompt | chosen | rejected`, in which the two responses cannot see each other.
+    """Lay B pairs out as B rows `prompt | chosen | rejected`, in which neither response can see the other, and return the
+    model's inputs.
 
-    Both responses' positions follow the prompt's last. `logits_to_keep` indexes the columns that predict a response's
-    tokens; its first token is predicted by the prompt's last. The mask is dense, (B, 1, S, S) of `dtype`, and added to the
-    scores. If `packed`, all pairs stand one after the other in a single row without padding, no pair sees another, and the
-    mask is FlexAttention's, which costs memory and time only where something is visible.
+    The positions of both responses follow the prompt's last. `logits_to_keep` has the columns that predict the responses'
+    tokens, the first of which is predicted by the prompt's last. The mask (B, 1, S, S) is added to the attention scores.
+    If `packed`, all pairs stand in a single row without padding, no pair sees another, and the mask is FlexAttention's,
+    which costs memory and time only where something is visible.
     """
     prompt, real_prompt = batch["prompt_input_ids"], batch["prompt_attention_mask"]
     responses = torch.cat([batch["chosen_labels"], batch["rejected_labels"]], dim=1)
@@ -764,9 +754,9 @@ class LlavaORPOTrainer(ORPOTrainer):
         """Log TRL's metrics. Stops at the first loss or gradient that is not finite, before it reaches a checkpoint."""
         for name in ("loss", "grad_norm", "eval_loss"):
             if not math.isfinite(logs.get(name, 0)):
-                checkpoint = last_checkpoint(Path(self.args.output_dir)) or "the base model"
-                stop(f"{name} is {logs[name]} at step {self.state.global_step}: the run has diverged. Start again with a "
-                     f"smaller --learning_rate. The last good checkpoint is {checkpoint}.")  # fmt: skip
+                good = last_checkpoint(Path(self.args.output_dir)) or "the base model"
+                advice = f"The last good checkpoint is {good}; start again with a smaller --learning_rate."
+                stop(f"the run has diverged: {name} is {logs[name]} at step {self.state.global_step}. {advice}")
         super().log(logs, start_time)
 
     def create_model_card(self, *_, **__) -> None:
@@ -777,7 +767,7 @@ class LlavaORPOTrainer(ORPOTrainer):
 
 
 def add_adapter(model, args: argparse.Namespace) -> PeftModel:
-    """Put a new LoRA adapter on the language model's linear layers (and the projector's). Stops if a name of
+    """Put a new LoRA adapter on the language model's linear layers, and the projector's if asked for. Stops if a name in
     --lora_target_modules matches no layer."""
     layers = {name.split(".")[-1] for name, _ in model.model.language_model.named_modules() if name}
     unknown = sorted(set(args.lora_target_modules) - layers)
@@ -786,19 +776,13 @@ def add_adapter(model, args: argparse.Namespace) -> PeftModel:
     targets = rf".*language_model\..*\.({'|'.join(args.lora_target_modules)})"
     if args.train_projector:
         targets = rf"({targets}|.*multi_modal_projector\.linear_[12])"
-    config = LoraConfig(
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config)
+    scale = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+    return get_peft_model(model, LoraConfig(**scale, target_modules=targets, task_type="CAUSAL_LM"))
 
 
 def speed_up(model, packed: bool, autocast: bool) -> None:
-    """Use FlexAttention in the language model if `packed`, and let adapters take their input as it is under `autocast`,
-    where PEFT would turn it to float32 and autocast back."""
+    """Use FlexAttention in the language model if `packed`. Under `autocast`, keep PEFT from casting the input of adapters to
+    float32, since autocast would cast it back."""
     model.get_base_model().model.language_model.set_attn_implementation("flex_attention" if packed else "sdpa")
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
@@ -816,20 +800,20 @@ def flex_attention_runs(model) -> bool:
         torch.compile(flex_attention)(heads, heads, heads).sum().backward()
     except Exception as error:  # no C compiler, no Triton, too little shared memory: each raises its own
         console.print(
-            f"FlexAttention does not run here ({type(error).__name__}); training uses a dense mask, which is slower"
+            f"FlexAttention does not run here ({type(error).__name__}); a dense mask is used, which is slower"
         )
         return False
     return True
 
 
 def fit_memory(trainer: LlavaORPOTrainer, batch: dict, checkpointing: str) -> int:
-    """Run a batch forward and backward with as few layers recomputed as the memory allows. Returns n where every n-th layer
-    is, or 0 for none. The gradients stay. AdamW's two moments are given their room meanwhile."""
+    """Run a batch forward and backward, and recompute as few layers as the memory allows. Returns n if every n-th layer is
+    recomputed, or 0 if none is. The gradients are kept, and room is left for AdamW's two moments."""
     model = trainer.model.train()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     _moments = torch.empty(2 * sum(weight.nbytes for weight in weights), dtype=torch.uint8, device=model.device)
 
-    def run() -> None:  # a function of its own, so that nothing keeps a failed try's tensors
+    def run() -> None:  # a function of its own, so that the tensors of a failed try are freed
         with trainer.accelerator.autocast():
             chosen, rejected, _, _, nll = trainer.concatenated_forward(model, batch)
             (nll - trainer.odds_ratio_loss(chosen, rejected)[0].mean()).backward()
@@ -847,8 +831,8 @@ def fit_memory(trainer: LlavaORPOTrainer, batch: dict, checkpointing: str) -> in
 
 
 def compare_alone(trainer: LlavaORPOTrainer, pairs: list[dict], batch: dict) -> float:
-    """Return how far the log-probability of a response in the shared row is from that of prompt and response alone, as
-    the mean over the responses of `pairs`, of which `batch` is made."""
+    """Return by how much a response's log-probability in the shared row differs from that of prompt and response alone, as a
+    mean over the responses of `pairs`. `batch` holds the same pairs."""
     apart, device = [], trainer.model.device
     scores = trainer.concatenated_forward(trainer.model, batch)[:2]
     for name, shared in zip(("chosen", "rejected"), scores, strict=True):
@@ -863,8 +847,8 @@ def compare_alone(trainer: LlavaORPOTrainer, pairs: list[dict], batch: dict) -> 
 
 
 def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs, checkpointing: str) -> int:
-    """Check on real pairs what would go wrong silently, and on the longest batch that the memory is enough. Prints a
-    table and stops if a check fails. Sets gradient checkpointing and returns what fit_memory does."""
+    """Check on real pairs what would go wrong silently, and on the longest batch whether the memory is enough. Prints a
+    table, and stops if a check fails. Sets gradient checkpointing and returns what fit_memory returns."""
     model, pad = trainer.model.eval(), pairs.processor.tokenizer.pad_token_id
     few = [pairs[i] for i in range(min(4, len(pairs)))]
     batch = trainer._prepare_inputs(collate_pairs(few, pad))
@@ -877,7 +861,7 @@ def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs, checkpointing: 
     fresh = [weight for name, weight in trainable.items() if "lora_B" in name and not weight.any()]
     for weight in fresh:  # a new adapter's lora_B is zero, which would leave lora_A without a gradient
         torch.nn.init.normal_(weight, std=1e-2)
-    split = trainer.is_fsdp_enabled  # only when training starts, until then every GPU holds all weights
+    split = trainer.is_fsdp_enabled  # FSDP splits the weights when training starts; until then, every GPU holds all
     longest = few[:1] if split else [pairs.longest()] * trainer.args.per_device_train_batch_size
     longest = trainer._prepare_inputs(collate_pairs(longest, pad))
     recomputed = fit_memory(trainer, longest, "on" if split and checkpointing == "auto" else checkpointing)
@@ -888,24 +872,26 @@ def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs, checkpointing: 
     model.zero_grad()
 
     size = f"{sum(weight.numel() for weight in trainable.values()):,} weights in {len(trainable)} tensors"
+    size += ", a new adapter" if fresh else ", as --lora_path left them"
     tokens = sum(longest[name].shape[1] for name in ("prompt_input_ids", "chosen_labels", "rejected_labels"))
-    fits = "the longest batch fits the memory" + ", not tried: weights are split later" * split
     layers = f"1 layer in {recomputed} is recomputed" if recomputed else "no layer is recomputed"
-    # bfloat16 rounds log-probabilities by up to a few hundredths; a wrong mask, label or position is far off
-    checks = {
-        "another picture moves the chosen log-probability": (
+    fits = f"{len(longest['image_sizes'])} x {tokens:,} tokens; {layers}"
+    # bfloat16 moves log-probabilities by up to a few hundredths, a wrong mask, label or position by much more
+    checks = [
+        (
+            "another picture moves the chosen log-probability",
             f"{seen:.4f} -> {unseen:.4f}",
             0 < abs(seen - unseen) < 1e4,
         ),
-        "each response scores as it does alone": (f"log-probabilities {apart:.1e} apart", apart < 0.05),
-        "every trainable weight gets a gradient": (dead[0] if dead else size, not dead),
-        fits: (f"{len(longest['image_sizes'])} x {tokens:,} tokens; {layers}", True),
-    }
+        ("each response scores as it does alone", f"log-probabilities {apart:.1e} apart", apart < 0.05),
+        ("every trainable weight gets a gradient", dead[0] if dead else size, not dead),
+        ("the longest batch fits the memory", "not tried, as the weights are split later" if split else fits, True),
+    ]
     table = Table("preflight", "found", "")
-    for name, (found, passed) in checks.items():
+    for name, found, passed in checks:
         table.add_row(name, found, "[green]ok[/]" if passed else "[red]failed[/]")
     console.print(table)
-    for name, (found, passed) in checks.items():
+    for name, found, passed in checks:
         if not passed:
             stop(f"preflight failed: {name}, but found {found}; nothing was trained.")
     return recomputed
@@ -949,20 +935,16 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 class RunRecorder(ProgressCallback):
-    """Shows the progress bar, writes metrics.jsonl, and at each evaluation writes a few answers beside chosen and
-    rejected into samples.html."""
+    """Shows the progress bar, writes metrics.jsonl, and writes the model's answers to a few held-out pairs into samples.html
+    at each evaluation."""
 
     def __init__(self, trainer, output_dir: Path, processor, eval_pairs: PreferencePairs | None):
         super().__init__()
-        self.trainer, self.output_dir, self.processor, self.samples = trainer, output_dir, processor, []
-        for index in range(len(eval_pairs or [])):
-            with suppress(OSError):  # a picture that breaks off is no sample
-                self.samples.append(eval_pairs.row(index))
-            if len(self.samples) == 4:
-                break
+        self.trainer, self.output_dir, self.processor = trainer, output_dir, processor
+        self.samples = [eval_pairs.read_row(index) for index in range(min(4, len(eval_pairs or [])))]
 
     def close(self) -> None:
-        """End the bars, so that the sentence with which a run ends stands on a line of its own."""
+        """Close the progress bars, so that an error stands on a line of its own."""
         for bar in filter(None, (self.prediction_bar, self.training_bar)):
             bar.close()
 
@@ -980,7 +962,7 @@ class RunRecorder(ProgressCallback):
         super().on_evaluate(args, state, control, **kwargs)
         if not self.samples:
             return
-        # in every process: where weights are split among them, all take part in every forward
+        # in every process, since all take part in every forward where weights are split among them
         model = model.module if hasattr(model, "module") else model
         images, questions = [row["image"] for row in self.samples], [row["question"] for row in self.samples]
         together = {"synced_gpus": True} if args.world_size > 1 else {}
@@ -1005,7 +987,7 @@ class RunRecorder(ProgressCallback):
 
 
 def open_tracking(args: argparse.Namespace) -> None:
-    """Start the W&B run: online for whoever is logged in and has a network, else offline in the output folder."""
+    """Start the W&B run: online for a user who is logged in and has a network, else offline in the output folder."""
     if args.report_to != "wandb" or not MAIN_PROCESS:
         return
     import wandb
@@ -1020,7 +1002,7 @@ def open_tracking(args: argparse.Namespace) -> None:
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
-    """Return the newest checkpoint whose parts are all there and readable, or None. Says which newer ones are not."""
+    """Return the newest checkpoint whose parts are all there and readable, or None, and name the newer ones that are not."""
     found = sorted(output_dir.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]), reverse=True)
     for folder in found:
         parts = [list(folder.glob(name)) for name in ("optimizer.*", "scheduler.pt", "rng_state*.pth")]
@@ -1034,8 +1016,8 @@ def last_checkpoint(output_dir: Path) -> Path | None:
 
 
 def open_run(args: argparse.Namespace) -> tuple[Path | None, FileLock]:
-    """Make the output folder ready. Returns the checkpoint to continue from and the folder's lock. Stops if another run has
-    the lock, if the folder cannot be written, or if it holds a run that was not to be continued or had other settings."""
+    """Make the output folder ready, and return the checkpoint to continue from and the folder's lock. Stops if another run
+    writes there, or if an earlier run is there that is not to be continued or had other settings."""
     output_dir, processes = args.output_dir, int(os.environ.get("WORLD_SIZE", 1))
     lock = FileLock(output_dir / ".lock", timeout=0)
     if not MAIN_PROCESS:
@@ -1047,23 +1029,25 @@ def open_run(args: argparse.Namespace) -> tuple[Path | None, FileLock]:
         stop(f"--output_dir {output_dir} is being written by another run; name another folder.")
     except OSError as error:
         stop(f"--output_dir {output_dir} cannot be written ({error.strerror}); name another folder.")
-    checkpoint = last_checkpoint(output_dir)
-    if not args.resume and (checkpoint or (output_dir / "metrics.jsonl").exists()):
+    checkpoint, noted, metrics = (
+        last_checkpoint(output_dir),
+        output_dir / "arguments.json",
+        output_dir / "metrics.jsonl",
+    )
+    if not args.resume and (checkpoint or metrics.exists()):
         stop(f"--output_dir {output_dir} holds an earlier run; add --resume to continue it, or name another folder.")
-    free = ("resume", "output_dir", "report_to", "wandb_project", "wandb_entity", "num_workers", "gradient_checkpointing",
-            "batch_size", "gradient_accumulation_steps")  # fmt: skip
+    may_change = "resume output_dir report_to wandb_project wandb_entity num_workers gradient_checkpointing batch_size"
+    free = {*may_change.split(), "gradient_accumulation_steps"}
     settings = {name: str(value) for name, value in vars(args).items() if name not in free}
     settings["pairs_a_step"] = str(args.batch_size * args.gradient_accumulation_steps * processes)
-    noted = output_dir / "arguments.json"
-    if checkpoint and noted.exists():
-        before = json.loads(noted.read_text())
-        changed = [f"{key} was {before[key]}, is {now}" for key, now in settings.items() if before.get(key, now) != now]
-        if changed:
-            means = f"pairs_a_step is --batch_size x --gradient_accumulation_steps x {processes} processes"
-            stop(f"--resume cannot change the run in {output_dir}: {'; '.join(changed)} ({means}).")
+    before = json.loads(noted.read_text()) if checkpoint and noted.exists() else {}
+    changed = [f"{key} was {before[key]}, is {now}" for key, now in settings.items() if before.get(key, now) != now]
+    if changed:
+        meaning = f"pairs_a_step is --batch_size x --gradient_accumulation_steps x {processes} processes"
+        stop(f"--resume cannot change the run in {output_dir}: {'; '.join(changed)} ({meaning}).")
     step = int(checkpoint.name.split("-")[1]) if checkpoint else -1
-    for file in (output_dir / "metrics.jsonl", output_dir / "samples.jsonl"):
-        if file.exists():  # the steps after the checkpoint will be done again
+    for file in (metrics, output_dir / "samples.jsonl"):
+        if file.exists():  # the steps after the checkpoint are done again
             write_whole(file, "".join(json.dumps(row) + "\n" for row in read_jsonl(file) if row["step"] <= step))
     write_whole(noted, json.dumps(settings, indent=2))
     if args.resume:
@@ -1072,19 +1056,19 @@ def open_run(args: argparse.Namespace) -> tuple[Path | None, FileLock]:
 
 
 def build_trainer(args, model, processor, train_pairs, eval_pairs, resumed: bool) -> LlavaORPOTrainer:
-    """Return the trainer. Of the training pairs, the last few that do not fill an optimizer step are left out, so that
-    every pair weighs the same however they are batched."""
+    """Return the trainer. The last few training pairs, which do not fill an optimizer step, are left out, so that every pair
+    has the same weight however pairs are batched."""
     on_gpu, processes = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
     pairs_a_step = args.batch_size * args.gradient_accumulation_steps * processes
     steps_an_epoch = max(len(train_pairs) // pairs_a_step, 1)
     train_pairs.indices = train_pairs.indices[: steps_an_epoch * pairs_a_step]
-    if eval_pairs:  # in equal shares
+    if eval_pairs:  # every process gets the same number
         eval_pairs.indices = eval_pairs.indices[: max(len(eval_pairs) // processes, 1) * processes]
     config = ORPOConfig(
         output_dir=str(args.output_dir),
         num_train_epochs=args.epochs,
         per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=1,  # TRL averages over batches, so that only single pairs weigh the same
+        per_device_eval_batch_size=1,  # TRL averages over batches, so pairs weigh the same only if each is a batch
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
@@ -1092,19 +1076,19 @@ def build_trainer(args, model, processor, train_pairs, eval_pairs, resumed: bool
         beta=args.beta,
         max_length=args.max_length,
         padding_value=processor.tokenizer.pad_token_id,
-        disable_dropout=False,  # there is none but LoRA's, which was asked for
-        gradient_checkpointing=False,  # preflight turns it on; TRL's default would do so in every layer
-        ddp_find_unused_parameters=False,  # preflight has seen that each gets a gradient
+        disable_dropout=False,  # the only dropout is LoRA's, which was asked for
+        gradient_checkpointing=False,  # preflight turns it on, where TRL would do so in every layer
+        ddp_find_unused_parameters=False,  # preflight makes sure that each gets a gradient
         optim="adamw_torch_fused",
         bf16=on_gpu and torch.cuda.is_bf16_supported(including_emulation=False),
         use_cpu=not on_gpu,
         seed=args.seed,
         logging_steps=1,
-        logging_nan_inf_filter=False,  # it would show a loss that is not finite as 0
-        # once an epoch, given in steps, so that a checkpoint of that step is written after the evaluation
+        logging_nan_inf_filter=False,  # otherwise a loss that is not finite is shown as 0
+        # once an epoch, but counted in steps, so that the evaluation comes before the same step's checkpoint
         eval_strategy="no" if eval_pairs is None else "steps",
         eval_steps=steps_an_epoch,
-        eval_on_start=eval_pairs is not None and not resumed,  # the base; trainer.evaluate() would undo DDP here
+        eval_on_start=eval_pairs is not None and not resumed,  # trainer.evaluate() before train() would undo DDP
         save_steps=args.save_steps,
         save_total_limit=2,
         enable_jit_checkpoint=True,  # on SIGTERM, with which Slurm and Kubernetes end a job
@@ -1113,12 +1097,12 @@ def build_trainer(args, model, processor, train_pairs, eval_pairs, resumed: bool
         report_to=args.report_to,
         run_name=args.output_dir.name,
     )
-    if not on_gpu:  # for several processes it is cpu:0, onto which torch.load does not bring the optimizer's state
+    if not on_gpu:  # with several processes it would be cpu:0, to which torch.load does not move the optimizer's state
         config.__dict__["_setup_devices"] = torch.device("cpu")
-    config._n_gpu = 1  # several GPUs take a launcher: nn.DataParallel would cut logits_to_keep apart
+    config._n_gpu = 1  # several GPUs need a launcher, since nn.DataParallel would cut logits_to_keep apart
     collate = partial(collate_pairs, pad_token_id=processor.tokenizer.pad_token_id)
     trainer = LlavaORPOTrainer(model, config, collate, train_pairs, eval_pairs, processing_class=processor)
-    trainer.use_dpo_data_collator = True  # otherwise TRL warns of ours in every evaluation step
+    trainer.use_dpo_data_collator = True  # otherwise TRL warns about ours in every evaluation step
     trainer.packed = flex_attention_runs(model)
     speed_up(model, trainer.packed, trainer.accelerator.native_amp)
     trainer.remove_callback(PrinterCallback)
@@ -1134,7 +1118,7 @@ def build_trainer(args, model, processor, train_pairs, eval_pairs, resumed: bool
 def draw_curves(metrics: list[dict], path: Path) -> None:
     """Draw the run's figures against the optimizer step: training as a line, held-out evaluations as dots."""
     panels = {
-        "Log-probability a token": ["logps/chosen", "logps/rejected"],
+        "Log-probability per token": ["logps/chosen", "logps/rejected"],
         "Log-odds, chosen over rejected": ["log_odds_chosen"],
         "Preference accuracy": ["rewards/accuracies"],
         "ORPO loss": ["loss"],
@@ -1144,25 +1128,22 @@ def draw_curves(metrics: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained", sharex=True)
     for axis, (title, keys) in zip(axes.flat, panels.items(), strict=True):
         for key, colour in zip(keys, ("#1b7837", "#b2182b"), strict=False):
-            name = f", {key.split('/')[-1]}" if len(keys) > 1 else ""
             for prefix, style, label in (("", "-", "training"), ("eval_", "o", "held out")):
+                label += f", {key.split('/')[-1]}" if len(keys) > 1 else ""
                 points = [(row["step"], row[prefix + key]) for row in metrics if prefix + key in row]
                 if points:
-                    axis.plot(*zip(*points, strict=True), style, color=colour, lw=0.7, ms=5, label=label + name)
+                    axis.plot(*zip(*points, strict=True), style, color=colour, lw=0.7, ms=5, label=label)
         axis.set_title(title, fontsize=11)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8, frameon=False)
-    for axis in axes[1]:
-        axis.set_xlabel("optimizer step")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png")
+    figure.supxlabel("optimizer step")
+    figure.savefig(path, dpi=110)
     plt.close(figure)
-    write_whole(path, buffer.getvalue())
 
 
 def describe_pairs(pairs: PreferencePairs | None) -> dict:
-    """Return the number of pairs, a SHA-256 over their texts in order (not over the pictures), and in which share of them
-    the response of fewer words is the chosen one, which a preference for short answers alone would get right."""
+    """Return the number of pairs, a SHA-256 of their texts in order, and the share of pairs whose chosen response has fewer
+    words than the rejected one, which a mere preference for short answers would get right."""
     digest, shorter = hashlib.sha256(), 0
     texts = pairs.rows.select_columns(["question", "chosen", "rejected"]).select(pairs.indices) if pairs else []
     for text in texts:
@@ -1171,11 +1152,64 @@ def describe_pairs(pairs: PreferencePairs | None) -> dict:
     return {"pairs": len(texts), "fingerprint": digest.hexdigest(), "shorter_is_chosen": shorter / max(len(texts), 1)}
 
 
-def write_card(args: argparse.Namespace, pairs: int, figures: list[tuple[str, float, float]]) -> None:
-    """Write README.md for the adapter: what it is for, what it was trained on, and what it changed."""
+def finish_run(args: argparse.Namespace, trainer: LlavaORPOTrainer, recomputed: int, seconds: float) -> None:
+    """Evaluate once more if the run ended within an epoch, save the adapter, and report what the run changed."""
+    if trainer.eval_dataset and trainer.state.global_step % trainer.args.eval_steps:
+        trainer.evaluate()
+    trainer.save_model()  # in every process, since each has a part where weights are split among them
+    if MAIN_PROCESS:
+        # safetensors makes a file that only its owner can read
+        (args.output_dir / "adapter_model.safetensors").chmod((args.output_dir / "arguments.json").stat().st_mode)
+        write_report(args, trainer, recomputed, seconds)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+def write_report(args: argparse.Namespace, trainer: LlavaORPOTrainer, recomputed: int, seconds: float) -> None:
+    """Write training_summary.json, the card and the curves, and print what the run changed."""
+    output_dir, on_gpu = args.output_dir, torch.cuda.is_available()
+    metrics = read_jsonl(output_dir / "metrics.jsonl")
+    evaluations = [row for row in metrics if "eval_loss" in row] or [{}]
+    # a picture that breaks off is noted every time it is met
+    dropped = {(row["split"], row["row"]): row["reason"] for row in read_jsonl(output_dir / "dropped_rows.jsonl")}
+    train, held_out = describe_pairs(trainer.train_dataset), describe_pairs(trainer.eval_dataset)
+    data = {"train_pairs": train["pairs"], "eval_pairs": held_out["pairs"], "fingerprint": train["fingerprint"]}
+    data |= {"shorter_is_chosen": held_out["shorter_is_chosen"], "dropped": Counter(dropped.values())}
+    packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    summary = {
+        "arguments": {k: v if isinstance(v, int | float | list) else str(v) for k, v in vars(args).items()},
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "hardware": torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores",
+        "data": data,
+        "steps": trainer.state.global_step,
+        "packed": trainer.packed,
+        "recomputed_every": recomputed,
+        "processes": trainer.accelerator.num_processes,
+        "seconds": round(seconds, 1),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak,
+        "before": evaluations[0],
+        "after": evaluations[-1],
+    }
+    write_whole(output_dir / "training_summary.json", json.dumps(summary, indent=2, allow_nan=False))
+    write_card(args, summary)
+    draw_curves(metrics, output_dir / "training_curves.png")
+    console.print(f"adapter, card, curves and summary are in {output_dir}")
+
+
+def write_card(args: argparse.Namespace, summary: dict) -> None:
+    """Write the adapter's README.md: its base, its data, and what it changed. Prints the table of what changed."""
+    data, before, after = summary["data"], summary["before"], summary["after"]
+    names = {"preference accuracy": "rewards/accuracies", "reward margin": "rewards/margins", "NLL": "nll_loss"}
+    names |= {"log-odds": "log_odds_chosen", "loss": "loss"}
+    table = ""
+    if before:
+        table = f"| {data['eval_pairs']:,} held-out pairs | before | after |\n|---|---|---|\n"
+        for name, key in names.items():
+            table += f"| {name} | {before[f'eval_{key}']:.4f} | {after[f'eval_{key}']:.4f} |\n"
+        table += f"\nIn {data['shorter_is_chosen']:.1%} of these pairs, the chosen response has fewer words.\n"
+        console.print(Markdown(table))
     start = f" It started from the adapter `{args.lora_path}`." if args.lora_path else ""
-    rows = "".join(f"| {name} | {before:.4f} | {after:.4f} |\n" for name, before, after in figures)
-    table = f"| held-out pairs | before | after |\n|---|---|---|\n{rows}" if figures else ""
     text = f"""---
 base_model: {args.model_path}
 library_name: peft
@@ -1185,68 +1219,11 @@ tags: [orpo, lora, llava-next]
 # {args.output_dir.name}
 
 A LoRA adapter for `{args.model_path}`, trained with ORPO ([Hong et al. 2024](https://arxiv.org/abs/2403.07691)) on
-{pairs:,} preference pairs of `{args.dataset}`, so that the model names less that is not in the picture.{start}
-Load it with `PeftModel.from_pretrained(model, path)`.
+{data["train_pairs"]:,} preference pairs of `{args.dataset}`, so that the model names fewer things that are not in the
+picture.{start} Load it with `PeftModel.from_pretrained(model, path)`.
 
 {table}"""
     write_whole(args.output_dir / "README.md", text)
-
-
-def finish_run(args: argparse.Namespace, trainer: LlavaORPOTrainer, recomputed: int, seconds: float) -> None:
-    """Evaluate once more if the run ended within an epoch, save the adapter, and report what the run changed."""
-    if trainer.eval_dataset and trainer.state.global_step % trainer.args.eval_steps:
-        trainer.evaluate()
-    trainer.save_model()  # in every process: where weights are split among them, each has a part
-    if MAIN_PROCESS:
-        # safetensors lets nobody but the owner read it
-        (args.output_dir / "adapter_model.safetensors").chmod((args.output_dir / "arguments.json").stat().st_mode)
-        write_report(args, trainer, recomputed, seconds)
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
-
-
-def write_report(args: argparse.Namespace, trainer: LlavaORPOTrainer, recomputed: int, seconds: float) -> None:
-    """Write card, curves and training_summary.json, and print what the run changed."""
-    output_dir = args.output_dir
-    metrics = read_jsonl(output_dir / "metrics.jsonl")
-    evaluations = [row for row in metrics if "eval_loss" in row]
-    before, after = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
-    # a picture that breaks off is noted anew whenever it is met
-    dropped = {(row["split"], row["row"]): row["reason"] for row in read_jsonl(output_dir / "dropped_rows.jsonl")}
-    train, held_out = describe_pairs(trainer.train_dataset), describe_pairs(trainer.eval_dataset)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
-    summary = {
-        "arguments": {k: v if isinstance(v, int | float | list) else str(v) for k, v in vars(args).items()},
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
-        "data": {"train_pairs": train["pairs"], "eval_pairs": held_out["pairs"], "fingerprint": train["fingerprint"],
-                 "shorter_is_chosen": held_out["shorter_is_chosen"], "dropped": Counter(dropped.values())},
-        "steps": trainer.state.global_step,
-        "packed": trainer.packed,
-        "recomputed_every": recomputed,
-        "processes": trainer.accelerator.num_processes,
-        "seconds": round(seconds, 1),
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak,
-        "before": before,
-        "after": after,
-    }  # fmt: skip
-    figures = []
-    if before:
-        names = {"preference accuracy": "rewards/accuracies", "reward margin": "rewards/margins", "NLL": "nll_loss"}
-        names |= {"log-odds": "log_odds_chosen", "loss": "loss"}
-        figures = [(name, before[f"eval_{key}"], after[f"eval_{key}"]) for name, key in names.items()]
-        table = Table(f"{held_out['pairs']:,} held-out pairs", "before", "after")
-        for name, *values in figures:
-            table.add_row(name, *(f"{value:.4f}" for value in values))
-        console.print(table)
-        console.print(
-            f"in {held_out['shorter_is_chosen']:.1%} of these pairs, the response of fewer words is the chosen one"
-        )
-    write_card(args, train["pairs"], figures)
-    draw_curves(metrics, output_dir / "training_curves.png")
-    write_whole(output_dir / "training_summary.json", json.dumps(summary, indent=2, allow_nan=False))
-    console.print(f"adapter, card, curves and summary are in {output_dir}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1283,12 +1260,11 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         stop("interrupted; the same command with --resume continues from the last checkpoint.", code=130)
     except torch.OutOfMemoryError:
-        stop(
-            "the GPU's memory is full; use a smaller --batch_size with more --gradient_accumulation_steps or --load_4bit."
-        )
+        advice = "use a smaller --batch_size with more --gradient_accumulation_steps, or --load_4bit"
+        stop(f"the GPU's memory is full; {advice}.")
     except (RuntimeError, ConnectionError, EOFError) as error:
-        # torch has noticed that a worker is gone, or reading from it breaks off before torch has
+        # torch notices that a worker is gone, or reading from the worker breaks off before that
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
             raise
-        stop("a process that decodes pictures was killed: too little memory, or too little shared memory (--shm-size 8g in a "
-             "container); use a smaller --num_workers, and --resume.")  # fmt: skip
+        advice = "use fewer --num_workers, or more shared memory (--shm-size 8g in a container), and --resume"
+        stop(f"a process that decodes pictures was killed for lack of memory; {advice}.")
