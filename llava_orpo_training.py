@@ -460,9 +460,8 @@ def load_rows(source: str) -> datasets.DatasetDict:
         found = {name: getattr(feature, "dtype", str(feature)) for name, feature in rows["train"].features.items()}
         for name in ("image", "question", "chosen", "rejected"):
             if name not in found or name != "image" and found[name] not in ("string", "large_string"):
-                stop(
-                    f"--dataset {source} needs a column {name} of {'picture' if name == 'image' else 'text'}s, not {found}."
-                )
+                wanted = "pictures" if name == "image" else "plain text"
+                stop(f"--dataset {source} needs a column {name} of {wanted} (found: {found}).")
         return rows.cast_column("image", datasets.Image(decode=False))
     except Exception as error:
         reason = (str(error) or "it is empty").splitlines()[0]
@@ -767,8 +766,7 @@ class LlavaORPOTrainer(ORPOTrainer):
 
 
 def add_adapter(model, args: argparse.Namespace) -> PeftModel:
-    """Put a new LoRA adapter on the language model's linear layers, and the projector's if asked for. Stops if a name in
-    --lora_target_modules matches no layer."""
+    """Put a new LoRA adapter on the model. Stops if a name in --lora_target_modules matches no layer."""
     layers = {name.split(".")[-1] for name, _ in model.model.language_model.named_modules() if name}
     unknown = sorted(set(args.lora_target_modules) - layers)
     if unknown:
@@ -799,9 +797,7 @@ def flex_attention_runs(model) -> bool:
         heads = torch.zeros(shape, device=model.device, dtype=model.lm_head.weight.dtype, requires_grad=True)
         torch.compile(flex_attention)(heads, heads, heads).sum().backward()
     except Exception as error:  # no C compiler, no Triton, too little shared memory: each raises its own
-        console.print(
-            f"FlexAttention does not run here ({type(error).__name__}); a dense mask is used, which is slower"
-        )
+        console.print(f"FlexAttention does not run here ({type(error).__name__}); a slower, dense mask is used")
         return False
     return True
 
@@ -875,14 +871,11 @@ def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs, checkpointing: 
     size += ", a new adapter" if fresh else ", as --lora_path left them"
     tokens = sum(longest[name].shape[1] for name in ("prompt_input_ids", "chosen_labels", "rejected_labels"))
     layers = f"1 layer in {recomputed} is recomputed" if recomputed else "no layer is recomputed"
+    moved = f"{seen:.4f} -> {unseen:.4f}"
     fits = f"{len(longest['image_sizes'])} x {tokens:,} tokens; {layers}"
     # bfloat16 moves log-probabilities by up to a few hundredths, a wrong mask, label or position by much more
     checks = [
-        (
-            "another picture moves the chosen log-probability",
-            f"{seen:.4f} -> {unseen:.4f}",
-            0 < abs(seen - unseen) < 1e4,
-        ),
+        ("another picture moves the chosen log-probability", moved, 0 < abs(seen - unseen) < 1e4),
         ("each response scores as it does alone", f"log-probabilities {apart:.1e} apart", apart < 0.05),
         ("every trainable weight gets a gradient", dead[0] if dead else size, not dead),
         ("the longest batch fits the memory", "not tried, as the weights are split later" if split else fits, True),
@@ -926,8 +919,7 @@ def embed_picture(image: Image.Image) -> str:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Return the rows of a file up to the first line that is not JSON, such as one whose writing broke off. A file that is
-    not there has no rows."""
+    """Return a file's rows up to the first line that is not JSON, such as one cut short. A missing file has no rows."""
     rows = []
     with suppress(FileNotFoundError, ValueError):
         rows.extend(json.loads(line) for line in path.read_text(errors="replace").splitlines())
@@ -979,11 +971,10 @@ class RunRecorder(ProgressCallback):
             import wandb
 
             columns = ("question", "chosen", "rejected")
-            rows = [
-                [state.global_step, wandb.Image(row["image"]), *(row[name] for name in columns), answer]
-                for row, answer in zip(self.samples, answers, strict=True)
-            ]
-            wandb.log({"samples": wandb.Table(["step", "picture", *columns, "answer"], rows)})
+            table = wandb.Table(["step", "picture", *columns, "answer"])
+            for row, answer in zip(self.samples, answers, strict=True):
+                table.add_data(state.global_step, wandb.Image(row["image"]), *(row[name] for name in columns), answer)
+            wandb.log({"samples": table})
 
 
 def open_tracking(args: argparse.Namespace) -> None:
@@ -1029,11 +1020,8 @@ def open_run(args: argparse.Namespace) -> tuple[Path | None, FileLock]:
         stop(f"--output_dir {output_dir} is being written by another run; name another folder.")
     except OSError as error:
         stop(f"--output_dir {output_dir} cannot be written ({error.strerror}); name another folder.")
-    checkpoint, noted, metrics = (
-        last_checkpoint(output_dir),
-        output_dir / "arguments.json",
-        output_dir / "metrics.jsonl",
-    )
+    checkpoint = last_checkpoint(output_dir)
+    noted, metrics = output_dir / "arguments.json", output_dir / "metrics.jsonl"
     if not args.resume and (checkpoint or metrics.exists()):
         stop(f"--output_dir {output_dir} holds an earlier run; add --resume to continue it, or name another folder.")
     may_change = "resume output_dir report_to wandb_project wandb_entity num_workers gradient_checkpointing batch_size"
