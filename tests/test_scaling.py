@@ -35,7 +35,7 @@ FLAGS = [
     "--learning_rate",
     "1e-3",
 ]
-FLAGS += ["--num_workers", "0", "--lora_dropout", "0", "--save_steps", "2"]
+FLAGS += ["--num_workers", "0", "--save_steps", "2"]
 
 
 def commands() -> list[str]:
