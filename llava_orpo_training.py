@@ -114,11 +114,11 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks fo
 
 import datasets
 import jinja2
-import matplotlib
 import numpy as np
 import pyarrow as pa
 import torch
 from filelock import FileLock, Timeout
+from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps
@@ -131,9 +131,6 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, set_seed
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # of several processes, the one that prints and writes
 console = Console(stderr=True, quiet=not MAIN_PROCESS)
@@ -449,6 +446,8 @@ def generate_answers(model, processor, images: list, questions: list[str], max_n
 
 # ---------------------------------------------------------------------------- from rows to batches
 
+TEXTS = ["question", "chosen", "rejected"]  # the columns that hold text
+
 
 def load_rows(source: str) -> datasets.DatasetDict:
     """Open preference pairs from a hub id, a folder, a .parquet or a .jsonl file. No picture is decoded."""
@@ -458,7 +457,7 @@ def load_rows(source: str) -> datasets.DatasetDict:
         if "train" not in rows:
             stop(f"--dataset {source} has no train split (found: {', '.join(rows)}); name its file train.parquet.")
         found = {name: getattr(feature, "dtype", str(feature)) for name, feature in rows["train"].features.items()}
-        for name in ("image", "question", "chosen", "rejected"):
+        for name in ("image", *TEXTS):
             if name not in found or name != "image" and found[name] not in ("string", "large_string"):
                 wanted = "pictures" if name == "image" else "plain text"
                 stop(f"--dataset {source} needs a column {name} of {wanted} (found: {found}).")
@@ -511,7 +510,7 @@ def encode_texts(processor, image_size, question: str, chosen: str, rejected: st
 
 def find_fault(question: str, chosen: str, rejected: str, picture, processor, max_length: int) -> str | None:
     """Return the reason why a row cannot be trained on, or None. Reads the picture's header, not its pixels."""
-    for name, text in (("question", question), ("chosen", chosen), ("rejected", rejected)):
+    for name, text in zip(TEXTS, (question, chosen, rejected), strict=True):
         if not (text or "").strip():
             return f"{name} is empty"
     if chosen.strip() == rejected.strip():
@@ -534,10 +533,10 @@ def find_fault(question: str, chosen: str, rejected: str, picture, processor, ma
 
 def iterate_rows(rows: datasets.Dataset, root: Path):
     """Yield each row's number, its (question, chosen, rejected), and its picture: the bytes, or the path below `root`."""
-    columns = rows.select_columns(["question", "chosen", "rejected", "image"]).with_format("arrow")
+    columns = rows.select_columns([*TEXTS, "image"]).with_format("arrow")
     for start in tqdm(range(0, len(rows), 1000), desc="checking rows", disable=len(rows) < 5000):
         table = columns[start : start + 1000]
-        texts = zip(*(table[name].to_pylist() for name in ("question", "chosen", "rejected")), strict=True)
+        texts = zip(*(table[name].to_pylist() for name in TEXTS), strict=True)
         images = chain.from_iterable(zip(c.field("bytes"), c.field("path"), strict=True) for c in table["image"].chunks)
         for row, (text, (content, path)) in enumerate(zip(texts, images, strict=True), start):
             yield row, text, content.as_buffer() if content.is_valid else root / (path.as_py() or "")
@@ -586,7 +585,7 @@ class PreferencePairs(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict:
         row = self.read_row(index)
-        return self.encode(row["image"], row["question"], row["chosen"], row["rejected"])
+        return self.encode(row["image"], *(row[name] for name in TEXTS))
 
     def read_row(self, index: int) -> dict:
         """Return a pair's columns, with its picture decoded. If the picture's file breaks off, the pair is noted in the log
@@ -612,9 +611,8 @@ class PreferencePairs(torch.utils.data.Dataset):
     def longest(self) -> dict:
         """Return a pair at least as long as every other: the longest question, chosen and rejected response with a picture
         of the shape that takes most tokens, as far as `max_length` allows."""
-        names = ["question", "chosen", "rejected"]
-        texts = self.rows.select_columns(names).select(self.indices)[:]
-        question, *responses = (max(texts[name], key=len) for name in names)
+        texts = self.rows.select_columns(TEXTS).select(self.indices)[:]
+        question, *responses = (max(texts[name], key=len) for name in TEXTS)
         shapes = [Image.new("RGB", (w, h)) for h, w in self.processor.image_processor.image_grid_pinpoints]
         # where responses are cut, the shorter prompt makes the longer pair
         pairs = [self.encode(image, text, *responses) for image in shapes for text in (question, "")]
@@ -843,8 +841,8 @@ def compare_alone(trainer: LlavaORPOTrainer, pairs: list[dict], batch: dict) -> 
 
 
 def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs, checkpointing: str) -> int:
-    """Check on real pairs what would go wrong silently, and on the longest batch whether the memory is enough. Prints a
-    table, and stops if a check fails. Sets gradient checkpointing and returns what fit_memory returns."""
+    """Check on real pairs what would go wrong silently, and the memory on the longest batch, and stop if a check fails.
+    Sets gradient checkpointing and returns what fit_memory returns."""
     model, pad = trainer.model.eval(), pairs.processor.tokenizer.pad_token_id
     few = [pairs[i] for i in range(min(4, len(pairs)))]
     batch = trainer._prepare_inputs(collate_pairs(few, pad))
@@ -970,10 +968,9 @@ class RunRecorder(ProgressCallback):
         if "wandb" in args.report_to:
             import wandb
 
-            columns = ("question", "chosen", "rejected")
-            table = wandb.Table(["step", "picture", *columns, "answer"])
+            table = wandb.Table(["step", "picture", *TEXTS, "answer"])
             for row, answer in zip(self.samples, answers, strict=True):
-                table.add_data(state.global_step, wandb.Image(row["image"]), *(row[name] for name in columns), answer)
+                table.add_data(state.global_step, wandb.Image(row["image"]), *(row[name] for name in TEXTS), answer)
             wandb.log({"samples": table})
 
 
@@ -1113,8 +1110,8 @@ def draw_curves(metrics: list[dict], path: Path) -> None:
         "NLL of the chosen response": ["nll_loss"],
         "Reward margin": ["rewards/margins"],
     }
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained", sharex=True)
-    for axis, (title, keys) in zip(axes.flat, panels.items(), strict=True):
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    for axis, (title, keys) in zip(figure.subplots(2, 3, sharex=True).flat, panels.items(), strict=True):
         for key, colour in zip(keys, ("#1b7837", "#b2182b"), strict=False):
             for prefix, style, label in (("", "-", "training"), ("eval_", "o", "held out")):
                 label += f", {key.split('/')[-1]}" if len(keys) > 1 else ""
@@ -1126,18 +1123,15 @@ def draw_curves(metrics: list[dict], path: Path) -> None:
         axis.legend(fontsize=8, frameon=False)
     figure.supxlabel("optimizer step")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def describe_pairs(pairs: PreferencePairs | None) -> dict:
     """Return the number of pairs, a SHA-256 of their texts in order, and the share of pairs whose chosen response has fewer
     words than the rejected one, which a mere preference for short answers would get right."""
-    digest, shorter = hashlib.sha256(), 0
-    texts = pairs.rows.select_columns(["question", "chosen", "rejected"]).select(pairs.indices) if pairs else []
-    for text in texts:
-        digest.update(json.dumps(text).encode())
-        shorter += len(text["chosen"].split()) < len(text["rejected"].split())
-    return {"pairs": len(texts), "fingerprint": digest.hexdigest(), "shorter_is_chosen": shorter / max(len(texts), 1)}
+    texts = pairs.rows.select_columns(TEXTS).select(pairs.indices).to_list() if pairs else []
+    fingerprint = hashlib.sha256("".join(map(json.dumps, texts)).encode()).hexdigest()
+    shorter = sum(len(text["chosen"].split()) < len(text["rejected"].split()) for text in texts)
+    return {"pairs": len(texts), "fingerprint": fingerprint, "shorter_is_chosen": shorter / max(len(texts), 1)}
 
 
 def finish_run(args: argparse.Namespace, trainer: LlavaORPOTrainer, recomputed: int, seconds: float) -> None:
@@ -1164,7 +1158,7 @@ def write_report(args: argparse.Namespace, trainer: LlavaORPOTrainer, recomputed
     data = {"train_pairs": train["pairs"], "eval_pairs": held_out["pairs"], "fingerprint": train["fingerprint"]}
     data |= {"shorter_is_chosen": held_out["shorter_is_chosen"], "dropped": Counter(dropped.values())}
     packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     summary = {
         "arguments": {k: v if isinstance(v, int | float | list) else str(v) for k, v in vars(args).items()},
         "versions": {name: importlib.metadata.version(name) for name in packages},
@@ -1175,7 +1169,7 @@ def write_report(args: argparse.Namespace, trainer: LlavaORPOTrainer, recomputed
         "recomputed_every": recomputed,
         "processes": trainer.accelerator.num_processes,
         "seconds": round(seconds, 1),
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else host_peak,
         "before": evaluations[0],
         "after": evaluations[-1],
     }
