@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(run, "--beta", "weight of the odds-ratio term (the paper's lambda)", type=positive, default=0.1)
     add(run, "--seed", "seed of the split, the order and the adapter", type=natural, default=42)
     modes = {"nargs": "?", "choices": ["auto", "on", "off"], "const": "on", "default": "auto"}
-    add(run, "--gradient_checkpointing", "recompute every layer in the backward pass, or as few as fit (auto)", **modes)
+    add(run, "--gradient_checkpointing", "layers recomputed in the backward pass: all, none, or as few as fit", **modes)
     add(run, "--save_steps", "steps between checkpoints, of which the newest two are kept", type=count, default=200)
     add(run, "--resume", "continue from the newest checkpoint in --output_dir", action="store_true")
     add(run, "--report_to", "experiment tracker", choices=["wandb", "none"], default="wandb")
