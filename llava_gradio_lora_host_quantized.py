@@ -81,15 +81,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # Copied from llava_gradio_lora_host.read_users
-def read_users(parser: argparse.ArgumentParser, path: Path) -> list[tuple[str, str]]:
-    """The (name, password) pairs of --auth_file."""
+def read_users(path: Path | None) -> list[tuple[str, str]] | None:
+    """Return the (name, password) pairs of --auth_file."""
+    if not path:
+        return None
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        parser.error(f"--auth_file {path} cannot be read ({error}); give a text file with a name:password a line")
+        stop(f"--auth_file {path} cannot be read ({error}).")
     users = [tuple(line.split(":", 1)) for line in lines if line and not line.startswith("#")]
     if not users or any(len(user) != 2 or not all(user) for user in users):
-        parser.error(f"--auth_file {path} must have a name:password on every line, and at least one")
+        stop(f"--auth_file {path} must have one name:password per line.")
     return users
 
 
@@ -148,7 +150,7 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
 # Copied from llava_orpo_training.MAIN_PROCESS
-MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # of several under torchrun, the one that prints and writes
+MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # of several processes, the one that prints and writes
 
 
 # Copied from llava_orpo_training.console
@@ -158,7 +160,7 @@ MAX_FILE = 20  # megabytes of a picture's file
 
 
 # Copied from llava_gradio_lora_host.MAX_PIXELS
-MAX_PIXELS = 50_000_000  # of a picture; the model sees at most 1,008 x 336 or 672 x 672 of them
+MAX_PIXELS = 50_000_000  # of a picture, of which the model sees at most 1,008 x 336 or 672 x 672
 
 
 # Copied from llava_gradio_lora_host.MAX_QUESTION
@@ -177,8 +179,8 @@ def stop(message: str, code: int = 2) -> NoReturn:
 
 # Copied from llava_orpo_training.load_image
 def load_image(source: str | Path | bytes) -> Image.Image:
-    """Open a picture from a path or from a file's bytes: upright (EXIF), RGB, what is transparent on white; of several
-    frames the first. Raises OSError if it is none."""
+    """Open a picture from a path or from a file's bytes, turned upright (EXIF) and in RGB, with white where it is
+    transparent. Raises OSError if it is not a picture."""
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
         if image.mode[0] in "IF":  # 16 or 32 bits a pixel, of which convert() would clip all above 255
@@ -189,28 +191,25 @@ def load_image(source: str | Path | bytes) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except Exception as error:  # a broken file makes Pillow's parsers raise almost anything
+    except Exception as error:  # Pillow's parsers raise almost anything on a broken file
         raise OSError(str(error)) from error
 
 
 # Copied from llava_orpo_training.build_prompt
 def build_prompt(processor, question: str, image_size: tuple[int, int]) -> list[int]:
-    """Token ids of LLaVA-1.6's prompt, BOS first: `[INST] <image>\\n{question} [/INST]`, or Vicuna's where the processor's
-    chat template is Vicuna's.
+    """Return the token ids of LLaVA-1.6's prompt, which is `[INST] <image>\\n{question} [/INST]` after BOS, or Vicuna's form
+    where the processor's chat template is Vicuna's.
 
-    `image_size` is the picture's (width, height) in pixels: it decides how many image tokens stand for it. The text on
-    either side of them is tokenized by itself, as the original code does, and the question as plain text: `<image>` or
-    `</s>` inside it are no special tokens.
+    `image_size` is the picture's (width, height) in pixels, on which the number of image tokens depends. As in the original
+    code, the text before and after them is tokenized separately. A `<image>` or `</s>` inside the question is plain text.
     """
     tokenizer = processor.tokenizer
-    height_width = (image_size[1], image_size[0])
-    num_image_tokens = processor._get_num_multimodal_tokens(image_sizes=[height_width])["num_image_tokens"][0]
+    width, height = image_size
+    num_image_tokens = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"][0]
     before, after = "[INST] ", " [/INST]"
     if "[INST]" not in (processor.chat_template or before):
-        before = (
-            "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
-            "detailed, and polite answers to the human's questions. USER: "
-        )
+        before = "A chat between a curious human and an artificial intelligence assistant. "
+        before += "The assistant gives helpful, detailed, and polite answers to the human's questions. USER: "
         after = " ASSISTANT:"
     head = tokenizer(before, add_special_tokens=False).input_ids
     tail = tokenizer(f"\n{question}{after}", add_special_tokens=False, split_special_tokens=True).input_ids
@@ -324,30 +323,22 @@ def show_picture(data: bytes) -> bytes:
 
 # Copied from llava_gradio_lora_host.check_question
 def check_question(question: str) -> str:
-    """The question as the model is asked it. Raises Refused with a sentence for its user."""
-    if not isinstance(question, str) or not any(unicodedata.category(c)[0] in "LNPS" for c in question):
-        raise Refused("There is no question yet: type one, or take one of those below the field.")
+    """Return the question as the model is asked it; an empty one asks for a description. Raises gr.Error if it is too long."""
     if len(question) > MAX_QUESTION:
-        raise Refused(f"This question has {len(question):,} characters; it may have {MAX_QUESTION:,}.")
-    question = "".join(c for c in question.strip() if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
-    return re.sub(
-        r"\[\s*(/?)\s*INST\s*\]", r"(\1INST)", question
-    )  # Mistral's own marks, which are plain text to a tokenizer
+        refuse(f"The question has {len(question):,} characters; {MAX_QUESTION:,} are allowed.")
+    return question.strip() or QUESTIONS[0]
 
 
 # Copied from llava_gradio_lora_host.build_chat
-def build_chat(
-    processor, image_size: tuple[int, int], question: str, earlier: list[tuple[str, list[int]]]
-) -> list[int]:
-    """Token ids of a prompt that goes on from `earlier` (question, answer's tokens) turns about the same picture."""
-    tokenizer = processor.tokenizer
-    if not earlier:
-        return build_prompt(processor, question, image_size)
+def build_chat(processor, image_size: tuple[int, int], turns: list) -> list[int]:
+    """Return the token ids of a prompt that goes on from earlier turns about the same picture, whose answers end in `</s>`.
+    `turns` are (question, answer), and the last answer is None."""
     pattern = "[INST] {} [/INST]" if "[INST]" in (processor.chat_template or "[INST]") else "USER: {} ASSISTANT:"
-    ids = build_prompt(processor, earlier[0][0], image_size)
-    for (_, tokens), asked in zip(earlier, [*[asked for asked, _ in earlier[1:]], question], strict=True):
-        ids += tokens if tokens and tokens[-1] == tokenizer.eos_token_id else [*tokens, tokenizer.eos_token_id]
-        ids += tokenizer(pattern.format(asked), add_special_tokens=False, split_special_tokens=True).input_ids
+    encode = partial(processor.tokenizer, add_special_tokens=False, split_special_tokens=True)
+    ids = build_prompt(processor, turns[0][0], image_size)
+    for (_, answer), (question, _) in zip(turns, turns[1:], strict=False):
+        ids += encode(answer).input_ids + [processor.tokenizer.eos_token_id]
+        ids += encode(pattern.format(question)).input_ids
     return ids
 
 
@@ -365,14 +356,16 @@ class Answer:
 
 # Copied from llava_gradio_lora_host.OBJECTS
 OBJECTS = set(
-    """person man woman child boy girl baby people bicycle car motorcycle airplane bus train truck boat bench bird cat dog
-    horse sheep cow elephant bear zebra giraffe backpack umbrella handbag tie suitcase frisbee skis snowboard ball kite bat
-    glove skateboard surfboard racket bottle glass cup mug fork knife spoon bowl banana apple sandwich broccoli carrot
-    pizza donut cake chair couch plant bed table toilet tv television laptop mouse remote keyboard phone microwave oven
-    toaster sink refrigerator book clock vase scissors bear hairdryer toothbrush lamp bucket house tent tree flower mushroom
-    fish star moon sun cloud sky grass beach mountain building window door hat shoe shirt plate napkin candle basket sign
-    """.split()
-)
+    """person man woman child boy girl baby bicycle bike car motorcycle airplane plane bus train truck boat ship bench bird
+    cat dog horse sheep cow elephant bear zebra giraffe animal backpack bag umbrella handbag tie suitcase frisbee ski
+    snowboard ball kite bat glove skateboard surfboard racket bottle glass cup mug fork knife spoon bowl banana apple
+    sandwich orange broccoli carrot pizza donut cake food fruit chair couch sofa plant bed table toilet tv television
+    laptop computer mouse remote keyboard phone microwave oven toaster sink refrigerator book clock vase scissors toothbrush
+    lamp light bucket house tent tree flower mushroom fish star moon sun cloud sky grass sand beach water river lake sea
+    mountain hill road street sidewalk bridge building tower door window wall fence sign pole curtain carpet mirror picture
+    painting candle basket box plate napkin towel pillow hat cap helmet shoe shirt dress jacket glasses watch camera flag
+    balloon statue leaf rock stairs shelf desk stove pot pan""".split()
+) - {"picture", "orange"}  # fmt: skip
 
 
 # Copied from llava_gradio_lora_host.choose_nouns
@@ -826,24 +819,23 @@ TALK = jinja2.Template(
 
 # Copied from llava_gradio_lora_host.CSS
 CSS = """
-.talk { display: grid; gap: 0 1.6em; color: var(--body-text-color) }
-.talk.two { grid-template-columns: 1fr 1fr }
-.talk .side { display: none; margin: .6em .2em 0; font-size: .82rem; font-weight: 600 }
-@media (max-width: 600px) {
-  .talk.two { grid-template-columns: 1fr } .talk.two h3 { display: none } .talk.two .side { display: block }
-}
-.talk h3 { margin: 0 0 .6em; font-size: 1rem }
-.talk .question { grid-column: 1 / -1; background: var(--background-fill-secondary); border-radius: 8px; margin: 0;
-  padding: .5em .8em; white-space: pre-wrap; overflow-wrap: anywhere }
-.talk .answer { font-size: 1.06rem; line-height: 1.55; margin: .6em .2em; min-height: 1.6em; white-space: pre-wrap;
-  overflow-wrap: anywhere }
-.talk .cost, .talk .empty, .status { opacity: .72; font-size: .82rem; margin: 0 0 1.6em; overflow-wrap: anywhere }
-.legend { font-size: .85rem; margin: 0; color: var(--body-text-color) }
-.talk mark, .legend mark { background: #ffe08a; color: #222; border-radius: 3px; padding: .05em 0 }
-.talk u, .legend u { color: inherit; text-decoration: underline wavy #d33 1.5px; text-underline-offset: 3px }
-.notice { background: #fdecea; color: #8a1f11; border: 1px solid #f5c2bb; border-radius: 8px; padding: .6em .9em; margin: 0 }
-#examples .gallery-item { height: 92px } #examples .gallery-item * { height: 100%; object-fit: contain }
-footer .divider { display: none }
+#picture img { width: 100%; height: 100%; object-fit: contain }
+#question button { background: var(--button-primary-background-fill); color: var(--button-primary-text-color) }
+#examples .gallery-item { height: 90px } #examples .gallery-item * { height: 100%; object-fit: contain }
+#answers article { display: flex; flex-wrap: wrap; gap: .3em 1.5em; padding: .6em 0; margin-bottom: .5em;
+  border-bottom: 1px solid var(--border-color-primary) }
+#answers h3, #answers aside { flex-basis: 100% } #answers section { flex: 1 1 260px }
+#answers h3 { display: flex; gap: .6em; align-items: center; margin: 0; font-size: 1rem; font-weight: 500 }
+#answers h3 img { width: 44px; height: 44px; object-fit: contain }
+#answers span, #answers p { white-space: pre-wrap; overflow-wrap: anywhere }
+#answers h4 { margin: 0; font-size: .9rem }
+#answers p { margin: .2em 0 .3em; font-size: 1.05rem; line-height: 1.7 }
+#answers h4, #answers small, #answers aside, #answers .empty { color: var(--body-text-color); opacity: .75 }
+#answers button { all: unset; margin-left: .6em; text-decoration: underline; cursor: pointer }
+#answers mark { background: #ffdf80; color: #222; border-radius: 3px; padding: .1em 0; box-decoration-break: clone }
+.dark #answers mark { background: #7a5c00; color: #fff }
+#answers u { text-decoration: underline wavy #e33 1.5px; text-underline-offset: 3px }
+@media (min-width: 700px) { #left { position: sticky; top: 1em } }
 """
 
 
@@ -860,8 +852,7 @@ DOWNLOAD = """(file) => {
 
 
 # Copied from llava_gradio_lora_host.QUESTIONS
-QUESTIONS = ["Describe this image.", "Name everything you can see in this image.", "Is there a chair in this image?",
-             "Is there a person in this image?"]  # fmt: skip
+QUESTIONS = ["Describe this image.", "Name everything you can see in this image.", "Is there a chair in this image?"]
 
 
 # Copied from llava_gradio_lora_host.EXAMPLES
@@ -870,8 +861,8 @@ EXAMPLES = [16, 6, 34, 19, 3, 5]  # of the miniature's pictures
 
 # Copied from llava_gradio_lora_host.split_words
 def split_words(text: str) -> list[str]:
-    """The text in words and what is between them."""
-    return re.findall(r"\w+(?:-\w+)*|[^\w]+", text)
+    """Return the text in words and what is between them."""
+    return re.findall(r"\w+(?:[-'’]\w+)*|\W+", text)
 
 
 # Copied from llava_gradio_lora_host.find_differences
@@ -977,235 +968,63 @@ def pack_pair(image: Image.Image, titles: dict[bool, str], turn: dict, settings:
 
 
 # Copied from llava_gradio_lora_host.build_page
-def build_page(host, args) -> gr.Blocks:
-    """The page and its API."""
-    titles, views, both = host.titles, list(host.views), len(host.titles) == 2
+def build_page(engine, about: str, max_new_tokens: int, remember: bool, users: int, queue_size: int) -> gr.Blocks:
+    """Return the page and its API over an engine, which has `models` (their names) and `stream` (see Engine).
 
-    def show_notice(sentence: str):
-        return gr.HTML(
-            sentence and f'<p class="notice" role="alert">{jinja2.filters.escape(sentence)}</p>', visible=bool(sentence)
-        )
-
-    decoders = asyncio.Semaphore(2)  # large pictures take memory
-
-    async def decode(function: Callable, *arguments):
-        async with decoders:
-            return await asyncio.to_thread(function, *arguments)
-
-    async def converse(replaced, data, question, turns, view, temperature, top_p, length, remember, request):
-        """A question from the page, whose answer may take the last one's place: yields what changes on the page."""
-        sides = host.views[view]
-        turn = {
-            "question": (question or "").strip(),
-            "answers": {side: Answer(line="reading the picture …") for side in sides},
-        }
-
-        def show(running: bool, notice: str = "", asked: bool = True):
-            return {
-                talk: render_talk(titles, [*turns, turn] if asked else turns, sides),
-                state: turns,
-                notices: show_notice(notice),
-                send: gr.Button(visible=not running),
-                halt: gr.Button(visible=running),
-                again: gr.Button(interactive=not running and bool(turns)),
-                save: gr.Button(interactive=not running and bool(turns)),
-            }
-
-        clears, before = host.clears[request.session_hash], turns
-        if replaced:
-            turns = turns[:-1]
-        try:
-            picture, asked = await decode(host.prepare, data, question)
-            if turns and turns[-1]["digest"] != picture.digest:  # another picture, another conversation
-                turns = []
-            earlier = {side: [(old["asked"], old["answers"][side]) for old in turns if side in old["answers"]] if remember else []
-                       for side in sides}  # fmt: skip
-            prompts = await decode(host.write_prompts, picture, asked, earlier)
-            yield show(True) | {question_box: ""}
-            sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": int(length)}
-            async with aclosing(host.answer(picture, prompts, request.session_hash, True, **sampling)) as growing:
-                async for turn["answers"] in growing:
-                    if host.clears[request.session_hash] != clears:  # in the meantime
-                        yield blank(view)
-                        return
-                    yield show(True)
-            turns = [*turns, turn | {"asked": asked, "digest": picture.digest, "settings": sampling}]
-            await asyncio.to_thread(render_talk, titles, turns, sides)  # finds the differences, and remembers them
-            yield show(False, asked=False)
-        except Exception as error:
-            sentence = str(error)
-            if not isinstance(error, Refused):
-                console.print(f"a question failed: {type(error).__name__}: {error}", markup=False)
-                sentence = "This failed on the server, whose log says why; ask again."
-            turns = before
-            yield show(False, sentence, asked=False) | ({} if replaced else {question_box: question})
-
-    async def ask(data, question, turns, view, temperature, top_p, length, remember, request: gr.Request):
-        async with aclosing(
-            converse(False, data, question, turns, view, temperature, top_p, length, remember, request)
-        ) as updates:
-            async for update in updates:
-                yield update
-
-    async def regenerate(data, turns, view, temperature, top_p, length, remember, request: gr.Request):
-        question = turns[-1]["question"]  # the button is off without one
-        async with aclosing(
-            converse(True, data, question, turns, view, temperature, top_p, length, remember, request)
-        ) as updates:
-            async for update in updates:
-                yield update
-
-    async def receive(data):
-        """A picture from the user: checked, and handed back for the browser to keep."""
-        if not isinstance(data, Upload):
-            return {notices: show_notice("")}
-        try:
-            await decode(read_picture, data)
-            shown = await decode(show_picture, data)
-            return {photo: shown, notices: show_notice("")}
-        except Refused as error:
-            return {photo: None, notices: show_notice(str(error))}
-
-    def blank(view) -> dict:
-        """The page without a conversation."""
-        return {
-            question_box: "", state: [], talk: render_talk(titles, [], host.views[view]), notices: show_notice(""),
-            send: gr.Button(visible=True), halt: gr.Button(visible=False),
-            again: gr.Button(interactive=False), save: gr.Button(interactive=False),
-        }  # fmt: skip
-
-    def clear(view, request: gr.Request):
-        host.clears[request.session_hash] += 1
-        host.forget(request.session_hash)
-        return blank(view) | {photo: None}
-
-    def stop_session(request: gr.Request):
-        host.stop_session(request.session_hash)
-
-    def leave(request: gr.Request):
-        host.forget(request.session_hash)
-        host.clears.pop(request.session_hash, None)
-
-    def pack(data, turns):
-        image = load_image(data) if data and turns else None
-        if image is None or zlib.crc32(image.tobytes()) != turns[-1]["digest"]:
-            return "", show_notice("The last answer is about another picture; put that one back, or ask again.")
-        return pack_pair(image, titles, turns[-1], host.settings | turns[-1]["settings"]), show_notice("")
-
-    async def answer_api(image, question: str, adapter: bool, temperature: float, top_p: float, max_new_tokens: int):
-        """Ask a question about a picture; streams the answer as it grows, each message the whole text so far."""
-        try:
-            side = bool(adapter) if both else next(iter(titles))
-            numbers = all(isinstance(value, int | float) for value in (temperature, top_p, max_new_tokens))
-            if (
-                not numbers
-                or not 0 <= temperature <= 2
-                or not 0 < top_p <= 1
-                or not 0 < max_new_tokens <= args.max_new_tokens
-            ):
-                raise Refused("temperature must be from 0 to 2, top_p above 0 and up to 1, max_new_tokens from 1 to "
-                                 f"{args.max_new_tokens:,}.")  # fmt: skip
-            picture, asked = await decode(host.prepare, image, question)
-            prompts = await decode(host.write_prompts, picture, asked, {side: []})
-            sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": int(max_new_tokens)}
-            async with aclosing(host.answer(picture, prompts, "", False, **sampling)) as growing:
-                async for answers in growing:
-                    yield answers[side].text
-        except Refused as error:
-            raise gr.Error(str(error), print_exception=False) from error
-
-    with gr.Blocks(title="LLaVA, aligned", analytics_enabled=False) as page:
-        state = gr.State([], time_to_live=3600)
-        gr.Markdown(host.headline)
-        if args.test_mode:
-            gr.HTML(
-                '<p class="legend">This is the miniature: it knows drawn scenes like the examples, and nothing else.</p>'
-            )
+    `about` is the line below the title, `remember` whether follow-up questions see the conversation at first, and `users`
+    how many questions are answered at once, while `queue_size` more wait.
+    """
+    models, drawn = engine.models, sorted((MINIATURE / "amber" / "image").glob("*.webp"))
+    with gr.Blocks(title="LLaVA-1.6, before and after alignment", delete_cache=(60, 3600)) as page:
+        gr.Markdown(f"## LLaVA-1.6, before and after alignment\n{about}")
+        turns = gr.State([], time_to_live=3600)
         with gr.Row():
-            with gr.Column(scale=2, min_width=300):
-                photo = InlinePicture(label="Picture", sources=["upload", "clipboard", "webcam"], height=340,
-                                      elem_id="picture", buttons=["fullscreen"])  # fmt: skip
-                paths = sorted((MINIATURE / "amber" / "image").glob("*.webp"))
-                with gr.Column(elem_id="examples"):
-                    examples = gr.Examples([[str(paths[number])] for number in EXAMPLES], photo, label="Examples")
-                with gr.Accordion("Settings", open=False):
-                    view = gr.Radio(views, value=views[0], label="Answers", visible=len(views) > 1)
-                    temperature = gr.Slider(0, 2, args.temperature, step=0.05, label="Temperature",
-                                            info="0 takes the likeliest token")  # fmt: skip
-                    top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p",
-                                      info="draw from the likeliest tokens that sum to this")  # fmt: skip
-                    length = gr.Slider(1, args.max_new_tokens, min(512, args.max_new_tokens), step=1, label="Answer length",
-                                       info="tokens, at most")  # fmt: skip
-                    remember = gr.Checkbox(not args.test_mode, label="Follow-ups see the conversation so far")
-            with gr.Column(scale=5):
-                question_box = gr.Textbox(label="Question", placeholder="Ask about the picture …", max_lines=6,
-                                          elem_id="question", autofocus=True)  # fmt: skip
-                with gr.Row():
-                    send = gr.Button("Ask", variant="primary", elem_id="send")
-                    halt = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
-                    again = gr.Button("Regenerate", interactive=False, elem_id="again")
-                    save = gr.Button("Save pair" if both else "Save", interactive=False, elem_id="save")
-                    reset = gr.Button("Clear", elem_id="clear")
-                gr.Examples([[question] for question in QUESTIONS], question_box, label="Questions to try")
-                notices = gr.HTML("", visible=False, elem_id="notices")
-                talk = gr.HTML(render_talk(titles, [], host.views[views[0]]), elem_id="talk")
-                checker = jinja2.filters.escape(host.checker)
-                differs = "<mark>word</mark> differs from the other answer &nbsp; " if both else ""
-                gr.HTML(f'<p class="legend">{differs}<u>object</u> {checker} (which can be wrong)</p>')  # fmt: skip
-                gr.HTML(f'<p class="status">{args.max_num_seqs} answers are generated at a time; {args.queue_size} more '
-                        "may wait. Pictures are not kept on the server.</p>")  # fmt: skip
-        packed = gr.Textbox(visible=False)
-        settings = [view, temperature, top_p, length, remember]
-        changed = [talk, state, notices, send, halt, again, save, question_box]
-        private = {"api_visibility": "private"}
-        slow = {"concurrency_limit": None, "show_progress": "hidden"}  # the engine says who waits
-        gr.on(
-            [send.click, question_box.submit],
-            ask,
-            [photo, question_box, state, *settings],
-            changed,
-            **private,
-            **slow,
-        )
-        again.click(regenerate, [photo, state, *settings], changed, **private, **slow)
-        fast = {"queue": False, "show_progress": "hidden"}
-        halt.click(stop_session, **private, **fast)
-        reset.click(clear, view, [photo, *changed], **private, **fast)
-        examples.dataset.click(lambda: show_notice(""), None, notices, **private, **fast)
-        photo.input(receive, photo, [photo, notices], **private, **fast)
-        view.change(
-            lambda view, turns: render_talk(titles, turns, host.views[view]), [view, state], talk, **private, **fast
-        )
-        made = save.click(pack, [photo, state], [packed, notices], **private, **fast)
-        made.then(None, packed, None, js=DOWNLOAD, **private)
-        page.unload(leave)
-        api_inputs = [InlinePicture(label="image", visible=False), gr.Textbox(label="question", visible=False),
-                      gr.Checkbox(True, label="adapter", visible=False), gr.Number(args.temperature, label="temperature", visible=False),
-                      gr.Number(1, label="top_p", visible=False),
-                      gr.Number(args.max_new_tokens, precision=0, label="max_new_tokens", visible=False)]  # fmt: skip
-        gr.Button(visible=False).click(
-            answer_api, api_inputs, gr.Textbox(label="answer", visible=False), api_name="answer", **slow
-        )
-    return page
+            with gr.Column(scale=2, min_width=280, elem_id="left"):
+                picture = Picture(label="Picture", height=240, elem_id="picture", buttons=["fullscreen"])
+            with gr.Column(scale=5, min_width=280):
+                box = gr.Textbox(
+                    placeholder="Ask about the picture, or press Ask for a description", show_label=False, elem_id="question",
+                    submit_btn="Ask", max_lines=6, max_length=MAX_QUESTION, autofocus=True,
+                )  # fmt: skip
+                shown = gr.HTML(render_turns([], models[0]), elem_id="answers", js_on_load=COPY)
+        with gr.Row():
+            pictures = [[str(drawn[number])] for number in (16, 6, 34, 19, 3, 5)]
+            gr.Examples(pictures, picture, label="Pictures to try", elem_id="examples")
+            gr.Examples([[question] for question in QUESTIONS], box, label="Questions to try")
+        with gr.Accordion("Settings", open=False):
+            chosen = gr.CheckboxGroup(models, value=models[:2], label="Models that answer", visible=len(models) > 1)
+            temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0 always takes the likeliest token")
+            top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="draw from the likeliest tokens of this sum")
+            length = gr.Slider(1, max_new_tokens, min(512, max_new_tokens), step=1, label="Longest answer, in tokens")
+            remember = gr.Checkbox(remember, label="Follow-up questions see the conversation about the picture")
+            check = gr.Checkbox(True, label=f"Ask {models[0]} about the named objects and underline those it denies")
+        clear = gr.Button("Clear the answers", size="sm")
+        gr.Markdown("<small>Uploaded pictures stay on the server for an hour at most.</small>")
+        changed, quick = [box, turns, shown], {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        limit = {"concurrency_id": "answers", "concurrency_limit": users}
+        settings = [chosen, temperature, top_p, length, remember, check]
+        asked = box.submit(partial(ask, engine), [picture, box, turns, *settings], changed, show_progress="minimal",
+                           show_progress_on=shown, api_visibility="private", **limit)  # fmt: skip
+        box.stop(partial(settle, engine), turns, changed, cancels=asked, **quick)
+        clear.click(partial(settle, engine), gr.State([]), changed, cancels=asked, **quick)
+        quick |= {"queue": True, "concurrency_limit": None}  # a sentence is shown only from the queue
+        picture.change(take_picture, [picture, turns], picture, **quick)
+        gr.api(make_api(engine), api_name="answer", **limit)
+    return page.queue(max_size=queue_size)
 
 
 # Copied from llava_gradio_lora_host.launch_page
-def launch_page(page: gr.Blocks, args, port: int | None) -> None:
-    """Let the page listen, in threads of its own. Raises OSError if the address or the port cannot be had."""
-
-    def sweep() -> None:
-        while True:
-            time.sleep(5)
-            sweep_uploads()
-
-    threading.Thread(target=sweep, daemon=True, name="sweeper").start()
-    page.launch(
-        server_name=args.host, server_port=port, share=args.share, auth=args.users, max_file_size=MAX_FILE * 10**6,
-        show_error=True, run_history=False, ssr_mode=False, enable_monitoring=False, quiet=True, footer_links=["api"],
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]), css=CSS,
-        app_kwargs={"middleware": [Middleware(Gate)]}, prevent_thread_lock=True,
-        max_threads=args.max_num_seqs + args.queue_size + 8,  # Gradio serves no more events than that at once
-    )  # fmt: skip
+def launch_page(page: gr.Blocks, host="127.0.0.1", port=None, share=False, users=None) -> None:
+    """Let the page listen in threads of its own. Stops if the address or the port cannot be had."""
+    try:
+        page.launch(
+            server_name=host, server_port=port, share=share, auth=users, max_file_size=MAX_MEGABYTES * 10**6, css=CSS,
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]), footer_links=["api"],
+            run_history=False, ssr_mode=False, show_error=True, quiet=True, prevent_thread_lock=True,
+        )  # fmt: skip
+    except OSError as error:
+        stop(f"--host {host} --port {port} cannot be listened on ({error}).")
+    print(f"The page is at {page.share_url or page.local_url} (Ctrl+C ends it)")
 
 
 # Copied from llava_gradio_lora_host.check_port
