@@ -228,24 +228,13 @@ NO_OBJECTS = set(
 
 # Copied from llava_amber_validation_benchmark_with_lora.find_nouns
 def find_nouns(kind: str, vocabulary: set[str] | None) -> Callable[[str], list[tuple[str, str]]]:
-    """A function from a text to its nouns in the vocabulary, in order: (as written, as in the vocabulary).
+    """Return a function from a text to its nouns in the vocabulary, in order: (as written, as in the vocabulary).
 
     `nltk` is AMBER's way: tokens tagged NN*, their WordNet lemma; without a vocabulary, those that WordNet files as things
     to be seen. `vocabulary` looks words and regular plurals up.
     """
     if kind == "vocabulary":
-        plurals = {"child": "children", "mouse": "mice", "goose": "geese"}
-        endings = [
-            (r"man$", "men"),
-            (r"(?<=[lra])f$|(?<=i)fe$", "ves"),
-            (r"([^aeiou])y$", r"\1ies"),
-            (r"([sxzo]|[cs]h)$", r"\1es"),
-            (r"$", "s"),
-        ]
-        for word in vocabulary - plurals.keys():
-            plurals[word] = next(re.sub(ending, plural, word) for ending, plural in endings if re.search(ending, word))
-        forms = {plurals[word]: word for word in vocabulary} | {word: word for word in vocabulary}
-        return lambda text: [(word, forms[word]) for word in re.findall(r"\w+(?:-\w+)*", text) if word in forms]
+        return look_up_nouns(vocabulary)
     try:
         import nltk
 
@@ -253,16 +242,14 @@ def find_nouns(kind: str, vocabulary: set[str] | None) -> Callable[[str], list[t
         nltk.corpus.reader.wordnet.WordNetCorpusReader.map_wn = lambda *_: None
         lemmatizer = nltk.stem.WordNetLemmatizer()
 
-        def tag_nouns(text: str) -> list[tuple[str, str]]:
-            tagged = nltk.pos_tag(nltk.word_tokenize(text))
-            nouns = [(word, lemmatizer.lemmatize(word)) for word, tag in tagged if tag.startswith("NN")]
-            if vocabulary is not None:
-                return [(word, lemma) for word, lemma in nouns if lemma in vocabulary]
-            return [(word, lemma) for word, lemma in nouns if is_thing(lemma)]
-
         def is_thing(lemma: str) -> bool:
             senses = nltk.corpus.wordnet.synsets(lemma, "n")[:2]
             return lemma not in NO_OBJECTS and any(sense.lexname() in THINGS for sense in senses)
+
+        def tag_nouns(text: str) -> list[tuple[str, str]]:
+            tagged = nltk.pos_tag(nltk.word_tokenize(text))
+            nouns = [(word, lemmatizer.lemmatize(word)) for word, tag in tagged if tag.startswith("NN")]
+            return [(word, lemma) for word, lemma in nouns if (lemma in vocabulary if vocabulary else is_thing(lemma))]
 
         tag_nouns("Two dogs.")
         return tag_nouns
@@ -270,7 +257,7 @@ def find_nouns(kind: str, vocabulary: set[str] | None) -> Callable[[str], list[t
         stop("--nouns nltk needs NLTK: pip install -r requirements/eval.txt")
     except LookupError:
         stop("--nouns nltk needs NLTK's data: python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet "
-             "(or, without them and not official, --nouns vocabulary)")  # fmt: skip
+             "(without them, --nouns vocabulary gives figures that are not official)")  # fmt: skip
 
 
 # Copied from llava_gradio_lora_host.Refused

@@ -512,7 +512,8 @@ def merge_adapter(model, processor, lora_path: str, weights: str):
 
 # Copied from llava_amber_validation_benchmark_with_lora.digest_checkpoint
 def digest_checkpoint(path: str) -> str:
-    """Identity of a checkpoint: SHA-256 over its JSON files, tokenizer and 64 slices of each weight file; a hub id's commit."""
+    """Return a checkpoint's identity: SHA-256 over its JSON files, tokenizer and 64 slices of each weight file, or a hub
+    id's commit."""
     folder = Path(path)
     if not folder.is_dir():
         from huggingface_hub import hf_hub_download
