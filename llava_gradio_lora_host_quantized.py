@@ -169,22 +169,19 @@ def load_image(source: str | Path | bytes) -> Image.Image:
 
 # Copied from llava_orpo_training.build_prompt
 def build_prompt(processor, question: str, image_size: tuple[int, int]) -> list[int]:
-    """Return the token ids of LLaVA-1.6's prompt, BOS first: `[INST] <image>\\n{question} [/INST]`, or Vicuna's form where
-    the processor's chat template is Vicuna's.
+    """Return the token ids of LLaVA-1.6's prompt, which is `[INST] <image>\\n{question} [/INST]` after BOS, or Vicuna's form
+    where the processor's chat template is Vicuna's.
 
-    `image_size` is the picture's (width, height) in pixels, which decides how many image tokens stand for it. The text
-    before and after them is tokenized separately, as in the original code, and the question as plain text, so that
-    `<image>` or `</s>` inside it are not special tokens.
+    `image_size` is the picture's (width, height) in pixels, on which the number of image tokens depends. As in the original
+    code, the text before and after them is tokenized separately. A `<image>` or `</s>` inside the question is plain text.
     """
     tokenizer = processor.tokenizer
     width, height = image_size
     num_image_tokens = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"][0]
     before, after = "[INST] ", " [/INST]"
     if "[INST]" not in (processor.chat_template or before):
-        before = (
-            "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
-            "detailed, and polite answers to the human's questions. USER: "
-        )
+        before = "A chat between a curious human and an artificial intelligence assistant. "
+        before += "The assistant gives helpful, detailed, and polite answers to the human's questions. USER: "
         after = " ASSISTANT:"
     head = tokenizer(before, add_special_tokens=False).input_ids
     tail = tokenizer(f"\n{question}{after}", add_special_tokens=False, split_special_tokens=True).input_ids
@@ -730,12 +727,15 @@ async def grow_answers(engine, turn: dict, image: Image.Image, conversations: di
     finished = asyncio.gather(*tasks)
     finished.add_done_callback(lambda _: changed.set())
     try:
-        while not finished.done():
-            await changed.wait()
+        while not finished.done() and not turn["done"]:  # which a new picture sets
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await changed.wait()
             changed.clear()
             yield
             await asyncio.sleep(0.05)  # a page that is drawn more often only gets slower
-        await finished
+        if finished.done():
+            await finished
     finally:  # also when the user stops or leaves
         for task in tasks:
             task.cancel()
@@ -777,7 +777,7 @@ async def ask(engine, path, question, turns, models, temperature, top_p, length,
         async with aclosing(grow_answers(engine, turn, image, conversations, *sampling)) as growing:
             async for _ in growing:
                 yield gr.skip(), turns, render_turns(turns, judge)
-        turn["done"] = True
+        check, turn["done"] = check and not turn["done"], True
         yield gr.skip(), turns, render_turns(turns, judge)
         objects = {name for answer in turn["answers"].values() for name in find_objects(answer).values()}
         if check and objects:
@@ -808,13 +808,14 @@ class Picture(gr.Image):
 
 
 # Copied from llava_gradio_lora_host.take_picture
-def take_picture(engine, path, turns):
-    """Look at a new picture; one that cannot be used is put aside with a sentence."""
+def take_picture(path, turns):
+    """Look at a new picture: one that cannot be used is put aside with a sentence, and answers about another one end."""
+    for turn in turns:
+        turn["done"] = turn["done"] or turn["path"] != path
     try:
-        return gr.skip() if not path or open_picture(path) else None, *settle(engine, turns)
+        return gr.skip() if not path or open_picture(path) else None
     except gr.Error as error:
         gr.Warning(error.message)
-        return None, *settle(engine, turns)
 
 
 # Copied from llava_gradio_lora_host.make_api
@@ -885,7 +886,7 @@ def build_page(engine, about: str, max_new_tokens: int, remember: bool, users: i
         box.stop(partial(settle, engine), turns, changed, cancels=asked, **quick)
         clear.click(partial(settle, engine), gr.State([]), changed, cancels=asked, **quick)
         quick |= {"queue": True, "concurrency_limit": None}  # a sentence is shown only from the queue
-        picture.change(partial(take_picture, engine), [picture, turns], [picture, *changed], cancels=asked, **quick)
+        picture.change(take_picture, [picture, turns], picture, **quick)
         gr.api(make_api(engine), api_name="answer", **limit)
     return page.queue(max_size=queue_size)
 
