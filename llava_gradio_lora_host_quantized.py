@@ -122,7 +122,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from itertools import groupby
 from types import SimpleNamespace
@@ -133,6 +133,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr
+import gradio.component_meta
 import jinja2
 import numpy as np
 import openai
@@ -394,11 +395,16 @@ def write_messages(image: Image.Image, turns: list) -> list[dict]:
     return messages
 
 
-def find_prompt(url: str, post) -> dict:
+def find_prompt(client: openai.OpenAI, url: str, model: str) -> dict:
     """Return what a request must carry so that its prompt is the trained one, token for token. Stops if nothing helps.
 
-    `post(**fields)` asks the server's /tokenize. What is compared are two questions with an answer between them.
+    Compared are the token ids of two questions with an answer between them, which the server's /tokenize gives, with those
+    of build_chat.
     """
+
+    def post(**fields) -> dict:
+        return client.post(f"{url}/tokenize", cast_to=object, body={"model": model} | fields)
+
     turns = [("Describe this image.", "The image shows a tree."), ("Is there a cup?", None)]
     messages = write_messages(Image.new("RGB", (64, 64)), turns)
     try:
@@ -412,14 +418,12 @@ def find_prompt(url: str, post) -> dict:
             ids = post(messages=messages, **extra)["tokens"]
         except openai.BadRequestError:  # a server of somebody else's trusts no template of ours
             continue
-        if [
-            token for n, token in enumerate(ids) if token != processor.image_token_id or token not in ids[:n]
-        ] == wanted:
+        if [i for n, i in enumerate(ids) if i != processor.image_token_id or i not in ids[:n]] == wanted:
             return extra
     way = "serve what llava_quantize_vllm.py --scheme BF16 makes of this model"
     if "INST" in shown:
         way = f"start it with --chat-template {shlex.quote(CHAT_TEMPLATE)}"
-    stop(f"{url} does not give the model the prompt that it was trained with; {way}.")
+    stop(f"the server at {url} does not give the model the prompt that it was trained with; {way}.")
 
 
 def score_prompt(client: openai.OpenAI, model: str, extra: dict) -> list[float]:
@@ -434,21 +438,17 @@ def score_prompt(client: openai.OpenAI, model: str, extra: dict) -> list[float]:
     return [token["logprob"] for position in reply.prompt_logprobs[1:] for token in position.values()]
 
 
-def find_root(url: str) -> str:
-    """Return a server's address without `/v1`."""
-    return url.rstrip("/").removesuffix("/v1")
-
-
 class ServedModels:
     """The models that OpenAI-compatible servers list, each proved to get the trained prompt: what the page asks."""
 
     def __init__(self, urls: list[str]):
+        urls = [url.rstrip("/").removesuffix("/v1") for url in urls]
         key = os.environ.get("OPENAI_API_KEY") or "none"
         found = [(url, *model) for url in urls for model in self.list_models(url, key)]
         names = name_models([model for _, model, _, _ in found])
         if len({*names}) < len(names):  # the same model on two servers
             names = [f"{name} at {urlsplit(url).netloc}" for name, (url, *_) in zip(names, found, strict=True)]
-        clients = {url: openai.AsyncOpenAI(base_url=f"{find_root(url)}/v1", api_key=key, timeout=600) for url in urls}
+        clients = {url: openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, timeout=600) for url in urls}
         self.models = names  # the first one is asked about the objects that are named
         self.served = {name: (clients[url], *rest) for name, (url, *rest) in zip(names, found, strict=True)}
 
@@ -456,28 +456,25 @@ class ServedModels:
         """Return a server's models: (id, longest context in tokens, what a request must carry). Stops if one is unfit."""
         extras, models = {}, []
         try:
-            with openai.OpenAI(base_url=f"{find_root(url)}/v1", api_key=key, timeout=60) as client:
+            with openai.OpenAI(base_url=f"{url}/v1", api_key=key, timeout=60) as client:
                 for model in client.models.list().data:
                     parent = getattr(model, "parent", None)  # of an adapter: its base
                     if parent not in extras:
                         parent = None
-                        ask = partial(self.tokenize, client, find_root(url), model.id)
-                        extras[model.id] = find_prompt(f"--server_url {url}", ask)
+                        extras[model.id] = find_prompt(client, url, model.id)
                     elif score_prompt(client, model.id, extras[parent]) == score_prompt(client, parent, extras[parent]):
-                        stop(f"{url}: the adapter {model.id} changes nothing, so vLLM has not applied its weights.")
+                        stop(
+                            f"the server at {url} has an adapter, {model.id}, that changes nothing, so vLLM has not applied its weights."
+                        )
                     models.append(
                         (model.id, getattr(model, "max_model_len", None) or 2**20, extras[parent or model.id])
                     )
         except openai.AuthenticationError:
-            stop(f"--server_url {url} wants another key than the one in the environment's OPENAI_API_KEY.")
+            stop(f"the server at {url} wants another key than the one in the environment's OPENAI_API_KEY.")
         except Exception as error:  # whatever else listens there
             reason = f"{type(error).__name__}: {(str(error) or '?').splitlines()[0]}"
-            stop(f"--server_url {url} does not answer as vLLM's server does ({reason}); start it first.")
+            stop(f"the server at {url} does not answer as vLLM's server does ({reason}); start it first.")
         return models
-
-    @staticmethod
-    def tokenize(client: openai.OpenAI, root: str, model: str, **fields) -> dict:
-        return client.post(f"{root}/tokenize", cast_to=object, body={"model": model} | fields)
 
     async def stream(
         self, model: str, image: Image.Image, turns: list, temperature=0.0, top_p=1.0, max_new_tokens=1024
@@ -795,6 +792,9 @@ def settle(engine, turns):
     for turn in turns:
         turn["done"] = True
     return gr.Textbox(submit_btn="Ask", stop_btn=False), turns, render_turns(turns, engine.models[0])
+
+
+gradio.component_meta.create_or_modify_pyi = lambda *_: None  # it would write a .pyi file beside this script
 
 
 # Copied from llava_gradio_lora_host.Picture
