@@ -410,8 +410,8 @@ def find_prompt(client: openai.OpenAI, url: str, model: str) -> dict:
     try:
         shown = "".join(post(messages=messages, return_token_strs=True)["token_strs"])
     except openai.BadRequestError:  # no template at all
-        shown = "INST"
-    processor = ServerTokenizer(post, "[INST]" if "INST" in shown else shown)
+        shown = "[INST]"
+    processor = ServerTokenizer(post, shown)
     wanted = build_chat(processor, (64, 64), turns)
     for extra in ({}, {"add_special_tokens": True}, {"chat_template": CHAT_TEMPLATE}):
         try:
@@ -421,7 +421,7 @@ def find_prompt(client: openai.OpenAI, url: str, model: str) -> dict:
         if [i for n, i in enumerate(ids) if i != processor.image_token_id or i not in ids[:n]] == wanted:
             return extra
     way = "serve what llava_quantize_vllm.py --scheme BF16 makes of this model"
-    if "INST" in shown:
+    if "[INST]" in shown:
         way = f"start it with --chat-template {shlex.quote(CHAT_TEMPLATE)}"
     stop(f"the server at {url} does not give the model the prompt that it was trained with; {way}.")
 

@@ -1,12 +1,10 @@
-"""Serving over vLLM: every scheme loads and answers as in transformers; the page and the API over an engine in the process
-and over a server; 64 users at once; an engine that dies. vLLM runs in an environment of its own, .venv-vllm."""
+"""The page over vLLM: the prompt and the adapters are proved, answers are transformers' for many users at once, and nothing
+is left when the page ends or is killed. vLLM runs in an environment of its own, .venv-vllm."""
 
 import asyncio
-import base64
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,111 +12,191 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import httpx
-import openai
+import gradio as gr
+import jinja2
 import pytest
 import torch
 from conftest import MINIATURE, ROOT
+from gradio_client import Client, handle_file
 from playwright.sync_api import expect
-from test_host_page import ask, browser, give  # noqa: F401
+from test_host_page import SCREENSHOTS, browser, give  # noqa: F401
 
-UPLOADS = os.environ["GRADIO_TEMP_DIR"]  # of the first host, which test_host_page imports: two never share a process
 import llava_gradio_lora_host_quantized as serving
-
-os.environ["GRADIO_TEMP_DIR"] = UPLOADS
 from llava_orpo_training import build_prompt, generate_answers, load_image, load_llava
 
-SCRIPT = ROOT / "llava_gradio_lora_host_quantized.py"
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 PICTURES = sorted((MINIATURE / "amber" / "image").glob("*.webp"))
-CAPTION = "Describe this image."
+CAPTION, DENIAL = "Describe this image.", "Is there a cup in this image?"
+ENVIRONMENT = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
 needs_vllm = pytest.mark.skipif(
     not PYTHON.exists() and "CI" not in os.environ, reason="no .venv-vllm here: make test makes it"
 )
-SCREENSHOTS = os.environ.get("SCREENSHOTS")
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-def start(command, log, sentence, seconds=180):
-    """Start a process of .venv-vllm and wait until its log says that it serves."""
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+def start_page(flags, log):
+    """Start the page in .venv-vllm and wait until it is there: (process, address)."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [PYTHON, "llava_gradio_lora_host_quantized.py", *flags, "--port", port]
     with log.open("w") as file:
-        process = subprocess.Popen([str(PYTHON), *map(str, command)], stdout=file, stderr=file, env=environment, cwd=ROOT,
-                                   start_new_session=True)  # fmt: skip
-    deadline = time.monotonic() + seconds
-    while sentence not in log.read_text():
+        process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file, env=ENVIRONMENT, cwd=ROOT)
+    deadline = time.monotonic() + 300
+    while "The page is at" not in log.read_text():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.2)
-    return process
+        time.sleep(0.5)
+    return process, f"http://127.0.0.1:{port}"
 
 
-def end(process):
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(20)
+def find_child(process):
+    """The process group and the address of the page's own vLLM."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    lines = [subprocess.run(["ps", "-o", "args=", "-p", pid], capture_output=True, text=True).stdout for pid in found]
+    (pid, line), *_ = [(pid, line) for pid, line in zip(found, lines, strict=True) if "--served-model-name" in line]
+    return int(pid), f"http://127.0.0.1:{re.search('--port ([0-9]+)', line)[1]}"
 
 
-@pytest.fixture(scope="module")
-def whole(made, tmp_path_factory):
-    """The merged checkpoint, under a name that says that it is to be computed in float32."""
-    folder = tmp_path_factory.mktemp("float32") / "quantized_models" / "miniature-BF16"
-    shutil.copytree(made["BF16"], folder)
-    return folder
+def members(group):
+    return subprocess.run(["pgrep", "-g", str(group)], capture_output=True, text=True).stdout.split()
 
 
-@pytest.fixture(scope="module")
-def model_server(made, tmp_path_factory):
-    """`vllm serve` with the FP8 checkpoint: its address."""
-    port = free_port()
-    command = ["-m", "vllm.entrypoints.openai.api_server", "--model", made["FP8_DYNAMIC"], "--port", port, "--enforce-eager",
-               "--limit-mm-per-prompt", '{"image": 1}', "--api-key", "secret", "--skip-mm-profiling"]  # fmt: skip
-    os.environ["OPENAI_API_KEY"] = "secret"
-    process = start(command, tmp_path_factory.mktemp("logs") / "server.log", "Application startup complete")
-    yield f"http://127.0.0.1:{port}"
-    end(process)
-    del os.environ["OPENAI_API_KEY"]
+@pytest.fixture(scope="session")
+def served(tmp_path_factory):
+    """The page over base and adapter, in float32: (process, address)."""
+    flags = ["--model_path", MINIATURE / "model", "--lora_path", MINIATURE / "adapter", "--dtype", "float32"]
+    process, address = start_page(flags, tmp_path_factory.mktemp("logs") / "page.log")
+    yield process, address
+    process.terminate()
+    process.wait(30)
 
 
-@pytest.fixture(scope="module")
-def served(whole, model_server, tmp_path_factory):
-    """The page: the merged checkpoint in the process, FP8 on the server beside it. (process, address, log)"""
-    port, log = free_port(), tmp_path_factory.mktemp("logs") / "page.log"
-    command = [SCRIPT, "--model_path", whole, "--server_url", model_server, "--port", port, "--max_num_seqs", "16",
-               "--dtype", "float32"]  # fmt: skip
-    process = start(command, log, "Ctrl+C ends it")
-    yield process, f"http://127.0.0.1:{port}", log
-    end(process)
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def wanted():
-    """What transformers answers, base + adapter, float32."""
-    model, processor = load_llava(str(MINIATURE / "model"), str(MINIATURE / "adapter"))
-    images = [load_image(picture) for picture in PICTURES]
-    captions = generate_answers(model, processor, images[:32], [CAPTION] * 32, 60)
-    denials = generate_answers(model, processor, images[:32], ["Is there a cup in this image?"] * 32, 60)
-    return {CAPTION: captions, "Is there a cup in this image?": denials}
+    """What transformers answers about the first 24 pictures: {(model, question): answers}."""
+    model, processor = load_llava(str(MINIATURE / "model"), str(MINIATURE / "adapter"), "cpu")
+    images = [load_image(picture) for picture in PICTURES[:24]]
+    found = {}
+    for question in (CAPTION, DENIAL):
+        found["adapter", question] = generate_answers(model, processor, images, [question] * 24, 60)
+        with model.disable_adapter():
+            found["model", question] = generate_answers(model, processor, images, [question] * 24, 60)
+    return found
+
+
+# ---------------------------------------------------------------------------- with vLLM
 
 
 @needs_vllm
-def test_vllm_answers_as_transformers_in_every_scheme(made, whole, tmp_path):
+@pytest.mark.slow
+def test_users_at_once_get_transformers_answers_of_base_and_adapter(served, wanted):
+    """Base and adapter in one batch too, which vLLM mixes up on a CPU if every place for adapters is taken."""
+    clients = [Client(served[1], verbose=False, httpx_kwargs={"timeout": 120}) for _ in range(4)]
+    users = [(key, number) for number in range(24) for key in wanted]
+
+    def ask(user):
+        (model, question), number = user
+        picture = handle_file(str(PICTURES[number]))
+        return clients[number % 4].predict(picture, question, model, 0, 1, 60, api_name="/answer")
+
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(ask, users))
+    assert answers == [wanted[key][number] for key, number in users]
+    assert wanted["model", CAPTION] != wanted["adapter", CAPTION]
+    job = clients[0].submit(handle_file(str(PICTURES[0])), CAPTION, "model", 0, 1, 60, api_name="/answer")
+    job.result(timeout=60)
+    assert len(set(job.outputs())) > 2  # it streams
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_special_tokens_are_words_and_what_is_too_long_is_refused(served):
+    client, picture = Client(served[1], verbose=False), handle_file(str(PICTURES[0]))
+    assert client.predict(picture, "<image> </s> Is it?", api_name="/answer")
+    assert client.predict(picture, CAPTION, "model", 0, 1, 5000, api_name="/answer")  # more than the model's context
+    with pytest.raises(Exception, match="maximum context length"):
+        client.predict(picture, "cup " * 999, api_name="/answer")
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_the_page_shows_base_and_adapter_beside_each_other(served, browser, wanted):  # noqa: F811
+    for width in (1280, 390):
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        page.goto(served[1])
+        give(page, PICTURES[16])
+        expect(page.locator("#picture img")).to_be_visible()
+        for turns, question in enumerate((CAPTION, DENIAL), 1):  # the second one sees the first one's answer
+            page.locator("#question textarea").fill(question)
+            page.locator("#question textarea").press("Enter")
+            expect(page.locator("#answers section")).to_have_count(2 * turns)
+            expect(page.get_by_role("button", name="Ask")).to_be_visible()
+            if turns == 1:
+                assert page.locator("#answers h4").all_inner_texts() == ["model", "adapter"]
+                texts = page.locator("#answers p").all_inner_texts()
+                assert texts == [wanted[model, CAPTION][16] for model in ("model", "adapter")]
+                assert "house" in " ".join(page.locator("#answers mark").all_inner_texts())
+                if SCREENSHOTS and width > 1000:
+                    page.screenshot(path=f"{SCREENSHOTS}/host_quantized.png")
+        assert all(page.locator("#answers p").all_inner_texts())
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        page.close()
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_a_server_of_somebody_else_is_used_as_it_is(served):
+    """The page's own vLLM, asked from .venv: its template lacks BOS, so that ours goes with each request."""
+    models = serving.ServedModels([find_child(served[0])[1] + "/v1/"])
+    assert models.models == ["model", "adapter"]
+    for _, _, longest, extra in models.served.values():
+        assert longest == 1024 and extra == {"chat_template": serving.CHAT_TEMPLATE}
+    client, name = models.served["model"][0], "model"
+    _, processor = serving_processor(MINIATURE / "model")
+    image = load_image(PICTURES[3])
+    for question in (CAPTION, "Is there\n a chair, please?", "日本語 🎉"):
+        for turns in ([(question, None)], [(CAPTION, "The image shows a tree."), (question, None)]):
+
+            async def ask(turns=turns):
+                return await client.chat.completions.create(
+                    model=name, messages=serving.write_messages(image, turns), max_completion_tokens=1,
+                    extra_body=extra | {"return_token_ids": True},
+                )  # fmt: skip
+
+            with ThreadPoolExecutor(1) as pool:  # Playwright's loop runs in this thread
+                reply = pool.submit(asyncio.run, ask()).result()
+            assert reply.prompt_token_ids == serving.build_chat(processor, image.size, turns)
+
+
+def serving_processor(folder):
+    from transformers import AutoProcessor
+
+    return None, AutoProcessor.from_pretrained(folder, backend="pil")
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_a_killed_page_leaves_no_process(served):
+    """The last test that uses the page."""
+    group, _ = find_child(served[0])
+    assert len(members(group)) > 3
+    served[0].kill()
+    deadline = time.monotonic() + 30
+    while members(group):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_vllm_answers_as_transformers_in_every_scheme(made, tmp_path):
     """FP8_BLOCK is not among them: vLLM has no kernel for it on a CPU."""
-    folders = {"float32": whole} | {scheme: made[scheme] for scheme in ("FP8_DYNAMIC", "W8A8", "W4A16")}
-    command = [
-        PYTHON,
-        ROOT / "tests" / "run_vllm.py",
-        json.dumps([str(path) for path in PICTURES[:20]]),
-        tmp_path / "answers.json",
-    ]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run([*map(str, command), *map(str, folders.values())], check=True, timeout=500, env=environment)
+    exact = tmp_path / "float32"
+    exact.symlink_to(made["BF16"])
+    folders = {"float32": exact} | {scheme: made[scheme] for scheme in ("FP8_DYNAMIC", "W8A8", "W4A16")}
+    pictures = json.dumps([str(path) for path in PICTURES[:20]])
+    command = [PYTHON, ROOT / "tests" / "run_vllm.py", pictures, tmp_path / "answers.json", *folders.values()]
+    subprocess.run([*map(str, command)], check=True, timeout=500, env=ENVIRONMENT)
     answers = json.loads((tmp_path / "answers.json").read_text())
     images = [load_image(picture) for picture in PICTURES[:20]]
     for scheme, folder in folders.items():
@@ -126,35 +204,31 @@ def test_vllm_answers_as_transformers_in_every_scheme(made, whole, tmp_path):
         assert len(answers[str(folder)]) == 20
         gaps = []
         for image, answer in zip(images, answers[str(folder)], strict=True):
-            prompt, pixels = (
-                build_prompt(processor, CAPTION, image.size),
-                processor.image_processor(image, return_tensors="pt"),
-            )
+            prompt = build_prompt(processor, CAPTION, image.size)
+            pixels = processor.image_processor(image, return_tensors="pt")
             with torch.no_grad():
-                logits = model(input_ids=torch.tensor([prompt + answer["tokens"]]), image_sizes=pixels["image_sizes"],
-                               pixel_values=pixels["pixel_values"].to(model.dtype)).logits[0]  # fmt: skip
+                logits = model(
+                    input_ids=torch.tensor([prompt + answer["tokens"]]),
+                    pixel_values=pixels["pixel_values"].to(model.dtype),
+                    image_sizes=pixels["image_sizes"],
+                ).logits[0]
             scores = logits[len(prompt) - 1 : -1].float().log_softmax(-1)
-            gaps.append(
-                (
-                    scores.gather(1, torch.tensor(answer["tokens"])[:, None])[:, 0] - torch.tensor(answer["logprobs"])
-                ).abs()
-            )
-        texts = [answer["text"] for answer in answers[str(folder)]]
-        same = sum(
-            a == b for a, b in zip(texts, generate_answers(model, processor, images, [CAPTION] * 20, 60), strict=True)
-        )
+            scores = scores.gather(1, torch.tensor(answer["tokens"])[:, None])[:, 0]
+            gaps.append((scores - torch.tensor(answer["logprobs"])).abs())
+        texts = generate_answers(model, processor, images, [CAPTION] * 20, 60)
+        same = sum(a == b["text"] for a, b in zip(texts, answers[str(folder)], strict=True))
         gap = torch.cat(gaps).mean().item()
         print(f"{scheme}: {same} of 20 captions the same, log-probabilities {gap:.5f} apart")
         assert (same == 20 and gap < 1e-4) if scheme == "float32" else (same >= 14 and gap < 0.05), (scheme, same, gap)
 
 
 @needs_vllm
+@pytest.mark.slow
 def test_ambers_script_runs_on_the_quantized_checkpoint(made, tmp_path):
     command = ["llava_amber_validation_benchmark_with_lora.py", "--test_mode", "--backend", "vllm", "--evaluation_type", "g",
                "--limit", "20", "--nouns", "vocabulary", "--output_file"]  # fmt: skip
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     run = [str(PYTHON), *command, str(tmp_path / "vllm" / "results.json"), "--model_path", str(made["FP8_DYNAMIC"])]
-    subprocess.run(run, check=True, timeout=300, cwd=ROOT, env=environment)
+    subprocess.run(run, check=True, timeout=300, cwd=ROOT, env=ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
     plain = [
         sys.executable,
         *command,
@@ -166,183 +240,98 @@ def test_ambers_script_runs_on_the_quantized_checkpoint(made, tmp_path):
     subprocess.run(plain, check=True, timeout=300, cwd=ROOT)
     answers = [json.loads((tmp_path / folder / "results.json").read_text()) for folder in ("vllm", "plain")]
     assert len(answers[0]) == 20 and sum(a == b for a, b in zip(*answers, strict=True)) >= 14
-    scores = [
-        json.loads((tmp_path / folder / "scores.json").read_text())["strict"]["generative"]
-        for folder in ("vllm", "plain")
-    ]
-    assert abs(scores[0]["cover"] - scores[1]["cover"]) < 6
+    scores = [json.loads((tmp_path / folder / "scores.json").read_text()) for folder in ("vllm", "plain")]
+    vllm, transformers = (score["strict"]["generative"]["cover"] for score in scores)
+    assert abs(vllm - transformers) < 6
 
 
 @needs_vllm
-def test_vllm_knows_the_readmes_flags():
-    """Every `vllm serve` of the README, as its own parser reads it."""
+@pytest.mark.slow
+def test_vllm_knows_our_flags_and_the_readmes():
+    """As its own parser reads them: the command with which `vllm serve` is started on a GPU, and the README's."""
     text = (ROOT / "README.md").read_text().replace("\\\n", " ").replace("…", "folder")
     lines = [line for line in re.findall(r"vllm serve ([^`\n]+)", text) if "--" in line]
-    assert len(lines) >= 3
     program = """if 1:
-        import shlex, sys
+        import importlib.metadata, shlex, sys
+        importlib.metadata.version = lambda name: "0.32.0"
+        import llava_gradio_lora_host_quantized as serving
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
         from vllm.utils.argparse_utils import FlexibleArgumentParser
         parser = make_arg_parser(FlexibleArgumentParser())
+        flags = {"dtype": "auto", "tensor-parallel-size": 2, "max-num-seqs": 8, "port": 1}
+        command, _ = serving.write_command("miniature/model", ["miniature/adapter"], flags)
+        assert command[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"]
+        args = parser.parse_args(command[4:])
+        print(args.model_tag, args.tensor_parallel_size, args.max_lora_rank, args.lora_modules)
         for line in sys.argv[1:]:
-            args = parser.parse_args(shlex.split(line))
-            print(args.model_tag, args.limit_mm_per_prompt, args.distributed_executor_backend, args.allowed_media_domains)"""
-    run = subprocess.run([str(PYTHON), "-c", program, *lines], capture_output=True, text=True, timeout=120)
+            print(parser.parse_args(shlex.split(line)))"""
+    run = subprocess.run([str(PYTHON), "-c", program, *lines], capture_output=True, text=True, timeout=120, env=ENVIRONMENT,
+                         cwd=ROOT)  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
-    assert "{'image': 1}" in run.stdout and " ray " in run.stdout and "upload.wikimedia.org" in run.stdout
-
-
-@needs_vllm
-def test_the_servers_prompt_is_the_trained_one(made, model_server):
-    """Token for token, whoever sends plain messages: BOS, one picture, the answers of earlier turns."""
-    processor = serving_processor(made["FP8_DYNAMIC"])
-    server = serving.Server(model_server)
-    assert not server.lacks_bos
-    client = openai.OpenAI(base_url=f"{model_server}/v1", api_key="secret")
-    image = load_image(PICTURES[3])
-    tokens = processor.tokenizer(" The image shows a tree.", add_special_tokens=False).input_ids + [2]
-    for question in (CAPTION, "Is there\n a chair, please?", "日本語 🎉"):
-        for earlier in ([], [(CAPTION, serving.Answer("The image shows a tree.", tokens))]):
-            messages = server.write_prompt(serving.ShownPicture(image, 0), question, earlier)
-            reply = client.chat.completions.create(model=server.model, messages=messages, max_completion_tokens=2,
-                                                   extra_body={"return_token_ids": True})  # fmt: skip
-            ids = serving.build_chat(processor, image.size, question, [(old, answer.tokens) for old, answer in earlier])
-            assert reply.model_dump()["prompt_token_ids"] == ids
-
-
-def serving_processor(folder):
-    from transformers import AutoProcessor
-
-    return AutoProcessor.from_pretrained(folder, backend="pil")
-
-
-@needs_vllm
-def test_64_users_at_once_get_their_own_right_answers(served, wanted):
-    _, address, _ = served
-    users = [(number, question) for question in wanted for number in range(32)]
-    slowest = []
-
-    async def one(client, number, question):
-        picture = {"url": "data:;base64," + base64.b64encode(PICTURES[number].read_bytes()).decode()}
-        content = {"data": [picture, question, True, 0, 1, 60]}
-        event = (await client.post("/gradio_api/call/answer", json=content)).json()["event_id"]
-        async with client.stream("GET", f"/gradio_api/call/answer/{event}") as stream:
-            lines = [line async for line in stream.aiter_lines()]
-        assert "event: complete" in lines
-        return [json.loads(line[6:])[0] for line in lines if line.startswith("data: [")]
-
-    async def look(client, answering):
-        while not answering.done():
-            began = time.monotonic()
-            (await client.get("/config")).raise_for_status()
-            slowest.append(time.monotonic() - began)
-            await asyncio.sleep(0.1)
-
-    async def all_at_once():
-        async with httpx.AsyncClient(base_url=address, timeout=120, limits=httpx.Limits(max_connections=200)) as client:
-            began, answering = time.monotonic(), asyncio.gather(*(one(client, *user) for user in users))
-            await look(client, answering)
-            return await answering, time.monotonic() - began
-
-    answers, seconds = asyncio.run(all_at_once())
-    assert [states[-1] for states in answers] == [wanted[question][number] for number, question in users]
-    assert any(len(set(states)) > 2 for states in answers)  # they stream
-    assert len(slowest) >= 3 and max(slowest) < seconds / 2, slowest  # the page answers all the while
-
-
-@pytest.fixture
-def page(served, browser):  # noqa: F811
-    page = browser.new_page(viewport={"width": 1360, "height": 900})
-    page.problems = []
-    page.on("pageerror", lambda error: page.problems.append(str(error)))
-    page.goto(served[1])
-    expect(page.locator("#send")).to_be_visible()
-    yield page
-    page.close()
-    assert not page.problems
-
-
-@needs_vllm
-def test_the_page_shows_both_models_beside_each_other(page, wanted):
-    give(page, PICTURES[16])
-    expect(page.locator("#picture img")).to_be_visible()
-    ask(page, CAPTION)
-    expect(page.locator("#again")).to_be_enabled()
-    assert page.locator(".aligned .answer").inner_text() == wanted[CAPTION][16]
-    assert page.locator(".base .answer").inner_text().startswith("The image shows ")
-    line = page.locator(".aligned .cost").inner_text()
-    assert re.search(r"s to first token · [\d.]+ tokens/s · .*miniature-BF16", line), line
-    assert "miniature-FP8-Dynamic" in page.locator(".base .cost").inner_text()
-    if SCREENSHOTS:
-        page.screenshot(path=f"{SCREENSHOTS}/host_quantized.png")
-    ask(page, "Is there a cup in this image?")  # a follow-up, which sees the conversation
-    expect(page.locator(".aligned .answer")).to_have_count(2)
-    expect(page.locator("#again")).to_be_enabled()
-    page.locator("#clear").click()
-    expect(page.locator(".aligned .answer")).to_have_count(0)
-    give(page, ("notes.png", "image/png", b"no picture"))
-    expect(page.locator("#notices")).to_contain_text("no picture that can be read")
-
-
-@needs_vllm
-def test_an_engine_that_dies_is_said_and_ends_the_process(served, page):
-    """The last test that uses the page: there is no page after it."""
-    process, _, log = served
-    give(page, PICTURES[0])
-    expect(page.locator("#picture img")).to_be_visible()
-    engines = subprocess.run(["pgrep", "-g", str(process.pid), "-f", "EngineCor"], capture_output=True, text=True)
-    for pid in engines.stdout.split():
-        os.kill(int(pid), signal.SIGKILL)
-    ask(page, CAPTION)
-    expect(page.locator("#notices")).to_contain_text("engine has died")
-    assert process.wait(30) == 1
-    assert log.read_text().count("error: the model's engine has died") == 1
+    assert "miniature/model 2 16 [LoRAModulePath(name='adapter', path='miniature/adapter'" in run.stdout
 
 
 # ---------------------------------------------------------------------------- without vLLM
 
 
 class Stub(BaseHTTPRequestHandler):
-    """A server that does as its `mode` says, and keeps what it was asked."""
+    """A server that does as its `mode` says: bos, bare (no BOS), adds (add_special_tokens adds it), vicuna; and breaking …"""
 
-    mode, asked, sent = "good", [], 0
+    mode, asked, adapter_moves, key = "bos", [], 1, "secret"
 
     def log_message(self, *_):
         pass
 
     def do_GET(self):
-        self.reply({"data": [{"id": "models/llava", "object": "model", "max_model_len": 100}], "object": "list"})
+        if self.headers["Authorization"] != f"Bearer {self.key}":
+            return self.reply({"error": {"message": "no key"}}, 401)
+        base, adapter = (
+            {"id": "models/llava", "max_model_len": 100, "parent": None},
+            {"id": "orpo", "parent": "models/llava"},
+        )
+        self.reply({"data": [base, adapter], "object": "list"})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.headers["Authorization"] != "Bearer secret":
-            return self.reply({"error": {"message": "no key"}}, 401)
         if self.path == "/tokenize":
-            return self.reply({"token_strs": ["<s>", "[INST]"] if self.mode == "bos" else ["[INST]", "Is"]})
+            return self.tokenize(body)
         self.asked.append(body)
+        if body.get("prompt_logprobs") is not None:
+            moved = self.adapter_moves * (body["model"] == "orpo")
+            scores = [None, {"5": {"logprob": -1.0 - moved}}]
+            message = {"role": "assistant", "content": "A"}
+            return self.reply({"choices": [{"index": 0, "message": message}], "prompt_logprobs": scores})
         if self.mode == "refusing":
             return self.reply({"error": {"message": "too long for me"}}, 400)
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
-        words = ["A", " red", " cup"] if self.mode != "endless" else ["A"] * 500
-        for number, word in enumerate(words):
+        for word, end in (("A", None), (" red", None), (" cup", "abort" if self.mode == "aborting" else "stop")):
             if self.mode == "garbage":
-                self.wfile.write(b"data: {no json\n\n")
-                return
-            choice = {"index": 0, "delta": {"content": word}, "token_ids": [number],
-                      "finish_reason": ("stop", "abort")[self.mode == "aborting"] if number == len(words) - 1 else None}  # fmt: skip
-            if self.mode == "plain":
-                del choice["token_ids"]
-            self.wfile.write(
-                f"data: {json.dumps({'id': '1', 'object': 'chat.completion.chunk', 'choices': [choice]})}\n\n".encode()
-            )
+                return self.wfile.write(b"data: {no json\n\n")
+            choice = {"index": 0, "delta": {"content": word}, "finish_reason": end}
+            self.wfile.write(f"data: {json.dumps({'id': '1', 'choices': [choice]})}\n\n".encode())
             if self.mode == "breaking":
                 return
-            if self.mode == "endless":
-                Stub.sent = number
-                time.sleep(0.05)
         self.wfile.write(b"data: [DONE]\n\n")
+
+    def tokenize(self, body):
+        if "chat_template" in body:
+            return self.reply({"error": {"message": "not trusted"}}, 400)
+        tokenizer = TOKENIZER.tokenizer
+        text = body.get("prompt")
+        if text is None:
+            parts = [part for message in body["messages"] for part in message["content"]]
+            for part in parts:
+                part["type"] = part["type"].removesuffix("_url")
+            template = serving.CHAT_TEMPLATE.removeprefix("" if self.mode == "bos" else "{{ bos_token }} ")
+            template = template.replace("[INST]", "USER:") if self.mode == "vicuna" else template
+            text = jinja2.Template(template).render(messages=body["messages"], bos_token="<s>", eos_token="</s>")
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        ids = [1] * (self.mode == "adds" and bool(body.get("add_special_tokens"))) + ids
+        image = TOKENIZER.image_token_id
+        ids = [i for token in ids for i in [token] * (7 if token == image and "messages" in body else 1)]
+        self.reply({"tokens": ids, "token_strs": [text]})
 
     def reply(self, content, status=200):
         data = json.dumps(content).encode()
@@ -353,120 +342,130 @@ class Stub(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
+TOKENIZER = serving_processor(MINIATURE / "model")[1]
+
+
 @pytest.fixture
 def stub(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     Stub.asked.clear()
-    Stub.mode = "good"
+    monkeypatch.setattr(Stub, "mode", "bos")
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     yield f"http://127.0.0.1:{server.server_port}/v1/"
     server.shutdown()
 
 
-def collect(server, question="What is this?", earlier=(), **sampling):
+def collect(models, name="llava", turns=(("What is this?", None),), *sampling):
     async def run():
-        prompt = server.write_prompt(serving.ShownPicture(load_image(PICTURES[0]), 0), question, list(earlier))
-        sampling_ = {"temperature": 0, "top_p": 1, "max_new_tokens": 1000} | sampling
-        return [(list(tokens), text) async for tokens, text, _ in server.stream(prompt, **sampling_)]
+        return [text async for text in models.stream(name, load_image(PICTURES[0]), list(turns), *sampling)]
 
     with ThreadPoolExecutor(1) as pool:  # Playwright's loop runs in this thread
         return pool.submit(asyncio.run, run()).result()
 
 
-def test_a_server_is_asked_as_the_model_was_trained(stub):
-    states = collect(serving.Server(stub), "Is <image> a </s>?", temperature=0.5, top_p=0.25)
-    assert states == [([0], "A"), ([0, 1], "A red"), ([0, 1, 2], "A red cup")]
+def test_a_server_is_asked_as_the_model_was_trained(stub, monkeypatch):
+    models = serving.ServedModels([stub])
+    assert models.models == ["llava", "orpo"]
+    assert (
+        collect(models, "orpo", [("Is <image> a </s>?", "A cup."), ("And?", None)], 0.5, 0.25, 1000)[-1] == "A red cup"
+    )
     asked = Stub.asked[-1]
-    assert asked["add_special_tokens"] is True and asked["max_completion_tokens"] == 100 and asked["temperature"] == 0.5
-    assert asked["top_p"] == 0.25
-    assert [part["type"] for part in asked["messages"][0]["content"]] == ["image_url", "text"]
-    assert asked["messages"][0]["content"][1]["text"] == "Is (image) a (/s)?"
-    data = asked["messages"][0]["content"][0]["image_url"]["url"]
-    assert load_image(base64.b64decode(data.split(",")[1])).tobytes() == load_image(PICTURES[0]).tobytes()
-    Stub.mode = "bos"
-    collect(serving.Server(stub), "And?", [("What is it?", serving.Answer("A cup."))])
-    assert Stub.asked[-1]["add_special_tokens"] is False
-    messages = Stub.asked[-1]["messages"]
-    assert [message["role"] for message in messages] == ["user", "assistant", "user"]
-    assert [part["type"] for message in messages[::2] for part in message["content"]] == ["image_url", "text", "text"]
-    assert messages[1]["content"] == "A cup." and messages[2]["content"][0]["text"] == "And?"
-    Stub.mode = "plain"  # an older vLLM
-    assert collect(serving.Server(stub))[-1] == ([], "A red cup")
+    assert (asked["model"], asked["temperature"], asked["top_p"], asked["max_completion_tokens"]) == (
+        "orpo",
+        0.5,
+        0.25,
+        1000,
+    )
+    assert [message["role"] for message in asked["messages"]] == ["user", "assistant", "user"]
+    picture, question = asked["messages"][0]["content"]
+    assert question["text"] == "Is (image) a (/s)?" and asked["messages"][2]["content"][0]["text"] == "And?"
+    data = serving.base64.b64decode(picture["image_url"]["url"].split(",")[1])
+    assert load_image(data).tobytes() == load_image(PICTURES[0]).tobytes()
+    monkeypatch.setattr(Stub, "mode", "adds")
+    collect(serving.ServedModels([stub]))
+    assert Stub.asked[-1]["add_special_tokens"] is True and Stub.asked[-1]["max_completion_tokens"] == 100
+    two = serving.ServedModels([stub, stub.replace("127.0.0.1", "localhost")])
+    assert len({*two.models}) == 4 and two.models[0].startswith("models/llava at 127.0.0.1:")
 
 
-def test_what_goes_wrong_at_a_server_is_one_sentence(stub, capsys, monkeypatch):
-    server = serving.Server(stub)
-    for mode, words in (("refusing", "refuses this: .*too long for me"), ("breaking", "broke off in the middle"),
-                        ("aborting", "broke off in the middle"), ("garbage", "does not answer")):  # fmt: skip
-        Stub.mode = mode
-        with pytest.raises(serving.Refused, match=words) as refused:
-            collect(server)
-        assert server.url not in str(refused.value)
-    monkeypatch.setattr(Stub, "do_GET", lambda self: self.reply("<html>"))
-    for address in (f"http://127.0.0.1:{free_port()}", stub):  # nobody, and somebody else
+def test_what_cannot_be_proved_is_refused_before_the_page(stub, capsys, monkeypatch):
+    def refused(url=stub):
         with pytest.raises(SystemExit) as error:
-            serving.Server(address)
-        assert error.value.code == 2 and "start it first, or correct the address" in capsys.readouterr().err
-    monkeypatch.undo()
+            serving.ServedModels([url])
+        assert error.value.code == 2
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(Stub, "mode", "bare")
+    sentence = refused()
+    assert "--chat-template" in sentence and serving.shlex.split(sentence.rstrip(".\n"))[-1] == serving.CHAT_TEMPLATE
+    monkeypatch.setattr(Stub, "mode", "vicuna")
+    assert "--scheme BF16" in refused()
+    monkeypatch.setattr(Stub, "mode", "bos")
+    monkeypatch.setattr(Stub, "adapter_moves", 0)
+    assert "orpo, that changes nothing" in refused()
     monkeypatch.setenv("OPENAI_API_KEY", "wrong")
-    with pytest.raises(SystemExit) as error:
-        serving.Server(stub)
-    assert error.value.code == 2 and "refuses the key in OPENAI_API_KEY" in capsys.readouterr().err
-    monkeypatch.delenv("OPENAI_API_KEY")
-    with pytest.raises(SystemExit) as error:
-        serving.Server(stub)
-    assert error.value.code == 2 and "wants a key" in capsys.readouterr().err
+    assert "another key" in refused()
+    assert "start it first" in refused("http://127.0.0.1:9")
 
 
-def test_users_wait_in_order_too_many_are_refused_and_stop_stops(stub):
-    Stub.mode = "endless"
-    host = serving.VllmHost(serving.parse_args(["--server_url", stub, "--max_num_seqs", "1", "--queue_size", "1"]))
-    data = PICTURES[0].read_bytes()
+def test_what_goes_wrong_at_a_server_is_one_sentence(stub, monkeypatch):
+    models = serving.ServedModels([stub])
+    for mode, words in (("refusing", "refuses this question: .*too long for me"), ("breaking", "broke off in the middle"),
+                        ("aborting", "broke off in the middle"), ("garbage", "does not answer")):  # fmt: skip
+        monkeypatch.setattr(Stub, "mode", mode)
+        with pytest.raises(gr.Error, match=words) as refused:
+            collect(models)
+        assert "127.0.0.1" not in str(refused.value)
 
-    async def ask_one(session, states):
-        picture, question = host.prepare(data, CAPTION)
-        prompts = host.write_prompts(picture, question, {True: []})
-        async for answers in host.answer(picture, prompts, session, True, temperature=0, top_p=1, max_new_tokens=99):
-            states.append(answers[True])
 
-    async def until(condition):
-        async with asyncio.timeout(60):
-            while not condition():
-                await asyncio.sleep(0.02)
+def save_adapter(folder, keys, rank=4):
+    from safetensors.torch import save_file
 
-    async def run():
-        first, second = [], []
-        one = asyncio.create_task(ask_one("one", first))
-        await until(lambda: first and first[-1].tokens)
-        two = asyncio.create_task(ask_one("two", second))
-        await until(lambda: second and "waiting for a place, 0 before this one" in second[-1].line)
-        burst = await asyncio.gather(*(ask_one(str(number), []) for number in range(5)), return_exceptions=True)
-        assert all(isinstance(error, serving.Refused) for error in burst)  # at once too
-        with pytest.raises(serving.Refused, match="queue is full: 1 answers wait"):
-            await ask_one("three", [])
-        host.stop_session("one")
-        await one
-        assert first[-1].line.endswith("stopped") and not first[-1].objects  # nothing is checked after Stop
-        await until(lambda: second[-1].tokens)  # its place went to who waited
-        two.cancel()  # who leaves, stops
-        sent = Stub.sent
-        await asyncio.sleep(0.5)
-        assert Stub.sent <= sent + 4 and not host.running and not host.waiting
-        await asyncio.wait_for(host.places.acquire(), 30)
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 2}))
+    save_file({f"base_model.model.{key}": torch.zeros(rank, 3) for key in keys}, folder / "adapter_model.safetensors")
+    return str(folder)
 
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(asyncio.run, run()).result()
+
+def test_an_adapter_that_vllm_would_apply_in_part_is_refused(tmp_path, capsys):
+    good = "model.language_model.layers.0.mlp.up_proj.lora_A.weight"
+    assert serving.read_rank(str(MINIATURE / "adapter"))[1] == 16
+    assert serving.read_rank(save_adapter(tmp_path / "good", [good], 40))[1] == 40  # a pattern's rank counts
+    for number, (keys, rank) in enumerate((
+        ([good, "model.vision_tower.encoder.layers.0.mlp.fc1.lora_A.weight"], 4), ([good], 600),
+        ([good, "model.multi_modal_projector.linear_1.lora_A.weight"], 4),
+        (["model.layers.0.mlp.up_proj.lora_A.weight"], 4),  # LLaVA's own names, which vLLM does not find
+        ([good, good.replace("lora_A", "lora_magnitude_vector")], 4),
+    )):  # fmt: skip
+        with pytest.raises(SystemExit) as error:
+            serving.read_rank(save_adapter(tmp_path / str(number), keys, rank))
+        assert error.value.code == 2 and "merge the adapter with llava_quantize_vllm.py" in capsys.readouterr().err
+
+
+def test_the_watchdog_ends_a_server_that_does_not_listen(tmp_path):
+    """One that ignores SIGTERM is killed, and its own children with it."""
+    program = "import signal, subprocess, time; signal.signal(15, signal.SIG_IGN); subprocess.Popen(['sleep', '99']); time.sleep(99)"
+    fast = serving.WATCHDOG.replace("sleep(10)", "sleep(1)")
+    process = subprocess.Popen([sys.executable, "-c", fast, sys.executable, "-c", program], stdin=subprocess.PIPE,
+                               start_new_session=True)  # fmt: skip
+    deadline = time.monotonic() + 30
+    while len(members(process.pid)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(members(process.pid)) == 3
+    time.sleep(0.5)
+    process.stdin.close()
+    assert process.wait(30) == -signal.SIGKILL and not members(process.pid)
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["--model_path", "nowhere"], "is no folder; make a checkpoint with llava_quantize_vllm.py"),
-    (["--model_path", str(MINIATURE)], "has no config.json"),
-    (["--server_url", "gpu1:8000"], "is no address"),
-    (["--server_url", "http://a", "http://b", "http://c"], "two models at most"),
-    (["--max_tokens", "0"], "--max_tokens is 0; it must be above 0"), (["--tensor_parallel_size", "0"], "above 0"),
+    (["--model_path", "no/where"], "neither a folder nor a hub id"), (["--model_path", str(MINIATURE)], "no config.json"),
+    (["--server_url", "gpu1:8000"], "is not an address"), (["--server_url", "http://a", "--lora_path", "b"], "--model_path"),
+    (["--max_tokens", "0"], "above 0"), (["--temperature", "3"], "from 0 to 2"),
+    (["--model_path", str(MINIATURE / "model"), "--lora_path", str(MINIATURE / "model")], "no adapter"),
 ])  # fmt: skip
-def test_bad_flags_are_one_sentence(flags, words, capsys):
+def test_bad_flags_are_one_sentence(flags, words, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SystemExit) as error:
         serving.main(flags)
     assert error.value.code == 2 and words in capsys.readouterr().err
@@ -476,11 +475,7 @@ def test_the_seeds_flags_work_as_written():
     args = serving.parse_args("--model_path /workspace/q --tensor_parallel_size 2 --max_num_seqs 8 --temperature 0.2 "
                               "--max_tokens 300".split())  # fmt: skip
     assert (args.model_path, args.tensor_parallel_size, args.max_num_seqs) == ("/workspace/q", 2, 8)
-    assert (args.temperature, args.max_new_tokens) == (0.2, 300)
-
-
-def test_help_lists_every_flag():
-    text = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True).stdout
-    flags = {"model_path", "server_url", "tensor_parallel_size", "test_mode", "dtype", "max_tokens", "temperature", "max_num_seqs",
-             "queue_size", "host", "port", "share", "auth_file"}  # fmt: skip
-    assert flags <= set(re.findall(r"--(\w+)", text))
+    assert (args.temperature, args.max_tokens) == (0.2, 300)
+    engine = type("Engine", (), {"models": ["a"]})()
+    page = serving.build_page(engine, "", 300, True, 1, 1, args.temperature)
+    assert [block.value for block in page.blocks.values() if getattr(block, "label", "") == "Temperature"] == [0.2]
