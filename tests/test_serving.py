@@ -52,7 +52,9 @@ def start_page(flags, log):
 def find_child(process):
     """The process group and the address of the page's own vLLM."""
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    lines = [subprocess.run(["ps", "-ww", "-o", "args=", "-p", pid], capture_output=True, text=True).stdout for pid in found]
+    lines = [
+        subprocess.run(["ps", "-ww", "-o", "args=", "-p", pid], capture_output=True, text=True).stdout for pid in found
+    ]
     (pid, line), *_ = [(pid, line) for pid, line in zip(found, lines, strict=True) if "--served-model-name" in line]
     return int(pid), f"http://127.0.0.1:{re.search('--port ([0-9]+)', line)[1]}"
 
@@ -257,15 +259,15 @@ def test_vllm_knows_our_flags_and_the_readmes():
     lines = [line for line in re.findall(r"vllm serve ([^`\n]+)", text) if "--" in line]
     program = """if 1:
         import importlib.metadata, shlex, sys
-        real = importlib.metadata.version
-        importlib.metadata.version = lambda name: "0.32.0" if name == "vllm" else real(name)
         import llava_gradio_lora_host_quantized as serving
+        flags, real = {"dtype": "auto", "tensor-parallel-size": 2, "max-num-seqs": 8, "port": 1}, importlib.metadata.version
+        importlib.metadata.version = lambda name: "0.32.0"  # as if this were not the build for the CPU
+        command, _ = serving.write_command("miniature/model", ["miniature/adapter"], flags)
+        importlib.metadata.version = real
+        assert command[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"]
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
         from vllm.utils.argparse_utils import FlexibleArgumentParser
         parser = make_arg_parser(FlexibleArgumentParser())
-        flags = {"dtype": "auto", "tensor-parallel-size": 2, "max-num-seqs": 8, "port": 1}
-        command, _ = serving.write_command("miniature/model", ["miniature/adapter"], flags)
-        assert command[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"]
         args = parser.parse_args(command[4:])
         print(args.model_tag, args.tensor_parallel_size, args.max_lora_rank, args.lora_modules)
         for line in sys.argv[1:]:
