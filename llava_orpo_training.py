@@ -1,4 +1,4 @@
-"""Align LLaVA-1.6 with ORPO and LoRA on image preference pairs, so that it names less that is not in the picture.
+"""Align LLaVA-1.6 with ORPO and LoRA on image preference pairs, so that it names fewer things that are not there.
 
 Reads   a LLaVA-NeXT checkpoint (--model_path) and preference pairs in RLAIF-V's columns (--dataset).
 Writes  to --output_dir: the LoRA adapter and its card, metrics.jsonl, samples.html, training_curves.png,
@@ -72,8 +72,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(run, "--warmup_ratio", "share of the steps in which the learning rate rises", type=share, default=0.1)
     add(run, "--beta", "weight of the odds-ratio term (the paper's lambda)", type=positive, default=0.1)
     add(run, "--seed", "seed of the split, the order and the adapter", type=natural, default=42)
-    add(run, "--gradient_checkpointing", "recompute activations in the backward pass in no layer (off), in every layer "
-        "(on), or in as few as fit the memory (auto)", nargs="?", choices=["auto", "on", "off"], const="on", default="auto")  # fmt: skip
+    modes = {"nargs": "?", "choices": ["auto", "on", "off"], "const": "on", "default": "auto"}
+    add(run, "--gradient_checkpointing", "layers recomputed in the backward pass: all, none, or as few as fit", **modes)
     add(run, "--save_steps", "steps between checkpoints, of which the newest two are kept", type=count, default=200)
     add(run, "--resume", "continue from the newest checkpoint in --output_dir", action="store_true")
     add(run, "--report_to", "experiment tracker", choices=["wandb", "none"], default="wandb")
@@ -114,15 +114,16 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks fo
 
 import datasets
 import jinja2
-import matplotlib
 import numpy as np
 import pyarrow as pa
 import torch
 from filelock import FileLock, Timeout
+from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -130,9 +131,6 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, set_seed
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # of several processes, the one that prints and writes
 console = Console(stderr=True, quiet=not MAIN_PROCESS)
@@ -175,22 +173,19 @@ def load_image(source: str | Path | bytes) -> Image.Image:
 
 
 def build_prompt(processor, question: str, image_size: tuple[int, int]) -> list[int]:
-    """Return the token ids of LLaVA-1.6's prompt, BOS first: `[INST] <image>\\n{question} [/INST]`, or Vicuna's form where
-    the processor's chat template is Vicuna's.
+    """Return the token ids of LLaVA-1.6's prompt, which is `[INST] <image>\\n{question} [/INST]` after BOS, or Vicuna's form
+    where the processor's chat template is Vicuna's.
 
-    `image_size` is the picture's (width, height) in pixels, which decides how many image tokens stand for it. The text
-    before and after them is tokenized separately, as in the original code, and the question as plain text, so that
-    `<image>` or `</s>` inside it are not special tokens.
+    `image_size` is the picture's (width, height) in pixels, on which the number of image tokens depends. As in the original
+    code, the text before and after them is tokenized separately. A `<image>` or `</s>` inside the question is plain text.
     """
     tokenizer = processor.tokenizer
     width, height = image_size
     num_image_tokens = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"][0]
     before, after = "[INST] ", " [/INST]"
     if "[INST]" not in (processor.chat_template or before):
-        before = (
-            "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
-            "detailed, and polite answers to the human's questions. USER: "
-        )
+        before = "A chat between a curious human and an artificial intelligence assistant. "
+        before += "The assistant gives helpful, detailed, and polite answers to the human's questions. USER: "
         after = " ASSISTANT:"
     head = tokenizer(before, add_special_tokens=False).input_ids
     tail = tokenizer(f"\n{question}{after}", add_special_tokens=False, split_special_tokens=True).input_ids
@@ -207,50 +202,46 @@ ORIGINAL_KEYS = {
 
 
 def read_original(model_path: str, original: dict) -> tuple:
-    """Return what transformers needs to read a checkpoint in LLaVA's own format: (config, processor, vision tower's name).
+    """Return (config, processor, vision tower's name) for a checkpoint in LLaVA's own format, whose config.json is `original`.
 
-    `original` is its config.json. The vocabulary gets 64 more rows, `<image>` and `<pad>` first, as in the hub's converted
-    checkpoints.
+    The tokenizer gets `<image>` and `<pad>` as its next two tokens, as in the hub's converted checkpoints.
     """
     from transformers import AutoConfig, LlamaTokenizer, LlavaNextConfig, LlavaNextProcessor
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-    wanted = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "vocab_size": 32000}
-    for name, value in wanted.items():
+    expected = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "vocab_size": 32000}
+    for name, value in expected.items():
         if original.get(name) != value:
-            stop(
-                f"--model_path {model_path} has {name} {original.get(name)!r}, and LLaVA-1.6, which this reads, {value!r}."
-            )
+            stop(f"--model_path {model_path} has {name} {original.get(name)!r}; LLaVA-1.6 has {value!r}.")
     tower = original["mm_vision_tower"]
-    vision = LlavaNextConfig().vision_config  # this is openai/clip-vit-large-patch14-336, which all published ones name
-    if tower != "openai/clip-vit-large-patch14-336":
+    vision = LlavaNextConfig().vision_config
+    if tower != "openai/clip-vit-large-patch14-336":  # this one, which all published checkpoints name, is the default
         vision = AutoConfig.from_pretrained(tower, trust_remote_code=False)
         vision = getattr(vision, "vision_config", vision)
     llava = ("mm_", "image_", "tokenizer_", "unfreeze_", "tune_", "use_mm_", "freeze_", "architectures", "auto_map")
     text = {name: value for name, value in original.items() if not name.startswith(llava)}
     text["model_type"] = "mistral" if original["model_type"] == "llava_mistral" else "llama"
-    grid = original["image_grid_pinpoints"]  # of (width, height), in some checkpoints written as text
+    grid = original["image_grid_pinpoints"]  # (width, height) pairs, which some checkpoints write as text
     grid = [[height, width] for width, height in (json.loads(grid) if isinstance(grid, str) else grid)]
     tokenizer = LlamaTokenizer.from_pretrained(model_path, add_bos_token=True, legacy=True, padding_side="left")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    if len(tokenizer) != original["vocab_size"] + 2:
-        stop(f"--model_path {model_path} has {len(tokenizer) - 2:,} tokens in its tokenizer and not 32,000.")
+    if len(tokenizer) != 32002:
+        stop(f"--model_path {model_path} has a tokenizer of {len(tokenizer) - 2:,} tokens; LLaVA-1.6 has 32,000.")
     config = LlavaNextConfig(vision_config=vision.to_dict(), text_config=text, image_grid_pinpoints=grid)
     config.vision_feature_layer = original["mm_vision_select_layer"]
     side = vision.image_size
     images = LlavaNextImageProcessorPil(size={"shortest_edge": side}, crop_size=side, image_grid_pinpoints=grid)
     before, after = ("[INST] ", " [/INST]") if text["model_type"] == "mistral" else ("USER: ", " ASSISTANT:")
     template = before + "<image>\n{{ messages[0]['content'][-1]['text'] }}" + after
-    processor = LlavaNextProcessor(
-        images, tokenizer, vision.patch_size, "default", template, num_additional_image_tokens=1
-    )
+    processor = LlavaNextProcessor(images, tokenizer, vision.patch_size, "default", template)
+    processor.num_additional_image_tokens = 1
     return config, processor, tower
 
 
 def read_checkpoint(model_path: str) -> tuple:
-    """Return a checkpoint's (config, processor, vision tower's name) without its weights. Config and tower are None in the
-    hub's layout; for LLaVA's own format see read_original. Stops if it is not LLaVA-1.6."""
+    """Return (config, processor, vision tower's name) of a checkpoint, as read_original does for LLaVA's own format; config
+    and tower are None for the hub's layout. Stops if the checkpoint is not LLaVA-1.6."""
     from transformers import AutoProcessor, PreTrainedConfig
 
     try:
@@ -259,11 +250,10 @@ def read_checkpoint(model_path: str) -> tuple:
         if kind in ("llava_mistral", "llava_llama", "llava") and "mm_vision_tower" in found:
             return read_original(model_path, found)
         if kind != "llava_next":
-            stop(f"--model_path {model_path} has a config.json of model type {kind}; this script reads LLaVA-1.6 only.")
+            stop(f"--model_path {model_path} has no config.json of LLaVA-1.6; its model type is {kind}.")
         processor = AutoProcessor.from_pretrained(model_path, backend="pil", trust_remote_code=False)
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        stop(f"--model_path {model_path} cannot be read ({reason}). Give a hub id or a folder with LLaVA-1.6.")
+        stop(f"--model_path {model_path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}).")
     if re.search("im_start|start_header", processor.chat_template or ""):
         stop(f"--model_path {model_path} has a prompt template that is neither Mistral's nor Vicuna's.")
     return None, processor, None
@@ -272,20 +262,20 @@ def read_checkpoint(model_path: str) -> tuple:
 def load_llava(model_path: str, lora_path: str | None = None, device="auto", load_4bit=False, load_8bit=False):
     """Load a LLaVA-1.6 checkpoint, in the hub's layout or LLaVA's own, and an adapter; return (model, processor).
 
-    `device` auto is cuda, then mps, then cpu; all spreads the layers over the GPUs. Weights are bfloat16 on a GPU that has
-    it (else float16) and float32 on the CPU. `load_4bit` keeps the language model in NF4 with double quantization,
-    `load_8bit` in LLM.int8. Only safetensors files are read, and no code of a checkpoint is run.
+    The device "auto" is the first of cuda, mps and cpu that is there, and "all" spreads the layers over all GPUs. Weights
+    are float32 on the CPU and bfloat16 on a GPU, or float16 if the GPU lacks it. `load_4bit` keeps the language model in NF4
+    with double quantization, `load_8bit` in LLM.int8. Only safetensors files are read, and no code of a checkpoint is run.
     """
     from transformers import BitsAndBytesConfig, LlavaNextForConditionalGeneration
 
-    adapter = read_adapter(lora_path) if lora_path else None  # first, since the base takes minutes
+    adapter = read_adapter(lora_path) if lora_path else None  # before the base, whose reading takes minutes
     config, processor, tower = read_checkpoint(model_path)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.float32
     if device != "cpu":
-        has_bfloat16 = device == "mps" or torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = torch.bfloat16 if has_bfloat16 else torch.float16
+        has_bf16 = device == "mps" or torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if has_bf16 else torch.float16
     quantization = BitsAndBytesConfig(
         load_in_4bit=load_4bit,
         load_in_8bit=load_8bit,
@@ -309,14 +299,14 @@ def load_llava(model_path: str, lora_path: str | None = None, device="auto", loa
             complete_original(model, tower, report["missing_keys"])
     except Exception as error:
         stop(f"--model_path {model_path} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}).")
-    wrong = [f"{key} is missing" for key in sorted(report["missing_keys"])]
-    wrong += [f"{key} has no place" for key in sorted(report["unexpected_keys"])]
-    if wrong:
-        stop(f"--model_path {model_path}: its weights do not fit its config.json, {len(wrong)} in all: {wrong[0]}.")
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing or unexpected:
+        found = f"missing: {', '.join(missing[:3]) or 'none'}; unexpected: {', '.join(unexpected[:3]) or 'none'}"
+        stop(f"--model_path {model_path}: the weights do not fit config.json ({found}).")
     if hasattr(model, "ct_decompress_hook"):  # compressed-tensors would wait for a forward of the whole model
         model.hf_quantizer.compressor.decompress_model(model)
     if load_4bit and device == "cpu":
-        # bitsandbytes repacks weights on their first eval-mode forward; afterwards backward silently gives no gradient
+        # bitsandbytes would repack the weights at a forward in eval mode, and then silently compute no gradients
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
@@ -326,8 +316,8 @@ def load_llava(model_path: str, lora_path: str | None = None, device="auto", loa
 
 
 def complete_original(model, tower: str, missing: set[str]) -> None:
-    """Give a model what a checkpoint in LLaVA's own format may lack: the vision weights, if all are missing, from the
-    tower's own checkpoint, and the 64 new rows of the vocabulary."""
+    """Add what a checkpoint in LLaVA's own format lacks: 64 rows of vocabulary, as in the hub's converted checkpoints, and
+    the vision weights from the tower's own checkpoint, if all are `missing`."""
     from transformers import CLIPVisionModel
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -339,7 +329,7 @@ def complete_original(model, tower: str, missing: set[str]) -> None:
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)  # saved in the hub's layout
     model.resize_token_embeddings(model.config.text_config.vocab_size + 64, mean_resizing=False)
     for weight in (model.get_input_embeddings().weight, model.lm_head.weight):
-        # a new row is the mean of all others: its logit is their mean, and so never the greatest
+        # a new row is the mean of the others, so that its logit is their mean and never the greatest
         weight.data[-64:] = weight.data[:-64].float().mean(0).to(weight.dtype)
 
 
@@ -352,7 +342,7 @@ def allow_cache_position(model):
     return model
 
 
-# names that adapters of this architecture have been saved with -> the names that it has now
+# names under which adapters of this architecture have been saved -> today's names
 ADAPTER_KEYS = {
     r"^(base_model\.model\.)+": "",
     **ORIGINAL_KEYS,
@@ -371,7 +361,7 @@ def rename_key(key: str) -> str:
 
 
 def read_adapter(lora_path: str) -> tuple[Path, "LoraConfig"]:
-    """Return a LoRA adapter's folder, fetched first if it is a hub id, and its configuration, with current names."""
+    """Return a LoRA adapter's folder, which is fetched first if `lora_path` is a hub id, and its configuration."""
     from huggingface_hub import snapshot_download
     from peft import PeftConfig
 
@@ -396,34 +386,28 @@ def read_adapter(lora_path: str) -> tuple[Path, "LoraConfig"]:
 def load_adapter(model, processor, folder: Path, config, trainable: bool = False):
     """Put a LoRA adapter on the model and return the PeftModel.
 
-    Stops unless every weight is finite and finds its layer, every layer of the configuration finds its weights, and the
-    logits of a prompt with a picture move.
+    Stops unless every weight is finite and has its layer, every layer that the configuration names has its weights, and the
+    adapter moves the logits of a prompt with a picture.
     """
     from peft import get_peft_model, set_peft_model_state_dict
-
-    def refuse(reason: str) -> NoReturn:
-        stop(f"--lora_path {folder} cannot be used on this base: {reason}.")
 
     try:
         saved = load_file(folder / "adapter_model.safetensors")
         weights = {f"base_model.model.{rename_key(key)}": weight for key, weight in saved.items()}
         if not config.exclude_modules and not any("vision_tower" in key for key in weights):
-            config.exclude_modules = r".*vision_tower.*"  # it has layers of the same names
+            config.exclude_modules = r".*vision_tower.*"  # its layers have the same names
         config.inference_mode, config.base_model_name_or_path = not trainable, None
         adapted = get_peft_model(model, config)
         report = set_peft_model_state_dict(adapted, weights)
-    except Exception as error:  # another base's sizes, another rank, a broken file
-        refuse(f"it does not fit ({type(error).__name__}: {' '.join(str(error).split())[:300]})")
-    missing = [key for key in report.missing_keys if "lora_" in key or "modules_to_save" in key]
-    infinite = [key for key, weight in weights.items() if not weight.isfinite().all()]
-    if report.unexpected_keys:
-        refuse(f"it has weights for {report.unexpected_keys[0]}, and the model no layer of that name")
-    if missing:
-        refuse(f"the file is incomplete: it has no {missing[0]}, which its configuration names")
-    if infinite:
-        refuse(f"{infinite[0]} is not finite")
-    if torch.equal(probe_logits(adapted, processor), probe_logits(adapted, processor, adapter=False)):
-        refuse("it changes nothing: the logits of a prompt are the same with it and without it")
+    except Exception as error:  # weights of another base or rank, a broken file
+        stop(f"--lora_path {folder} does not fit this base: {' '.join(str(error).split())[:300]}")
+    faults = [f"the model has no layer for {key}" for key in report.unexpected_keys]
+    faults += [f"it lacks {key}" for key in report.missing_keys if "lora_" in key or "modules_to_save" in key]
+    faults += [f"{key} is not finite" for key, weight in weights.items() if not weight.isfinite().all()]
+    if not faults and torch.equal(probe_logits(adapted, processor), probe_logits(adapted, processor, adapter=False)):
+        faults = ["the logits of a prompt are the same with it and without it"]
+    if faults:
+        stop(f"--lora_path {folder} cannot be used on this base: {faults[0]}.")
     return adapted.eval()
 
 
@@ -444,48 +428,40 @@ def probe_logits(model, processor, adapter: bool = True) -> torch.Tensor:
 
 @torch.no_grad()
 def generate_answers(model, processor, images: list, questions: list[str], max_new_tokens=256, **options) -> list[str]:
-    """Answer one question about each picture, as one left-padded batch; greedy unless `options` say otherwise."""
+    """Answer one question about each picture, all in one batch; greedily unless `options` for generate() say otherwise."""
+    tokenizer = processor.tokenizer
     prompts = [build_prompt(processor, question, image.size) for image, question in zip(images, questions, strict=True)]
-    longest = max(map(len, prompts))
-    pad = processor.tokenizer.pad_token_id
-    input_ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
-    attention_mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
     pixels = processor.image_processor(images, return_tensors="pt")
     output = model.generate(
-        input_ids=input_ids.to(model.device),
-        attention_mask=attention_mask.to(model.device),
+        **inputs,
         pixel_values=pixels["pixel_values"].to(model.device, model.dtype),
         image_sizes=pixels["image_sizes"].to(model.device),
         max_new_tokens=max_new_tokens,
-        **{"do_sample": False, "pad_token_id": pad, **options},
+        **{"do_sample": False, "pad_token_id": tokenizer.pad_token_id, **options},
     )
-    return [text.strip() for text in processor.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)]
+    texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
 
 
 # ---------------------------------------------------------------------------- from rows to batches
 
+TEXTS = ["question", "chosen", "rejected"]  # the columns that hold text
+
 
 def load_rows(source: str) -> datasets.DatasetDict:
     """Open preference pairs from a hub id, a folder, a .parquet or a .jsonl file. No picture is decoded."""
-    path = Path(source)
+    kind = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.get(Path(source).suffix)
     try:
-        if path.suffix in (".parquet", ".jsonl", ".json"):
-            builder = "parquet" if path.suffix == ".parquet" else "json"
-            rows = datasets.load_dataset(builder, data_files=str(path))
-        else:
-            rows = datasets.load_dataset(source)
-        missing = {"image", "question", "chosen", "rejected"} - set(rows["train"].column_names)
-        if missing:
-            stop(
-                f"--dataset {source} lacks {', '.join(sorted(missing))} (found: {', '.join(rows['train'].column_names)})."
-            )
-        for name in ("question", "chosen", "rejected"):
-            kind = rows["train"].features[name]
-            if getattr(kind, "dtype", None) not in ("string", "large_string"):
-                stop(f"--dataset {source} has {kind} in its column {name}; it must hold plain text.")
+        rows = datasets.load_dataset(kind, data_files=source) if kind else datasets.load_dataset(source)
+        if "train" not in rows:
+            stop(f"--dataset {source} has no train split (found: {', '.join(rows)}); name its file train.parquet.")
+        found = {name: getattr(feature, "dtype", str(feature)) for name, feature in rows["train"].features.items()}
+        for name in ("image", *TEXTS):
+            if name not in found or name != "image" and found[name] not in ("string", "large_string"):
+                wanted = "pictures" if name == "image" else "plain text"
+                stop(f"--dataset {source} needs a column {name} of {wanted} (found: {found}).")
         return rows.cast_column("image", datasets.Image(decode=False))
-    except KeyError:
-        stop(f"--dataset {source} has no train split (found: {', '.join(rows)}); name its file train.parquet.")
     except Exception as error:
         reason = (str(error) or "it is empty").splitlines()[0]
         stop(f"--dataset {source} cannot be read: {reason} Give a hub id, or a folder or file of parquet or jsonl.")
@@ -494,19 +470,19 @@ def load_rows(source: str) -> datasets.DatasetDict:
 def read_size(picture: Path | pa.Buffer) -> tuple[int, int]:
     """Return a picture's upright (width, height). Reads its header only, so that a set of 13 GB is checked in seconds."""
     sources = [picture]
-    if not isinstance(picture, Path):
+    if not isinstance(picture, Path):  # some formats, such as WebP, only open with all of their bytes
         sources = [io.BytesIO(picture.slice(0, min(2**16, picture.size))), io.BytesIO(picture)]
-    for source in sources:  # some formats only open with all of their bytes
+    for source in sources:
         # Pillow's parsers raise almost anything on a broken header
         with suppress(Exception), Image.open(source) as image:
-            # EXIF orientations 5 to 8 swap width and height; without the test, getexif would decode a whole PNG
+            # EXIF orientations 5 to 8 swap width and height; without the first test, getexif would decode a whole PNG
             turned = "exif" in image.info and image.getexif().get(0x0112, 1) >= 5
             return image.size[::-1] if turned else image.size
     raise OSError("not a picture")
 
 
 def identify_picture(picture: Path | pa.Buffer) -> bytes:
-    """Return a digest of a picture file's size, first and last 4 KiB, by which to know the same picture again."""
+    """Return a digest of the size and of the first and last 4 KiB of a picture's file, which tells pictures apart."""
     with picture.open("rb") if isinstance(picture, Path) else pa.BufferReader(picture) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
@@ -516,16 +492,14 @@ def identify_picture(picture: Path | pa.Buffer) -> bytes:
 
 
 def strip_marker(question: str) -> str:
-    """Return a question without LLaVA's `<image>` on a line of its own at the start or the end, which says where the
-    picture goes; build_prompt puts it there anyway."""
+    """Return a question without the `<image>` that LLaVA's data sets have on its first or last line to mark the picture's
+    place, since build_prompt puts the picture in."""
     return re.sub(r"^\s*<image>\s*\n|\n\s*<image>\s*$", "", question)
 
 
-def encode_texts(
-    processor, image_size, question: str, chosen: str, rejected: str, max_length: int
-) -> dict[str, list[int]]:
-    """Return the ids of the `prompt` about a picture of (width, height), and of the `chosen` and `rejected` response, each
-    closed by EOS and cut where prompt and response are longer than `max_length`."""
+def encode_texts(processor, image_size, question: str, chosen: str, rejected: str, max_length: int) -> dict:
+    """Return a pair's token ids as lists: the `prompt` about a picture of (width, height), and the `chosen` and the
+    `rejected` response, which end with EOS and are cut where prompt and response exceed `max_length`."""
     tokenizer = processor.tokenizer
     ids = {"prompt": build_prompt(processor, question, image_size)}
     for name, text in (("chosen", chosen), ("rejected", rejected)):
@@ -536,7 +510,7 @@ def encode_texts(
 
 def find_fault(question: str, chosen: str, rejected: str, picture, processor, max_length: int) -> str | None:
     """Return the reason why a row cannot be trained on, or None. Reads the picture's header, not its pixels."""
-    for name, text in (("question", question), ("chosen", chosen), ("rejected", rejected)):
+    for name, text in zip(TEXTS, (question, chosen, rejected), strict=True):
         if not (text or "").strip():
             return f"{name} is empty"
     if chosen.strip() == rejected.strip():
@@ -546,7 +520,7 @@ def find_fault(question: str, chosen: str, rejected: str, picture, processor, ma
     except OSError:
         return "image does not open"
     image_tokens = processor._get_num_multimodal_tokens(image_sizes=[size[::-1]])["num_image_tokens"][0]
-    # no token is shorter than a byte, so that most rows need no exact count
+    # a token has at least one byte, so that most rows need not be tokenized
     longest = image_tokens + len(question.encode()) + max(len(chosen.encode()), len(rejected.encode())) + 64
     if longest > max_length:
         ids = encode_texts(processor, size, question, chosen, rejected, max_length)
@@ -558,19 +532,19 @@ def find_fault(question: str, chosen: str, rejected: str, picture, processor, ma
 
 
 def iterate_rows(rows: datasets.Dataset, root: Path):
-    """Yield each row's number, (question, chosen, rejected), and picture: its bytes or its path, which starts at `root`."""
-    columns = rows.select_columns(["question", "chosen", "rejected", "image"]).with_format("arrow")
+    """Yield each row's number, its (question, chosen, rejected), and its picture: the bytes, or the path below `root`."""
+    columns = rows.select_columns([*TEXTS, "image"]).with_format("arrow")
     for start in tqdm(range(0, len(rows), 1000), desc="checking rows", disable=len(rows) < 5000):
         table = columns[start : start + 1000]
-        texts = zip(*(table[name].to_pylist() for name in ("question", "chosen", "rejected")), strict=True)
+        texts = zip(*(table[name].to_pylist() for name in TEXTS), strict=True)
         images = chain.from_iterable(zip(c.field("bytes"), c.field("path"), strict=True) for c in table["image"].chunks)
         for row, (text, (content, path)) in enumerate(zip(texts, images, strict=True), start):
             yield row, text, content.as_buffer() if content.is_valid else root / (path.as_py() or "")
 
 
 def check_rows(rows: datasets.Dataset, root: Path, processor, max_length: int, limit: int | None) -> tuple[dict, list]:
-    """Find the rows fit for training. Returns the first `limit` as {row: digest of its picture}, and those left out on the
-    way as a list of {split, row, reason}."""
+    """Find rows to train on. Returns the first `limit` good ones as {row: digest of its picture}, and those that were left
+    out until then as a list of {split, row, reason}."""
     good, dropped, marked = {}, [], 0
     for row, texts, picture in iterate_rows(rows, root):
         fault = find_fault(*texts, picture, processor, max_length)
@@ -582,7 +556,7 @@ def check_rows(rows: datasets.Dataset, root: Path, processor, max_length: int, l
         if len(good) == limit:
             break
     if marked:
-        console.print(f"{marked:,} questions have <image> on a line of its own, which is left out")
+        console.print(f"{marked:,} questions have <image> on a line of its own; it marks the picture and is left out")
     return good, dropped
 
 
@@ -596,52 +570,49 @@ def split_rows(good: dict[int, bytes], eval_fraction: float, seed: int) -> tuple
 
 
 class PreferencePairs(torch.utils.data.Dataset):
-    """Pairs as token ids and pixels, made when they are asked for: `__getitem__` runs in the data loader's workers."""
+    """Pairs as token ids and pixels. They are made in the data loader's workers, when they are asked for."""
 
-    def __init__(
-        self, rows: datasets.Dataset, indices: list[int], root: Path, processor, max_length: int, dropped_file: Path
-    ):
+    def __init__(self, rows: datasets.Dataset, indices: list[int], root: Path, processor, max_length: int, log: Path):
         self.rows, self.indices, self.root = rows, indices, root
-        self.processor, self.max_length, self.dropped_file = processor, max_length, dropped_file
+        self.processor, self.max_length, self.log = processor, max_length, log
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def map(self, *_, **__) -> "PreferencePairs":
-        """ORPOTrainer tokenizes text by three calls of `map`; there is nothing left for them to do."""
+        """Do nothing: ORPOTrainer tokenizes with three calls of `map`, and `encode` has its own way to do that."""
         return self
 
-    def row(self, index: int) -> dict:
-        """Return a pair's columns, with its picture decoded. Raises OSError if the picture's file breaks off."""
-        row = self.rows[self.indices[index]]
-        content, path = row["image"]["bytes"], row["image"]["path"]
-        image = load_image(content if content is not None else self.root / path)
-        return {**row, "question": strip_marker(row["question"]), "image": image}
-
     def __getitem__(self, index: int) -> dict:
-        """Return a pair as `encode` does. A picture that breaks off is noted, and the next pair takes its place."""
+        row = self.read_row(index)
+        return self.encode(row["image"], *(row[name] for name in TEXTS))
+
+    def read_row(self, index: int) -> dict:
+        """Return a pair's columns, with its picture decoded. If the picture's file breaks off, the pair is noted in the log
+        of dropped rows, and the next pair takes its place."""
         for candidate in (*range(index, len(self)), *range(index)):
+            row = self.rows[self.indices[candidate]]
+            content, path = row["image"]["bytes"], row["image"]["path"]
             try:
-                row = self.row(candidate)
-                return self.encode(row["image"], row["question"], row["chosen"], row["rejected"])
+                image = load_image(content if content is not None else self.root / path)
+                return {**row, "question": strip_marker(row["question"]), "image": image}
             except OSError:
                 fault = {"row": self.indices[candidate], "reason": "image breaks off when decoded"}
-                with self.dropped_file.open("a") as file:
+                with self.log.open("a") as file:
                     file.write(json.dumps({"split": str(self.rows.split), **fault}) + "\n")
-        stop(f"no row of the {self.rows.split} pairs can be used; see {self.dropped_file}.")
+        stop(f"no row of the {self.rows.split} pairs can be used; see {self.log}.")
 
     def encode(self, image: Image.Image, question: str, chosen: str, rejected: str) -> dict:
-        """Return the ids of encode_texts, pixel_values (tiles, 3, H, W) and image_sizes (2) as (height, width)."""
+        """Return encode_texts' ids, `pixel_values` (tiles, 3, H, W), and `image_sizes`, which is (height, width)."""
         pixels = self.processor.image_processor(image, return_tensors="pt")
         ids = encode_texts(self.processor, image.size, question, chosen, rejected, self.max_length)
         return {**ids, "pixel_values": pixels["pixel_values"][0], "image_sizes": pixels["image_sizes"][0]}
 
     def longest(self) -> dict:
-        """Return a pair as long as any: the longest question, chosen and rejected of all, and a picture of the shape that
-        takes most tokens, as far as `max_length` allows."""
-        names = ["question", "chosen", "rejected"]
-        texts = self.rows.select_columns(names).select(self.indices)[:]
-        question, *responses = (max(texts[name], key=len) for name in names)
+        """Return a pair at least as long as every other: the longest question, chosen and rejected response with a picture
+        of the shape that takes most tokens, as far as `max_length` allows."""
+        texts = self.rows.select_columns(TEXTS).select(self.indices)[:]
+        question, *responses = (max(texts[name], key=len) for name in TEXTS)
         shapes = [Image.new("RGB", (w, h)) for h, w in self.processor.image_processor.image_grid_pinpoints]
         # where responses are cut, the shorter prompt makes the longer pair
         pairs = [self.encode(image, text, *responses) for image in shapes for text in (question, "")]
@@ -650,9 +621,9 @@ class PreferencePairs(torch.utils.data.Dataset):
 
 
 def make_pairs(args, rows: datasets.DatasetDict, processor) -> tuple[PreferencePairs, PreferencePairs | None]:
-    """Check the rows and split them into pairs to train on and to hold out. Lists the rows left out in dropped_rows.jsonl."""
+    """Check the rows and return the pairs to train on and those to evaluate. Lists rows left out in dropped_rows.jsonl."""
     root = Path(args.dataset).parent if Path(args.dataset).is_file() else Path(args.dataset)
-    dropped_file = args.output_dir / "dropped_rows.jsonl"
+    log = args.output_dir / "dropped_rows.jsonl"
     good, dropped = check_rows(rows["train"], root, processor, args.max_length, args.max_samples)
     test = next((rows[name] for name in ("test", "validation") if name in rows), None)
     if test:
@@ -662,16 +633,15 @@ def make_pairs(args, rows: datasets.DatasetDict, processor) -> tuple[PreferenceP
         test = rows["train"]
         train, held_out = split_rows(good, args.eval_fraction, args.seed)
     if MAIN_PROCESS:
-        write_whole(dropped_file, "".join(json.dumps(row) + "\n" for row in dropped))
+        write_whole(log, "".join(json.dumps(row) + "\n" for row in dropped))
     reasons = ", ".join(f"{n} x {reason}" for reason, n in Counter(row["reason"] for row in dropped).most_common())
     if not train:
-        stop(f"--dataset {args.dataset} has no usable pair ({reasons or 'it has no rows'}); see {dropped_file}.")
-    evaluated = held_out
-    if len(held_out) > args.eval_samples:
-        evaluated = sorted(np.random.default_rng(args.seed).permutation(held_out)[: args.eval_samples].tolist())
-    counts = f"{len(train):,} pairs to train on, {len(held_out):,} held out"
-    console.print(f"{counts}, of which {len(evaluated):,} are evaluated; {len(dropped):,} rows left out {reasons}")
-    shared = (root, processor, args.max_length, dropped_file)
+        stop(f"--dataset {args.dataset} has no usable pair ({reasons or 'it has no rows'}); see {log}.")
+    chosen = np.random.default_rng(args.seed).permutation(held_out)[: args.eval_samples]
+    evaluated = sorted(chosen.tolist()) if len(held_out) > args.eval_samples else held_out
+    counts = f"{len(train):,} pairs to train on, {len(held_out):,} held out, of which {len(evaluated):,} are evaluated"
+    console.print(f"{counts}; {len(dropped):,} rows left out {reasons}")
+    shared = (root, processor, args.max_length, log)
     eval_pairs = PreferencePairs(test, evaluated, *shared) if evaluated else None
     return PreferencePairs(rows["train"], train, *shared), eval_pairs
 
@@ -698,12 +668,13 @@ def collate_pairs(features: list[dict], pad_token_id: int) -> dict[str, torch.Te
 
 
 def share_prefix(batch: dict, pad_token_id: int, packed: bool, dtype: torch.dtype) -> dict:
-    """Lay a batch of B pairs out as B rows `prompt | chosen | rejected`, in which the two responses cannot see each other.
+    """Lay B pairs out as B rows `prompt | chosen | rejected`, in which neither response can see the other, and return the
+    model's inputs.
 
-    Both responses' positions follow the prompt's last. `logits_to_keep` indexes the columns that predict a response's
-    tokens; its first token is predicted by the prompt's last. The mask is dense, (B, 1, S, S) of `dtype`, and added to the
-    scores. If `packed`, all pairs stand one after the other in a single row without padding, no pair sees another, and the
-    mask is FlexAttention's, which costs memory and time only where something is visible.
+    The positions of both responses follow the prompt's last. `logits_to_keep` has the columns that predict the responses'
+    tokens, the first of which is predicted by the prompt's last. The mask (B, 1, S, S) is added to the attention scores.
+    If `packed`, all pairs stand in a single row without padding, no pair sees another, and the mask is FlexAttention's,
+    which costs memory and time only where something is visible.
     """
     prompt, real_prompt = batch["prompt_input_ids"], batch["prompt_attention_mask"]
     responses = torch.cat([batch["chosen_labels"], batch["rejected_labels"]], dim=1)
@@ -780,9 +751,9 @@ class LlavaORPOTrainer(ORPOTrainer):
         """Log TRL's metrics. Stops at the first loss or gradient that is not finite, before it reaches a checkpoint."""
         for name in ("loss", "grad_norm", "eval_loss"):
             if not math.isfinite(logs.get(name, 0)):
-                checkpoint = last_checkpoint(Path(self.args.output_dir)) or "the base model"
-                stop(f"{name} is {logs[name]} at step {self.state.global_step}: the run has diverged. Start again with a "
-                     f"smaller --learning_rate. The last good checkpoint is {checkpoint}.")  # fmt: skip
+                good = last_checkpoint(Path(self.args.output_dir)) or "the base model"
+                advice = f"The last good checkpoint is {good}; start again with a smaller --learning_rate."
+                stop(f"the run has diverged: {name} is {logs[name]} at step {self.state.global_step}. {advice}")
         super().log(logs, start_time)
 
     def create_model_card(self, *_, **__) -> None:
@@ -793,8 +764,7 @@ class LlavaORPOTrainer(ORPOTrainer):
 
 
 def add_adapter(model, args: argparse.Namespace) -> PeftModel:
-    """Put a new LoRA adapter on the language model's linear layers (and the projector's). Stops if a name of
-    --lora_target_modules matches no layer."""
+    """Put a new LoRA adapter on the model. Stops if a name in --lora_target_modules matches no layer."""
     layers = {name.split(".")[-1] for name, _ in model.model.language_model.named_modules() if name}
     unknown = sorted(set(args.lora_target_modules) - layers)
     if unknown:
@@ -802,19 +772,13 @@ def add_adapter(model, args: argparse.Namespace) -> PeftModel:
     targets = rf".*language_model\..*\.({'|'.join(args.lora_target_modules)})"
     if args.train_projector:
         targets = rf"({targets}|.*multi_modal_projector\.linear_[12])"
-    config = LoraConfig(
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config)
+    scale = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+    return get_peft_model(model, LoraConfig(**scale, target_modules=targets, task_type="CAUSAL_LM"))
 
 
 def speed_up(model, packed: bool, autocast: bool) -> None:
-    """Use FlexAttention in the language model if `packed`, and let adapters take their input as it is under `autocast`,
-    where PEFT would turn it to float32 and autocast back."""
+    """Use FlexAttention in the language model if `packed`. Under `autocast`, keep PEFT from casting the input of adapters to
+    float32, since autocast would cast it back."""
     model.get_base_model().model.language_model.set_attn_implementation("flex_attention" if packed else "sdpa")
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
@@ -831,21 +795,19 @@ def flex_attention_runs(model) -> bool:
         heads = torch.zeros(shape, device=model.device, dtype=model.lm_head.weight.dtype, requires_grad=True)
         torch.compile(flex_attention)(heads, heads, heads).sum().backward()
     except Exception as error:  # no C compiler, no Triton, too little shared memory: each raises its own
-        console.print(
-            f"FlexAttention does not run here ({type(error).__name__}); training uses a dense mask, which is slower"
-        )
+        console.print(f"FlexAttention does not run here ({type(error).__name__}); a slower, dense mask is used")
         return False
     return True
 
 
 def fit_memory(trainer: LlavaORPOTrainer, batch: dict, checkpointing: str) -> int:
-    """Run a batch forward and backward with as few layers recomputed as the memory allows. Returns n where every n-th layer
-    is, or 0 for none. The gradients stay. AdamW's two moments are given their room meanwhile."""
+    """Run a batch forward and backward, and recompute as few layers as the memory allows. Returns n if every n-th layer is
+    recomputed, or 0 if none is. The gradients are kept, and room is left for AdamW's two moments."""
     model = trainer.model.train()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     _moments = torch.empty(2 * sum(weight.nbytes for weight in weights), dtype=torch.uint8, device=model.device)
 
-    def run() -> None:  # a function of its own, so that nothing keeps a failed try's tensors
+    def run() -> None:  # a function of its own, so that the tensors of a failed try are freed
         with trainer.accelerator.autocast():
             chosen, rejected, _, _, nll = trainer.concatenated_forward(model, batch)
             (nll - trainer.odds_ratio_loss(chosen, rejected)[0].mean()).backward()
@@ -863,8 +825,8 @@ def fit_memory(trainer: LlavaORPOTrainer, batch: dict, checkpointing: str) -> in
 
 
 def compare_alone(trainer: LlavaORPOTrainer, pairs: list[dict], batch: dict) -> float:
-    """Return how far the log-probability of a response in the shared row is from that of prompt and response alone, as
-    the mean over the responses of `pairs`, of which `batch` is made."""
+    """Return by how much a response's log-probability in the shared row differs from that of prompt and response alone, as a
+    mean over the responses of `pairs`. `batch` holds the same pairs."""
     apart, device = [], trainer.model.device
     scores = trainer.concatenated_forward(trainer.model, batch)[:2]
     for name, shared in zip(("chosen", "rejected"), scores, strict=True):
@@ -879,8 +841,8 @@ def compare_alone(trainer: LlavaORPOTrainer, pairs: list[dict], batch: dict) -> 
 
 
 def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs, checkpointing: str) -> int:
-    """Check on real pairs what would go wrong silently, and on the longest batch that the memory is enough. Prints a
-    table and stops if a check fails. Sets gradient checkpointing and returns what fit_memory does."""
+    """Check on real pairs what would go wrong silently, and the memory on the longest batch, and stop if a check fails.
+    Sets gradient checkpointing and returns what fit_memory returns."""
     model, pad = trainer.model.eval(), pairs.processor.tokenizer.pad_token_id
     few = [pairs[i] for i in range(min(4, len(pairs)))]
     batch = trainer._prepare_inputs(collate_pairs(few, pad))
@@ -893,7 +855,7 @@ def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs, checkpointing: 
     fresh = [weight for name, weight in trainable.items() if "lora_B" in name and not weight.any()]
     for weight in fresh:  # a new adapter's lora_B is zero, which would leave lora_A without a gradient
         torch.nn.init.normal_(weight, std=1e-2)
-    split = trainer.is_fsdp_enabled  # only when training starts, until then every GPU holds all weights
+    split = trainer.is_fsdp_enabled  # FSDP splits the weights when training starts; until then, every GPU holds all
     longest = few[:1] if split else [pairs.longest()] * trainer.args.per_device_train_batch_size
     longest = trainer._prepare_inputs(collate_pairs(longest, pad))
     recomputed = fit_memory(trainer, longest, "on" if split and checkpointing == "auto" else checkpointing)
@@ -904,24 +866,23 @@ def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs, checkpointing: 
     model.zero_grad()
 
     size = f"{sum(weight.numel() for weight in trainable.values()):,} weights in {len(trainable)} tensors"
+    size += ", a new adapter" if fresh else ", as --lora_path left them"
     tokens = sum(longest[name].shape[1] for name in ("prompt_input_ids", "chosen_labels", "rejected_labels"))
-    fits = "the longest batch fits the memory" + ", not tried: weights are split later" * split
     layers = f"1 layer in {recomputed} is recomputed" if recomputed else "no layer is recomputed"
-    # bfloat16 rounds log-probabilities by up to a few hundredths; a wrong mask, label or position is far off
-    checks = {
-        "another picture moves the chosen log-probability": (
-            f"{seen:.4f} -> {unseen:.4f}",
-            0 < abs(seen - unseen) < 1e4,
-        ),
-        "each response scores as it does alone": (f"log-probabilities {apart:.1e} apart", apart < 0.05),
-        "every trainable weight gets a gradient": (dead[0] if dead else size, not dead),
-        fits: (f"{len(longest['image_sizes'])} x {tokens:,} tokens; {layers}", True),
-    }
+    moved = f"{seen:.4f} -> {unseen:.4f}"
+    fits = f"{len(longest['image_sizes'])} x {tokens:,} tokens; {layers}"
+    # bfloat16 moves log-probabilities by up to a few hundredths, a wrong mask, label or position by much more
+    checks = [
+        ("another picture moves the chosen log-probability", moved, 0 < abs(seen - unseen) < 1e4),
+        ("each response scores as it does alone", f"log-probabilities {apart:.1e} apart", apart < 0.05),
+        ("every trainable weight gets a gradient", dead[0] if dead else size, not dead),
+        ("the longest batch fits the memory", "not tried, as the weights are split later" if split else fits, True),
+    ]
     table = Table("preflight", "found", "")
-    for name, (found, passed) in checks.items():
+    for name, found, passed in checks:
         table.add_row(name, found, "[green]ok[/]" if passed else "[red]failed[/]")
     console.print(table)
-    for name, (found, passed) in checks.items():
+    for name, found, passed in checks:
         if not passed:
             stop(f"preflight failed: {name}, but found {found}; nothing was trained.")
     return recomputed
@@ -948,7 +909,7 @@ img{width:100%}th,td{vertical-align:top;text-align:left;padding:0 1rem .4rem 0}.
 
 
 def embed_picture(image: Image.Image) -> str:
-    """Return a picture, at most 448 pixels wide and high, as an address that an HTML page can carry inside it."""
+    """Return a picture as a data: URL for an HTML page, shrunk to at most 448 pixels on each side."""
     image, buffer = image.copy(), io.BytesIO()
     image.thumbnail((448, 448))
     image.save(buffer, "PNG")
@@ -956,8 +917,7 @@ def embed_picture(image: Image.Image) -> str:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Return the file's rows up to the first line that is not JSON, such as one whose writing was cut short; none if there
-    is no file."""
+    """Return a file's rows up to the first line that is not JSON, such as one cut short. A missing file has no rows."""
     rows = []
     with suppress(FileNotFoundError, ValueError):
         rows.extend(json.loads(line) for line in path.read_text(errors="replace").splitlines())
@@ -965,20 +925,16 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 class RunRecorder(ProgressCallback):
-    """Shows the progress bar, writes metrics.jsonl, and at each evaluation writes a few answers beside chosen and
-    rejected into samples.html."""
+    """Shows the progress bar, writes metrics.jsonl, and writes the model's answers to a few held-out pairs into samples.html
+    at each evaluation."""
 
     def __init__(self, trainer, output_dir: Path, processor, eval_pairs: PreferencePairs | None):
         super().__init__()
-        self.trainer, self.output_dir, self.processor, self.samples = trainer, output_dir, processor, []
-        for index in range(len(eval_pairs or [])):
-            with suppress(OSError):  # a picture that breaks off is no sample
-                self.samples.append(eval_pairs.row(index))
-            if len(self.samples) == 4:
-                break
+        self.trainer, self.output_dir, self.processor = trainer, output_dir, processor
+        self.samples = [eval_pairs.read_row(index) for index in range(min(4, len(eval_pairs or [])))]
 
     def close(self) -> None:
-        """End the bars, so that the sentence with which a run ends stands on a line of its own."""
+        """Close the progress bars, so that an error stands on a line of its own."""
         for bar in filter(None, (self.prediction_bar, self.training_bar)):
             bar.close()
 
@@ -996,7 +952,7 @@ class RunRecorder(ProgressCallback):
         super().on_evaluate(args, state, control, **kwargs)
         if not self.samples:
             return
-        # in every process: where weights are split among them, all take part in every forward
+        # in every process, since all take part in every forward where weights are split among them
         model = model.module if hasattr(model, "module") else model
         images, questions = [row["image"] for row in self.samples], [row["question"] for row in self.samples]
         together = {"synced_gpus": True} if args.world_size > 1 else {}
@@ -1012,16 +968,14 @@ class RunRecorder(ProgressCallback):
         if "wandb" in args.report_to:
             import wandb
 
-            columns = ("question", "chosen", "rejected")
-            rows = [
-                [state.global_step, wandb.Image(row["image"]), *(row[name] for name in columns), answer]
-                for row, answer in zip(self.samples, answers, strict=True)
-            ]
-            wandb.log({"samples": wandb.Table(["step", "picture", *columns, "answer"], rows)})
+            table = wandb.Table(["step", "picture", *TEXTS, "answer"])
+            for row, answer in zip(self.samples, answers, strict=True):
+                table.add_data(state.global_step, wandb.Image(row["image"]), *(row[name] for name in TEXTS), answer)
+            wandb.log({"samples": table})
 
 
 def open_tracking(args: argparse.Namespace) -> None:
-    """Start the W&B run: online for whoever is logged in and has a network, else offline in the output folder."""
+    """Start the W&B run: online for a user who is logged in and has a network, else offline in the output folder."""
     if args.report_to != "wandb" or not MAIN_PROCESS:
         return
     import wandb
@@ -1036,7 +990,7 @@ def open_tracking(args: argparse.Namespace) -> None:
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
-    """Return the newest checkpoint whose parts are all there and readable, or None. Says which newer ones are not."""
+    """Return the newest checkpoint whose parts are all there and readable, or None, and name the newer ones that are not."""
     found = sorted(output_dir.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]), reverse=True)
     for folder in found:
         parts = [list(folder.glob(name)) for name in ("optimizer.*", "scheduler.pt", "rng_state*.pth")]
@@ -1050,8 +1004,8 @@ def last_checkpoint(output_dir: Path) -> Path | None:
 
 
 def open_run(args: argparse.Namespace) -> tuple[Path | None, FileLock]:
-    """Make the output folder ready. Returns the checkpoint to continue from and the folder's lock. Stops if another run has
-    the lock, if the folder cannot be written, or if it holds a run that was not to be continued or had other settings."""
+    """Make the output folder ready, and return the checkpoint to continue from and the folder's lock. Stops if another run
+    writes there, or if an earlier run is there that is not to be continued or had other settings."""
     output_dir, processes = args.output_dir, int(os.environ.get("WORLD_SIZE", 1))
     lock = FileLock(output_dir / ".lock", timeout=0)
     if not MAIN_PROCESS:
@@ -1064,22 +1018,21 @@ def open_run(args: argparse.Namespace) -> tuple[Path | None, FileLock]:
     except OSError as error:
         stop(f"--output_dir {output_dir} cannot be written ({error.strerror}); name another folder.")
     checkpoint = last_checkpoint(output_dir)
-    if not args.resume and (checkpoint or (output_dir / "metrics.jsonl").exists()):
+    noted, metrics = output_dir / "arguments.json", output_dir / "metrics.jsonl"
+    if not args.resume and (checkpoint or metrics.exists()):
         stop(f"--output_dir {output_dir} holds an earlier run; add --resume to continue it, or name another folder.")
-    free = ("resume", "output_dir", "report_to", "wandb_project", "wandb_entity", "num_workers", "gradient_checkpointing",
-            "batch_size", "gradient_accumulation_steps")  # fmt: skip
+    may_change = "resume output_dir report_to wandb_project wandb_entity num_workers gradient_checkpointing batch_size"
+    free = {*may_change.split(), "gradient_accumulation_steps"}
     settings = {name: str(value) for name, value in vars(args).items() if name not in free}
     settings["pairs_a_step"] = str(args.batch_size * args.gradient_accumulation_steps * processes)
-    noted = output_dir / "arguments.json"
-    if checkpoint and noted.exists():
-        before = json.loads(noted.read_text())
-        changed = [f"{key} was {before[key]}, is {now}" for key, now in settings.items() if before.get(key, now) != now]
-        if changed:
-            means = f"pairs_a_step is --batch_size x --gradient_accumulation_steps x {processes} processes"
-            stop(f"--resume cannot change the run in {output_dir}: {'; '.join(changed)} ({means}).")
+    before = json.loads(noted.read_text()) if checkpoint and noted.exists() else {}
+    changed = [f"{key} was {before[key]}, is {now}" for key, now in settings.items() if before.get(key, now) != now]
+    if changed:
+        meaning = f"pairs_a_step is --batch_size x --gradient_accumulation_steps x {processes} processes"
+        stop(f"--resume cannot change the run in {output_dir}: {'; '.join(changed)} ({meaning}).")
     step = int(checkpoint.name.split("-")[1]) if checkpoint else -1
-    for file in (output_dir / "metrics.jsonl", output_dir / "samples.jsonl"):
-        if file.exists():  # the steps after the checkpoint will be done again
+    for file in (metrics, output_dir / "samples.jsonl"):
+        if file.exists():  # the steps after the checkpoint are done again
             write_whole(file, "".join(json.dumps(row) + "\n" for row in read_jsonl(file) if row["step"] <= step))
     write_whole(noted, json.dumps(settings, indent=2))
     if args.resume:
@@ -1088,19 +1041,19 @@ def open_run(args: argparse.Namespace) -> tuple[Path | None, FileLock]:
 
 
 def build_trainer(args, model, processor, train_pairs, eval_pairs, resumed: bool) -> LlavaORPOTrainer:
-    """Return the trainer. Of the training pairs, the last few that do not fill an optimizer step are left out, so that
-    every pair weighs the same however they are batched."""
+    """Return the trainer. The last few training pairs, which do not fill an optimizer step, are left out, so that every pair
+    has the same weight however pairs are batched."""
     on_gpu, processes = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
     pairs_a_step = args.batch_size * args.gradient_accumulation_steps * processes
     steps_an_epoch = max(len(train_pairs) // pairs_a_step, 1)
     train_pairs.indices = train_pairs.indices[: steps_an_epoch * pairs_a_step]
-    if eval_pairs:  # in equal shares
+    if eval_pairs:  # every process gets the same number
         eval_pairs.indices = eval_pairs.indices[: max(len(eval_pairs) // processes, 1) * processes]
     config = ORPOConfig(
         output_dir=str(args.output_dir),
         num_train_epochs=args.epochs,
         per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=1,  # TRL averages over batches, so that only single pairs weigh the same
+        per_device_eval_batch_size=1,  # TRL averages over batches, so pairs weigh the same only if each is a batch
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
@@ -1108,19 +1061,19 @@ def build_trainer(args, model, processor, train_pairs, eval_pairs, resumed: bool
         beta=args.beta,
         max_length=args.max_length,
         padding_value=processor.tokenizer.pad_token_id,
-        disable_dropout=False,  # there is none but LoRA's, which was asked for
-        gradient_checkpointing=False,  # preflight turns it on; TRL's default would do so in every layer
-        ddp_find_unused_parameters=False,  # preflight has seen that each gets a gradient
+        disable_dropout=False,  # the only dropout is LoRA's, which was asked for
+        gradient_checkpointing=False,  # preflight turns it on, where TRL would do so in every layer
+        ddp_find_unused_parameters=False,  # preflight makes sure that each gets a gradient
         optim="adamw_torch_fused",
         bf16=on_gpu and torch.cuda.is_bf16_supported(including_emulation=False),
         use_cpu=not on_gpu,
         seed=args.seed,
         logging_steps=1,
-        logging_nan_inf_filter=False,  # it would show a loss that is not finite as 0
-        # once an epoch, given in steps, so that a checkpoint of that step is written after the evaluation
+        logging_nan_inf_filter=False,  # otherwise a loss that is not finite is shown as 0
+        # once an epoch, but counted in steps, so that the evaluation comes before the same step's checkpoint
         eval_strategy="no" if eval_pairs is None else "steps",
         eval_steps=steps_an_epoch,
-        eval_on_start=eval_pairs is not None and not resumed,  # the base; trainer.evaluate() would undo DDP here
+        eval_on_start=eval_pairs is not None and not resumed,  # trainer.evaluate() before train() would undo DDP
         save_steps=args.save_steps,
         save_total_limit=2,
         enable_jit_checkpoint=True,  # on SIGTERM, with which Slurm and Kubernetes end a job
@@ -1129,12 +1082,12 @@ def build_trainer(args, model, processor, train_pairs, eval_pairs, resumed: bool
         report_to=args.report_to,
         run_name=args.output_dir.name,
     )
-    if not on_gpu:  # for several processes it is cpu:0, onto which torch.load does not bring the optimizer's state
+    if not on_gpu:  # with several processes it would be cpu:0, to which torch.load does not move the optimizer's state
         config.__dict__["_setup_devices"] = torch.device("cpu")
-    config._n_gpu = 1  # several GPUs take a launcher: nn.DataParallel would cut logits_to_keep apart
+    config._n_gpu = 1  # several GPUs need a launcher, since nn.DataParallel would cut logits_to_keep apart
     collate = partial(collate_pairs, pad_token_id=processor.tokenizer.pad_token_id)
     trainer = LlavaORPOTrainer(model, config, collate, train_pairs, eval_pairs, processing_class=processor)
-    trainer.use_dpo_data_collator = True  # otherwise TRL warns of ours in every evaluation step
+    trainer.use_dpo_data_collator = True  # otherwise TRL warns about ours in every evaluation step
     trainer.packed = flex_attention_runs(model)
     speed_up(model, trainer.packed, trainer.accelerator.native_amp)
     trainer.remove_callback(PrinterCallback)
@@ -1150,48 +1103,95 @@ def build_trainer(args, model, processor, train_pairs, eval_pairs, resumed: bool
 def draw_curves(metrics: list[dict], path: Path) -> None:
     """Draw the run's figures against the optimizer step: training as a line, held-out evaluations as dots."""
     panels = {
-        "Log-probability a token": ["logps/chosen", "logps/rejected"],
+        "Log-probability per token": ["logps/chosen", "logps/rejected"],
         "Log-odds, chosen over rejected": ["log_odds_chosen"],
         "Preference accuracy": ["rewards/accuracies"],
         "ORPO loss": ["loss"],
         "NLL of the chosen response": ["nll_loss"],
         "Reward margin": ["rewards/margins"],
     }
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained", sharex=True)
-    for axis, (title, keys) in zip(axes.flat, panels.items(), strict=True):
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    for axis, (title, keys) in zip(figure.subplots(2, 3, sharex=True).flat, panels.items(), strict=True):
         for key, colour in zip(keys, ("#1b7837", "#b2182b"), strict=False):
-            name = f", {key.split('/')[-1]}" if len(keys) > 1 else ""
             for prefix, style, label in (("", "-", "training"), ("eval_", "o", "held out")):
+                label += f", {key.split('/')[-1]}" if len(keys) > 1 else ""
                 points = [(row["step"], row[prefix + key]) for row in metrics if prefix + key in row]
                 if points:
-                    axis.plot(*zip(*points, strict=True), style, color=colour, lw=0.7, ms=5, label=label + name)
+                    axis.plot(*zip(*points, strict=True), style, color=colour, lw=0.7, ms=5, label=label)
         axis.set_title(title, fontsize=11)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8, frameon=False)
-    for axis in axes[1]:
-        axis.set_xlabel("optimizer step")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png")
-    plt.close(figure)
-    write_whole(path, buffer.getvalue())
+    figure.supxlabel("optimizer step")
+    figure.savefig(path, dpi=110)
 
 
 def describe_pairs(pairs: PreferencePairs | None) -> dict:
-    """Return the number of pairs, a SHA-256 over their texts in order (not over the pictures), and in which share of them
-    the response of fewer words is the chosen one, which a preference for short answers alone would get right."""
-    digest, shorter = hashlib.sha256(), 0
-    texts = pairs.rows.select_columns(["question", "chosen", "rejected"]).select(pairs.indices) if pairs else []
-    for text in texts:
-        digest.update(json.dumps(text).encode())
-        shorter += len(text["chosen"].split()) < len(text["rejected"].split())
-    return {"pairs": len(texts), "fingerprint": digest.hexdigest(), "shorter_is_chosen": shorter / max(len(texts), 1)}
+    """Return the number of pairs, a SHA-256 of their texts in order, and the share of pairs whose chosen response has fewer
+    words than the rejected one, which a mere preference for short answers would get right."""
+    texts = pairs.rows.select_columns(TEXTS).select(pairs.indices).to_list() if pairs else []
+    fingerprint = hashlib.sha256("".join(map(json.dumps, texts)).encode()).hexdigest()
+    shorter = sum(len(text["chosen"].split()) < len(text["rejected"].split()) for text in texts)
+    return {"pairs": len(texts), "fingerprint": fingerprint, "shorter_is_chosen": shorter / max(len(texts), 1)}
 
 
-def write_card(args: argparse.Namespace, pairs: int, figures: list[tuple[str, float, float]]) -> None:
-    """Write README.md for the adapter: what it is for, what it was trained on, and what it changed."""
+def finish_run(args: argparse.Namespace, trainer: LlavaORPOTrainer, recomputed: int, seconds: float) -> None:
+    """Evaluate once more if the run ended within an epoch, save the adapter, and report what the run changed."""
+    if trainer.eval_dataset and trainer.state.global_step % trainer.args.eval_steps:
+        trainer.evaluate()
+    trainer.save_model()  # in every process, since each has a part where weights are split among them
+    if MAIN_PROCESS:
+        # safetensors makes a file that only its owner can read
+        (args.output_dir / "adapter_model.safetensors").chmod((args.output_dir / "arguments.json").stat().st_mode)
+        write_report(args, trainer, recomputed, seconds)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+def write_report(args: argparse.Namespace, trainer: LlavaORPOTrainer, recomputed: int, seconds: float) -> None:
+    """Write training_summary.json, the card and the curves, and print what the run changed."""
+    output_dir, on_gpu = args.output_dir, torch.cuda.is_available()
+    metrics = read_jsonl(output_dir / "metrics.jsonl")
+    evaluations = [row for row in metrics if "eval_loss" in row] or [{}]
+    # a picture that breaks off is noted every time it is met
+    dropped = {(row["split"], row["row"]): row["reason"] for row in read_jsonl(output_dir / "dropped_rows.jsonl")}
+    train, held_out = describe_pairs(trainer.train_dataset), describe_pairs(trainer.eval_dataset)
+    data = {"train_pairs": train["pairs"], "eval_pairs": held_out["pairs"], "fingerprint": train["fingerprint"]}
+    data |= {"shorter_is_chosen": held_out["shorter_is_chosen"], "dropped": Counter(dropped.values())}
+    packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
+    host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    summary = {
+        "arguments": {k: v if isinstance(v, int | float | list) else str(v) for k, v in vars(args).items()},
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "hardware": torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores",
+        "data": data,
+        "steps": trainer.state.global_step,
+        "packed": trainer.packed,
+        "recomputed_every": recomputed,
+        "processes": trainer.accelerator.num_processes,
+        "seconds": round(seconds, 1),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else host_peak,
+        "before": evaluations[0],
+        "after": evaluations[-1],
+    }
+    write_whole(output_dir / "training_summary.json", json.dumps(summary, indent=2, allow_nan=False))
+    write_card(args, summary)
+    draw_curves(metrics, output_dir / "training_curves.png")
+    console.print(f"adapter, card, curves and summary are in {output_dir}")
+
+
+def write_card(args: argparse.Namespace, summary: dict) -> None:
+    """Write the adapter's README.md: its base, its data, and what it changed. Prints the table of what changed."""
+    data, before, after = summary["data"], summary["before"], summary["after"]
+    names = {"preference accuracy": "rewards/accuracies", "reward margin": "rewards/margins", "NLL": "nll_loss"}
+    names |= {"log-odds": "log_odds_chosen", "loss": "loss"}
+    table = ""
+    if before:
+        table = f"| {data['eval_pairs']:,} held-out pairs | before | after |\n|---|---|---|\n"
+        for name, key in names.items():
+            table += f"| {name} | {before[f'eval_{key}']:.4f} | {after[f'eval_{key}']:.4f} |\n"
+        table += f"\nIn {data['shorter_is_chosen']:.1%} of these pairs, the chosen response has fewer words.\n"
+        console.print(Markdown(table))
     start = f" It started from the adapter `{args.lora_path}`." if args.lora_path else ""
-    rows = "".join(f"| {name} | {before:.4f} | {after:.4f} |\n" for name, before, after in figures)
-    table = f"| held-out pairs | before | after |\n|---|---|---|\n{rows}" if figures else ""
     text = f"""---
 base_model: {args.model_path}
 library_name: peft
@@ -1201,68 +1201,11 @@ tags: [orpo, lora, llava-next]
 # {args.output_dir.name}
 
 A LoRA adapter for `{args.model_path}`, trained with ORPO ([Hong et al. 2024](https://arxiv.org/abs/2403.07691)) on
-{pairs:,} preference pairs of `{args.dataset}`, so that the model names less that is not in the picture.{start}
-Load it with `PeftModel.from_pretrained(model, path)`.
+{data["train_pairs"]:,} preference pairs of `{args.dataset}`, so that the model names fewer things that are not in the
+picture.{start} Load it with `PeftModel.from_pretrained(model, path)`.
 
 {table}"""
     write_whole(args.output_dir / "README.md", text)
-
-
-def finish_run(args: argparse.Namespace, trainer: LlavaORPOTrainer, recomputed: int, seconds: float) -> None:
-    """Evaluate once more if the run ended within an epoch, save the adapter, and report what the run changed."""
-    if trainer.eval_dataset and trainer.state.global_step % trainer.args.eval_steps:
-        trainer.evaluate()
-    trainer.save_model()  # in every process: where weights are split among them, each has a part
-    if MAIN_PROCESS:
-        # safetensors lets nobody but the owner read it
-        (args.output_dir / "adapter_model.safetensors").chmod((args.output_dir / "arguments.json").stat().st_mode)
-        write_report(args, trainer, recomputed, seconds)
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
-
-
-def write_report(args: argparse.Namespace, trainer: LlavaORPOTrainer, recomputed: int, seconds: float) -> None:
-    """Write card, curves and training_summary.json, and print what the run changed."""
-    output_dir = args.output_dir
-    metrics = read_jsonl(output_dir / "metrics.jsonl")
-    evaluations = [row for row in metrics if "eval_loss" in row]
-    before, after = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
-    # a picture that breaks off is noted anew whenever it is met
-    dropped = {(row["split"], row["row"]): row["reason"] for row in read_jsonl(output_dir / "dropped_rows.jsonl")}
-    train, held_out = describe_pairs(trainer.train_dataset), describe_pairs(trainer.eval_dataset)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
-    summary = {
-        "arguments": {k: v if isinstance(v, int | float | list) else str(v) for k, v in vars(args).items()},
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
-        "data": {"train_pairs": train["pairs"], "eval_pairs": held_out["pairs"], "fingerprint": train["fingerprint"],
-                 "shorter_is_chosen": held_out["shorter_is_chosen"], "dropped": Counter(dropped.values())},
-        "steps": trainer.state.global_step,
-        "packed": trainer.packed,
-        "recomputed_every": recomputed,
-        "processes": trainer.accelerator.num_processes,
-        "seconds": round(seconds, 1),
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak,
-        "before": before,
-        "after": after,
-    }  # fmt: skip
-    figures = []
-    if before:
-        names = {"preference accuracy": "rewards/accuracies", "reward margin": "rewards/margins", "NLL": "nll_loss"}
-        names |= {"log-odds": "log_odds_chosen", "loss": "loss"}
-        figures = [(name, before[f"eval_{key}"], after[f"eval_{key}"]) for name, key in names.items()]
-        table = Table(f"{held_out['pairs']:,} held-out pairs", "before", "after")
-        for name, *values in figures:
-            table.add_row(name, *(f"{value:.4f}" for value in values))
-        console.print(table)
-        console.print(
-            f"in {held_out['shorter_is_chosen']:.1%} of these pairs, the response of fewer words is the chosen one"
-        )
-    write_card(args, train["pairs"], figures)
-    draw_curves(metrics, output_dir / "training_curves.png")
-    write_whole(output_dir / "training_summary.json", json.dumps(summary, indent=2, allow_nan=False))
-    console.print(f"adapter, card, curves and summary are in {output_dir}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1299,12 +1242,12 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         stop("interrupted; the same command with --resume continues from the last checkpoint.", code=130)
     except torch.OutOfMemoryError:
-        stop(
-            "the GPU's memory is full; use a smaller --batch_size with more --gradient_accumulation_steps or --load_4bit."
-        )
+        advice = "use a smaller --batch_size with more --gradient_accumulation_steps, or --load_4bit"
+        stop(f"the GPU's memory is full; {advice}.")
     except (RuntimeError, ConnectionError, EOFError) as error:
-        # torch has noticed that a worker is gone, or reading from it breaks off before torch has
+        # torch notices that a worker is gone, or reading from the worker breaks off before that
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
             raise
-        stop("a process that decodes pictures was killed: too little memory, or too little shared memory (--shm-size 8g in a "
-             "container); use a smaller --num_workers, and --resume.")  # fmt: skip
+        print(file=sys.stderr)  # torch may notice it while the progress bar is being closed, before its line has ended
+        advice = "use fewer --num_workers, or more shared memory (--shm-size 8g in a container), and --resume"
+        stop(f"a process that decodes pictures was killed for lack of memory; {advice}.")

@@ -127,7 +127,7 @@ from transformers import AutoConfig, LlavaNextForConditionalGeneration
 # ---------------------------------------------------------------------------- blocks copied from earlier scripts
 
 # Copied from llava_orpo_training.MAIN_PROCESS
-MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # of several under torchrun, the one that prints and writes
+MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # of several processes, the one that prints and writes
 
 
 # Copied from llava_orpo_training.console
@@ -143,8 +143,8 @@ def stop(message: str, code: int = 2) -> NoReturn:
 
 # Copied from llava_orpo_training.load_image
 def load_image(source: str | Path | bytes) -> Image.Image:
-    """Open a picture from a path or from a file's bytes: upright (EXIF), RGB, what is transparent on white; of several
-    frames the first. Raises OSError if it is none."""
+    """Open a picture from a path or from a file's bytes, turned upright (EXIF) and in RGB, with white where it is
+    transparent. Raises OSError if it is not a picture."""
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
         if image.mode[0] in "IF":  # 16 or 32 bits a pixel, of which convert() would clip all above 255
@@ -155,28 +155,25 @@ def load_image(source: str | Path | bytes) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except Exception as error:  # a broken file makes Pillow's parsers raise almost anything
+    except Exception as error:  # Pillow's parsers raise almost anything on a broken file
         raise OSError(str(error)) from error
 
 
 # Copied from llava_orpo_training.build_prompt
 def build_prompt(processor, question: str, image_size: tuple[int, int]) -> list[int]:
-    """Token ids of LLaVA-1.6's prompt, BOS first: `[INST] <image>\\n{question} [/INST]`, or Vicuna's where the processor's
-    chat template is Vicuna's.
+    """Return the token ids of LLaVA-1.6's prompt, which is `[INST] <image>\\n{question} [/INST]` after BOS, or Vicuna's form
+    where the processor's chat template is Vicuna's.
 
-    `image_size` is the picture's (width, height) in pixels: it decides how many image tokens stand for it. The text on
-    either side of them is tokenized by itself, as the original code does, and the question as plain text: `<image>` or
-    `</s>` inside it are no special tokens.
+    `image_size` is the picture's (width, height) in pixels, on which the number of image tokens depends. As in the original
+    code, the text before and after them is tokenized separately. A `<image>` or `</s>` inside the question is plain text.
     """
     tokenizer = processor.tokenizer
-    height_width = (image_size[1], image_size[0])
-    num_image_tokens = processor._get_num_multimodal_tokens(image_sizes=[height_width])["num_image_tokens"][0]
+    width, height = image_size
+    num_image_tokens = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"][0]
     before, after = "[INST] ", " [/INST]"
     if "[INST]" not in (processor.chat_template or before):
-        before = (
-            "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
-            "detailed, and polite answers to the human's questions. USER: "
-        )
+        before = "A chat between a curious human and an artificial intelligence assistant. "
+        before += "The assistant gives helpful, detailed, and polite answers to the human's questions. USER: "
         after = " ASSISTANT:"
     head = tokenizer(before, add_special_tokens=False).input_ids
     tail = tokenizer(f"\n{question}{after}", add_special_tokens=False, split_special_tokens=True).input_ids
@@ -221,160 +218,118 @@ def check_weights(folder: Path) -> None:
 
 # Copied from llava_orpo_training.read_original
 def read_original(model_path: str, original: dict) -> tuple:
-    """What a checkpoint in LLaVA's own format needs to be read by transformers: (config, processor, vision weights).
+    """Return (config, processor, vision tower's name) for a checkpoint in LLaVA's own format, whose config.json is `original`.
 
-    `original` is its config.json. The vocabulary gets 64 more rows, `<image>` and `<pad>` first, as in the hub's converted
-    checkpoints. The vision weights are None if they are in the checkpoint, else the model that mm_vision_tower names.
+    The tokenizer gets `<image>` and `<pad>` as its next two tokens, as in the hub's converted checkpoints.
     """
-    from transformers import AutoConfig, CLIPVisionConfig, LlamaTokenizer, LlavaNextConfig, LlavaNextProcessor
+    from transformers import AutoConfig, LlamaTokenizer, LlavaNextConfig, LlavaNextProcessor
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-    wanted = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "mm_projector_type": "mlp2x_gelu",
-              "mm_vision_select_feature": "patch", "mm_use_im_start_end": False, "vocab_size": 32000}  # fmt: skip
-    for name, value in wanted.items():
-        if original.get(name, value) != value or (isinstance(value, str) and name not in original):
-            stop(f"--model_path {model_path} has {name} {original.get(name)!r} in its config.json, LLaVA-1.6 has {value!r}; "
-                 "this reads LLaVA-1.6 only.")  # fmt: skip
-    tower, layer = original["mm_vision_tower"], original["mm_vision_select_layer"]
-    vision = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-                              image_size=336, patch_size=14, projection_dim=768)  # fmt: skip
-    if tower != "openai/clip-vit-large-patch14-336":  # the one of all published checkpoints, spelled out above
+    expected = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "vocab_size": 32000}
+    for name, value in expected.items():
+        if original.get(name) != value:
+            stop(f"--model_path {model_path} has {name} {original.get(name)!r}; LLaVA-1.6 has {value!r}.")
+    tower = original["mm_vision_tower"]
+    vision = LlavaNextConfig().vision_config
+    if tower != "openai/clip-vit-large-patch14-336":  # this one, which all published checkpoints name, is the default
         vision = AutoConfig.from_pretrained(tower, trust_remote_code=False)
         vision = getattr(vision, "vision_config", vision)
-    ours = ("mm_", "image_", "tokenizer_", "unfreeze_", "tune_", "use_mm_", "freeze_")
-    text = {
-        name: value
-        for name, value in original.items()
-        if not name.startswith(ours) and name not in ("architectures", "auto_map")
-    }
+    llava = ("mm_", "image_", "tokenizer_", "unfreeze_", "tune_", "use_mm_", "freeze_", "architectures", "auto_map")
+    text = {name: value for name, value in original.items() if not name.startswith(llava)}
     text["model_type"] = "mistral" if original["model_type"] == "llava_mistral" else "llama"
-    pinpoints = original["image_grid_pinpoints"]
-    pinpoints = [
-        [height, width] for width, height in (json.loads(pinpoints) if isinstance(pinpoints, str) else pinpoints)
-    ]
+    grid = original["image_grid_pinpoints"]  # (width, height) pairs, which some checkpoints write as text
+    grid = [[height, width] for width, height in (json.loads(grid) if isinstance(grid, str) else grid)]
     tokenizer = LlamaTokenizer.from_pretrained(model_path, add_bos_token=True, legacy=True, padding_side="left")
-    rows = original["vocab_size"]
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    if tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]) != [rows, rows + 1]:
-        stop(
-            f"--model_path {model_path} has {len(tokenizer) - 2} tokens in its tokenizer and {rows} rows in config.json."
-        )
-    config = LlavaNextConfig(
-        vision_config=vision.to_dict(), text_config=text, image_token_index=rows, image_grid_pinpoints=pinpoints,
-        vision_feature_layer=layer, tie_word_embeddings=False,
-    )  # fmt: skip
+    if len(tokenizer) != 32002:
+        stop(f"--model_path {model_path} has a tokenizer of {len(tokenizer) - 2:,} tokens; LLaVA-1.6 has 32,000.")
+    config = LlavaNextConfig(vision_config=vision.to_dict(), text_config=text, image_grid_pinpoints=grid)
+    config.vision_feature_layer = original["mm_vision_select_layer"]
     side = vision.image_size
-    images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_grid_pinpoints=pinpoints
-    )
-    template = "[INST] <image>\n{{ messages[0]['content'][-1]['text'] }} [/INST]"
-    if text["model_type"] == "llama":
-        template = "USER: <image>\n{{ messages[0]['content'][-1]['text'] }} ASSISTANT:"
-    processor = LlavaNextProcessor(
-        images, tokenizer, patch_size=vision.patch_size, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=template,
-    )  # fmt: skip
+    images = LlavaNextImageProcessorPil(size={"shortest_edge": side}, crop_size=side, image_grid_pinpoints=grid)
+    before, after = ("[INST] ", " [/INST]") if text["model_type"] == "mistral" else ("USER: ", " ASSISTANT:")
+    template = before + "<image>\n{{ messages[0]['content'][-1]['text'] }}" + after
+    processor = LlavaNextProcessor(images, tokenizer, vision.patch_size, "default", template)
+    processor.num_additional_image_tokens = 1
     return config, processor, tower
 
 
 # Copied from llava_orpo_training.read_checkpoint
 def read_checkpoint(model_path: str) -> tuple:
-    """A checkpoint's (config, processor, tower), without its weights. In the hub's layout config and tower are None; in
-    LLaVA's own format see read_original. Stops with one sentence if it cannot be LLaVA-1.6."""
+    """Return (config, processor, vision tower's name) of a checkpoint, as read_original does for LLaVA's own format; config
+    and tower are None for the hub's layout. Stops if the checkpoint is not LLaVA-1.6."""
     from transformers import AutoProcessor, PreTrainedConfig
 
-    if Path(model_path).is_dir():
-        check_weights(Path(model_path))
-    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model_path):
-        stop(f"--model_path {model_path} is no folder, and no hub id, which is owner/name.")
     try:
         found = PreTrainedConfig.get_config_dict(model_path)[0]
-        kind = found.get("model_type")
+        kind = found.get("model_type", "unknown")
         if kind in ("llava_mistral", "llava_llama", "llava") and "mm_vision_tower" in found:
             return read_original(model_path, found)
         if kind != "llava_next":
-            stop(f"--model_path {model_path} {f'is a {kind} checkpoint' if found else 'has no config.json'}; this reads LLaVA-1.6: "
-                 "llava_next, or llava_mistral and llava_llama in LLaVA's own format.")  # fmt: skip
+            stop(f"--model_path {model_path} has no config.json of LLaVA-1.6; its model type is {kind}.")
         processor = AutoProcessor.from_pretrained(model_path, backend="pil", trust_remote_code=False)
-        if re.search("im_start|start_header", processor.chat_template or ""):
-            stop(
-                f"--model_path {model_path} has a prompt template of another language model; this knows Mistral's and Vicuna's."
-            )
-        return None, processor, None
-    except Exception as error:  # configurations can be wrong in more ways than libraries foresee
-        stop(f"--model_path {model_path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}). "
-             "Give a hub id or a folder with a LLaVA-1.6 checkpoint in safetensors.")  # fmt: skip
+    except Exception as error:
+        stop(f"--model_path {model_path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}).")
+    if re.search("im_start|start_header", processor.chat_template or ""):
+        stop(f"--model_path {model_path} has a prompt template that is neither Mistral's nor Vicuna's.")
+    return None, processor, None
 
 
 # Copied from llava_orpo_training.load_llava
-def load_llava(
-    model_path: str, lora_path: str | None = None, device="auto", load_4bit=False, load_8bit=False, merge_lora=None
-):
-    """Load a LLaVA-1.6 checkpoint, in the hub's layout or LLaVA's own, and an adapter; returns (model, processor).
+def load_llava(model_path: str, lora_path: str | None = None, device="auto", load_4bit=False, load_8bit=False):
+    """Load a LLaVA-1.6 checkpoint, in the hub's layout or LLaVA's own, and an adapter; return (model, processor).
 
-    `device` auto is cuda, then mps, then cpu; all spreads the layers over the GPUs there are. Weights are bfloat16 on a
-    GPU that has it (else float16) and float32 on the CPU. `load_4bit` keeps the language model in NF4 with double
-    quantization, `load_8bit` in LLM.int8; vision tower, projector and head stay whole. `merge_lora`: see merge_adapter.
-    Nothing but safetensors is read and no code of a checkpoint is run.
+    The device "auto" is the first of cuda, mps and cpu that is there, and "all" spreads the layers over all GPUs. Weights
+    are float32 on the CPU and bfloat16 on a GPU, or float16 if the GPU lacks it. `load_4bit` keeps the language model in NF4
+    with double quantization, `load_8bit` in LLM.int8. Only safetensors files are read, and no code of a checkpoint is run.
     """
     from transformers import BitsAndBytesConfig, LlavaNextForConditionalGeneration
-    from transformers.conversion_mapping import get_model_conversion_mapping
 
+    adapter = read_adapter(lora_path) if lora_path else None  # before the base, whose reading takes minutes
+    config, processor, tower = read_checkpoint(model_path)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.float32
     if device != "cpu":
-        dtype = torch.bfloat16 if device == "mps" or torch.cuda.is_bf16_supported() else torch.float16
-    quantization = None
-    if load_4bit or load_8bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=load_4bit,
-            load_in_8bit=load_8bit,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["lm_head", ".*vision_tower.*", ".*multi_modal_projector.*"],
-        )
-    config, processor, tower = read_checkpoint(model_path)
+        has_bf16 = device == "mps" or torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if has_bf16 else torch.float16
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=load_4bit,
+        load_in_8bit=load_8bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head", ".*vision_tower.*", ".*multi_modal_projector.*"],
+    )
     try:
         model, report = LlavaNextForConditionalGeneration.from_pretrained(
-            model_path, config=config, key_mapping=ORIGINAL_KEYS if tower else None, dtype=dtype,
-            quantization_config=quantization, device_map="auto" if device == "all" else {"": device}, use_safetensors=True,
-            output_loading_info=True, ignore_mismatched_sizes=True,
-        )  # fmt: skip
-        missing = sorted(report["missing_keys"])
-        vision = {key for key in model.state_dict() if "vision_tower" in key}
-        if tower and vision <= set(missing):  # a part of a tower is no tower: it stays missing
-            load_tower(model, tower)
-            missing = [key for key in missing if key not in vision]
-    except Exception as error:
-        stop(
-            f"--model_path {model_path} cannot be loaded ({type(error).__name__}: {(str(error) or '?').splitlines()[0]})."
+            model_path,
+            config=config,
+            key_mapping=ORIGINAL_KEYS if tower else None,
+            dtype=dtype,
+            quantization_config=quantization if load_4bit or load_8bit else None,
+            device_map="auto" if device == "all" else {"": device},
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    wrong = [f"{key} is missing" for key in missing]
-    wrong += [f"{key} has no place" for key in sorted(report["unexpected_keys"])]
-    wrong += [f"{key} is {tuple(a)} in place of {tuple(b)}" for key, a, b in sorted(report["mismatched_keys"])]
-    if wrong:
-        stop(f"--model_path {model_path}: its weights do not fit its config.json: {wrong[0]}"
-             f"{f' and {len(wrong) - 1} more' if wrong[1:] else ''}.")  # fmt: skip
-    if hasattr(model, "ct_decompress_hook"):  # a quantized one, which else waits for a forward of the model as a whole
+        if tower:
+            complete_original(model, tower, report["missing_keys"])
+    except Exception as error:
+        stop(f"--model_path {model_path} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}).")
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing or unexpected:
+        found = f"missing: {', '.join(missing[:3]) or 'none'}; unexpected: {', '.join(unexpected[:3]) or 'none'}"
+        stop(f"--model_path {model_path}: the weights do not fit config.json ({found}).")
+    if hasattr(model, "ct_decompress_hook"):  # compressed-tensors would wait for a forward of the whole model
         model.hf_quantizer.compressor.decompress_model(model)
-    if tower:
-        model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)  # saved in the hub's layout
-        # 64 rows more, each the mean of all others: its logit is the mean logit, and so never the greatest
-        model.resize_token_embeddings(config.text_config.vocab_size + 64, mean_resizing=False)
-        for weight in (model.get_input_embeddings().weight, model.lm_head.weight):
-            weight.data[-64:] = weight.data[:-64].float().mean(0).to(weight.dtype)
     if load_4bit and device == "cpu":
-        # bitsandbytes repacks weights on their first eval-mode forward; afterwards backward silently gives no gradient
+        # bitsandbytes would repack the weights at a forward in eval mode, and then silently compute no gradients
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
-    if lora_path:
-        model = load_adapter(model.eval(), processor, model_path, lora_path)
-    if lora_path and merge_lora:
-        model = merge_adapter(model, processor, lora_path, merge_lora)
+    if adapter:
+        model = load_adapter(model, processor, *adapter)
     return allow_cache_position(model.eval()), processor
 
 
@@ -400,146 +355,66 @@ def allow_cache_position(model):
 
 
 # Copied from llava_orpo_training.ADAPTER_KEYS
-ADAPTER_KEYS = [
-    (r"^(base_model\.model\.)+", ""),
-    (r"\.(base_layer|modules_to_save)\.", "."),
-    *ORIGINAL_KEYS.items(),
-    (r"^language_model\.model\.", "model.language_model."),
-    (r"^language_model\.lm_head\.", "lm_head."),
-    (r"^(vision_tower|multi_modal_projector|language_model)\.", r"model.\1."),
-    (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
-]
+ADAPTER_KEYS = {
+    r"^(base_model\.model\.)+": "",
+    **ORIGINAL_KEYS,
+    r"^language_model\.model\.": "model.language_model.",
+    r"^language_model\.lm_head": "lm_head",
+    r"^(vision_tower|multi_modal_projector|language_model)\.": r"model.\1.",
+    r"^model\.vision_tower\.vision_model\.": "model.vision_tower.",
+}
 
 
 # Copied from llava_orpo_training.read_adapter
-def read_adapter(model, processor, model_path: str, lora_path: str) -> tuple:
-    """Read a LoRA adapter for a model: (its LoraConfig, its weights by PEFT's names for this model). Stops with the reason
-    if they do not belong together.
+def read_adapter(lora_path: str) -> tuple[Path, "LoraConfig"]:
+    """Return a LoRA adapter's folder, which is fetched first if `lora_path` is a hub id, and its configuration."""
+    from huggingface_hub import snapshot_download
+    from peft import PeftConfig
 
-    Keys of other layouts (older PEFT and transformers, LLaVA's own) are renamed. Embedding or head weights of another
-    number of rows are used as far as the model's own vocabulary goes. Every weight of the file finds its layer, and no
-    layer that the configuration names is left out. Of the model, only embedding and head need values.
-    """
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import check_target_module_exists
-    from peft.utils.other import get_pattern_key
-
-    def refuse(reason: str) -> NoReturn:
-        stop(f"--lora_path {lora_path} cannot be used on {model_path}: {reason}.")
-
-    folder = adapter_folder(lora_path)
-    file = folder / "adapter_model.safetensors"
-    if not file.exists():
-        pickled = (folder / "adapter_model.bin").exists()
-        refuse("its weights are pickled (adapter_model.bin), which can run code when opened; convert them: python -c "
-               "\"import torch, safetensors.torch as s; s.save_file(torch.load('adapter_model.bin', weights_only=True), "
-               "'adapter_model.safetensors')\" in that folder" if pickled else "there is no adapter_model.safetensors in it")  # fmt: skip
-    if (folder / "non_lora_trainables.bin").exists():
-        refuse("LLaVA's own training left more trained weights in non_lora_trainables.bin, which are not read; merge it with "
-               "that code first")  # fmt: skip
+    folder = Path(lora_path)
     try:
-        config = LoraConfig.from_pretrained(folder)
-        saved = load_file(file)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(lora_path, allow_patterns=["*.json", "adapter_model.safetensors"]))
+        config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:
-        refuse(f"it cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})")
+        stop(f"--lora_path {lora_path} is no adapter: {str(error).splitlines()[0]} Give a hub id or a folder.")
     if config.peft_type != "LORA":
-        refuse(f"it is a {config.peft_type} adapter, this reads LoRA")
-    if isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian":
-        refuse(f"it was made with init_lora_weights={config.init_lora_weights!r}, which changes the base's weights too; convert "
-               "it with PEFT's path_initial_model_for_weight_conversion")  # fmt: skip
-    modules = dict(model.named_modules())
-    vocabulary = {name for name, module in modules.items() if module in (model.get_input_embeddings(), model.lm_head)}
-    rows, known = model.get_input_embeddings().weight.shape[0], processor.image_token_id
-    lora, whole, weights, ranks, alphas = set(), set(), {}, {}, {}
-    for key, weight in saved.items():
-        name = key
-        for pattern, replacement in ADAPTER_KEYS:
-            name = re.sub(pattern, replacement, name)
-        module, is_lora = re.split(r"\.lora_|\.(?:weight|bias)$", name)[0], ".lora_" in name
-        if module not in modules:
-            refuse(f"it has weights for {key}, and the model no layer of that name")
-        if not weight.isfinite().all():
-            refuse(f"{key} is not finite")
-        if name.endswith(".bias") and config.bias != "none":
-            refuse(f"it trained biases too (bias={config.bias!r}), which are not read")
-        if ".base_layer." in key and torch.equal(weight[:known].float(), modules[module].weight[:known].float().cpu()):
-            continue  # PEFT saves the base's own embedding beside an update of it
-        if module in vocabulary and weight.shape[0] != rows and (not is_lora or "lora_B" in name):
-            if weight.shape[0] < known:
-                refuse(f"{key} has {weight.shape[0]:,} rows, fewer than the vocabulary's {known:,}")
-            # rows that the base's tokens have come from the adapter, all others from the base
-            mine = (
-                weight.new_zeros(rows, weight.shape[1])
-                if is_lora
-                else modules[module].weight.detach().to(weight).clone()
-            )
-            mine[:known] = weight[:known]
-            console.print(f"{key} has {weight.shape[0]:,} rows, the base's vocabulary {known:,}: "
-                          f"the first {known:,} are used, {weight.shape[0] - known:,} left out")  # fmt: skip
-            weight = mine
-        if not is_lora and weight.shape != (own := getattr(modules[module], name.split(".")[-1])).shape:
-            refuse(f"{key} is {tuple(weight.shape)}, the model's layer {tuple(own.shape)}")
-        (lora if is_lora else whole).add(module)
-        weights[f"base_model.model.{name}"] = weight
-        if is_lora:  # patterns are written for the names that the adapter was saved with
-            before = re.sub(r"^(base_model\.model\.)+", "", key).split(".lora_")[0]
-            ranks[module] = config.rank_pattern.get(get_pattern_key(config.rank_pattern, before), config.r)
-            alphas[module] = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, before), config.lora_alpha)
-    if not lora or lora & whole:
-        refuse(
-            f"its file holds {f'both an update of {min(lora & whole)} and other weights for it' if lora else 'no LoRA weights'}"
-        )
-    for module in sorted(modules):
-        part = next(
-            (part for part in ("language_model", "multi_modal_projector", "vision_tower") if f".{part}." in module),
-            None,
-        )
-        spellings = {module, module.removeprefix("model."), re.sub(r"^model\.language_model\.", "model.", module),
-                     re.sub(r"^model\.language_model\.", "language_model.model.", module)}  # fmt: skip
-        if (isinstance(modules[module], torch.nn.Linear) and module not in lora and config.target_modules != "all-linear"
-                and any(f".{part}." in other for other in lora)
-                and any(check_target_module_exists(config, spelling) for spelling in spellings)):  # fmt: skip
-            refuse(f"it has no weights for {module}, which its configuration names; the file is incomplete")
-    for name in config.modules_to_save or []:
-        if not any(module.split(".")[-1] == name.split(".")[-1] for module in lora | whole):
-            refuse(f"it has no weights for {name}, which its configuration names; the file is incomplete")
-    config.target_modules, config.exclude_modules, config.layers_to_transform, config.layers_pattern = (
-        lora,
-        None,
-        None,
-        None,
-    )
-    config.rank_pattern = {re.escape(module): rank for module, rank in ranks.items() if rank != config.r}
-    config.alpha_pattern = {re.escape(module): alpha for module, alpha in alphas.items() if alpha != config.lora_alpha}
-    config.modules_to_save, config.inference_mode, config.init_lora_weights = sorted(whole) or None, True, True
-    named, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT would warn of any other path
-    if named and Path(str(named)).name != Path(model_path).name:
-        console.print(f"the adapter names {named} as its base, it is used on {model_path}")
-    return config, weights
+        stop(f"--lora_path {lora_path} is a {config.peft_type} adapter; this script reads LoRA.")
+    if (folder / "non_lora_trainables.bin").exists():
+        stop(f"--lora_path {lora_path} has more weights in non_lora_trainables.bin; merge it with LLaVA's own code.")
+    if not (folder / "adapter_model.safetensors").exists():
+        stop(f"--lora_path {lora_path} has no adapter_model.safetensors; convert its adapter_model.bin, if it has one.")
+    config.rank_pattern = {rename_key(name): rank for name, rank in config.rank_pattern.items()}
+    config.alpha_pattern = {rename_key(name): alpha for name, alpha in config.alpha_pattern.items()}
+    return folder, config
 
 
 # Copied from llava_orpo_training.load_adapter
-def load_adapter(model, processor, model_path: str, lora_path: str):
-    """Put a LoRA adapter on the model and prove that it is there; returns the PeftModel. Stops with the reason if not.
+def load_adapter(model, processor, folder: Path, config, trainable: bool = False):
+    """Put a LoRA adapter on the model and return the PeftModel.
 
-    Proved are: what read_adapter sees to, every weight arrives, and the logits of a prompt move.
+    Stops unless every weight is finite and has its layer, every layer that the configuration names has its weights, and the
+    adapter moves the logits of a prompt with a picture.
     """
     from peft import get_peft_model, set_peft_model_state_dict
 
-    def refuse(reason: str) -> NoReturn:
-        stop(f"--lora_path {lora_path} cannot be used on {model_path}: {reason}.")
-
-    config, weights = read_adapter(model, processor, model_path, lora_path)
     try:
+        saved = load_file(folder / "adapter_model.safetensors")
+        weights = {f"base_model.model.{rename_key(key)}": weight for key, weight in saved.items()}
+        if not config.exclude_modules and not any("vision_tower" in key for key in weights):
+            config.exclude_modules = r".*vision_tower.*"  # its layers have the same names
+        config.inference_mode, config.base_model_name_or_path = not trainable, None
         adapted = get_peft_model(model, config)
         report = set_peft_model_state_dict(adapted, weights)
-    except Exception as error:  # sizes of another base or another rank, values that are no numbers
-        refuse(f"it does not fit ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
-    lost = [key for key in report.missing_keys if "lora_" in key or "modules_to_save" in key] + report.unexpected_keys
-    if lost:
-        refuse(f"{lost[0]} did not find its place")
-    if not (probe_logits(adapted, processor) - probe_logits(adapted, processor, adapter=False)).abs().max() > 0:
-        refuse("it changes nothing: the logits of a prompt are the same with it and without it")
+    except Exception as error:  # weights of another base or rank, a broken file
+        stop(f"--lora_path {folder} does not fit this base: {' '.join(str(error).split())[:300]}")
+    faults = [f"the model has no layer for {key}" for key in report.unexpected_keys]
+    faults += [f"it lacks {key}" for key in report.missing_keys if "lora_" in key or "modules_to_save" in key]
+    faults += [f"{key} is not finite" for key, weight in weights.items() if not weight.isfinite().all()]
+    if not faults and torch.equal(probe_logits(adapted, processor), probe_logits(adapted, processor, adapter=False)):
+        faults = ["the logits of a prompt are the same with it and without it"]
+    if faults:
+        stop(f"--lora_path {folder} cannot be used on this base: {faults[0]}.")
     return adapted.eval()
 
 
@@ -561,20 +436,17 @@ def adapter_folder(lora_path: str) -> Path:
 # Copied from llava_orpo_training.probe_logits
 @torch.no_grad()
 def probe_logits(model, processor, adapter: bool = True) -> torch.Tensor:
-    """Logits of a fixed prompt with a picture, (its last 16 tokens, vocabulary), float32, with the adapter on or off."""
+    """Return the logits of a fixed prompt with a picture, (its last 16 tokens, vocabulary), with the adapter on or off."""
     image = Image.linear_gradient("L").convert("RGB").resize((64, 64))
     pixels = processor.image_processor(image, return_tensors="pt")
     with nullcontext() if adapter else model.disable_adapter():
-        return (
-            model.eval()(
-                input_ids=torch.tensor([build_prompt(processor, "Is there a cup?", image.size)], device=model.device),
-                pixel_values=pixels["pixel_values"].to(model.device, model.dtype),
-                image_sizes=pixels["image_sizes"].to(model.device),
-                logits_to_keep=16,
-            )
-            .logits[0]
-            .float()
+        output = model.eval()(
+            input_ids=torch.tensor([build_prompt(processor, "Is there a cup?", image.size)], device=model.device),
+            pixel_values=pixels["pixel_values"].to(model.device, model.dtype),
+            image_sizes=pixels["image_sizes"].to(model.device),
+            logits_to_keep=16,
         )
+    return output.logits[0].float()
 
 
 # Copied from llava_orpo_training.trained_on_nf4
@@ -640,7 +512,8 @@ def merge_adapter(model, processor, lora_path: str, weights: str):
 
 # Copied from llava_amber_validation_benchmark_with_lora.digest_checkpoint
 def digest_checkpoint(path: str) -> str:
-    """Identity of a checkpoint: SHA-256 over its JSON files, tokenizer and 64 slices of each weight file; a hub id's commit."""
+    """Return a checkpoint's identity: SHA-256 over its JSON files, tokenizer and 64 slices of each weight file, or a hub
+    id's commit."""
     folder = Path(path)
     if not folder.is_dir():
         from huggingface_hub import hf_hub_download
@@ -663,18 +536,15 @@ def digest_checkpoint(path: str) -> str:
 
 
 # Copied from llava_gradio_lora_host.build_chat
-def build_chat(
-    processor, image_size: tuple[int, int], question: str, earlier: list[tuple[str, list[int]]]
-) -> list[int]:
-    """Token ids of a prompt that goes on from `earlier` (question, answer's tokens) turns about the same picture."""
-    tokenizer = processor.tokenizer
-    if not earlier:
-        return build_prompt(processor, question, image_size)
+def build_chat(processor, image_size: tuple[int, int], turns: list) -> list[int]:
+    """Return the token ids of a prompt that goes on from earlier turns about the same picture, whose answers end in `</s>`.
+    `turns` are (question, answer), and the last answer is None."""
     pattern = "[INST] {} [/INST]" if "[INST]" in (processor.chat_template or "[INST]") else "USER: {} ASSISTANT:"
-    ids = build_prompt(processor, earlier[0][0], image_size)
-    for (_, tokens), asked in zip(earlier, [*[asked for asked, _ in earlier[1:]], question], strict=True):
-        ids += tokens if tokens and tokens[-1] == tokenizer.eos_token_id else [*tokens, tokenizer.eos_token_id]
-        ids += tokenizer(pattern.format(asked), add_special_tokens=False, split_special_tokens=True).input_ids
+    encode = partial(processor.tokenizer, add_special_tokens=False, split_special_tokens=True)
+    ids = build_prompt(processor, turns[0][0], image_size)
+    for (_, answer), (question, _) in zip(turns, turns[1:], strict=False):
+        ids += encode(answer).input_ids + [processor.tokenizer.eos_token_id]
+        ids += encode(pattern.format(question)).input_ids
     return ids
 
 

@@ -16,20 +16,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_orpo_step
 
 BETA = 0.1
+RED, FISH = "The image shows a red ball", "The image shows three purple fish"
 PAIRS = [  # (canvas size, question, chosen, rejected): every length differs, so that all paddings occur
-    (
-        (112, 112),
-        "Describe this image.",
-        "The image shows a red ball.",
-        "The image shows a red ball and two blue cups.",
-    ),
+    ((112, 112), "Describe this image.", f"{RED}.", f"{RED} and two blue cups."),
     ((160, 64), "What is in this image?", "The image shows a car, a green tree and an orange bus.", "A cup."),
-    (
-        (64, 160),
-        "Name it.",
-        "The image shows three purple fish.",
-        "The image shows three purple fish and a yellow boat.",
-    ),
+    ((64, 160), "Name it.", f"{FISH}.", f"{FISH} and a yellow boat."),
 ]
 
 
@@ -98,8 +89,7 @@ def test_a_pairs_loss_is_orpos(llava, pair, prefix_sharing):
     assert loss.item() == pytest.approx(orpo_by_hand(model, processor, features), abs=2e-5)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("train_projector", [False, True])
+@pytest.mark.parametrize(("checkpointing", "train_projector"), [(False, False), (True, True)])
 def test_prefix_sharing_equals_two_rows(checkpointing, train_projector):
     model, processor = training.load_llava(str(MINIATURE / "model"), device="cpu")
     features = [encode(processor, pair, seed) for seed, pair in enumerate(PAIRS)]
@@ -169,12 +159,5 @@ def test_the_loss_is_trls_on_a_text_only_pair(llava):
     loss, metrics = ours.get_batch_loss_metrics(model, batch)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     assert metrics.keys() == expected_metrics.keys()
-    for name in (
-        "rewards/chosen",
-        "rewards/accuracies",
-        "logps/rejected",
-        "nll_loss",
-        "log_odds_ratio",
-        "log_odds_chosen",
-    ):
+    for name in "rewards/chosen rewards/accuracies logps/rejected nll_loss log_odds_ratio log_odds_chosen".split():
         assert metrics[name] == pytest.approx(expected_metrics[name], abs=1e-5), name

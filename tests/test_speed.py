@@ -74,8 +74,7 @@ def test_where_flex_attention_does_not_compile_a_sentence_says_so(adapted, monke
     def fail(*_, **__):
         raise RuntimeError("no kernel fits the shared memory\nand a long tail")
 
-    monkeypatch.setattr(training, "flex_attention", fail)
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", fail)
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)  # which would be on a GPU
     model = SimpleNamespace(device=torch.device("cuda"), config=adapted[0].config, lm_head=adapted[0].lm_head)
     assert not training.flex_attention_runs(model)
@@ -127,10 +126,7 @@ def test_the_block_mask_hides_what_the_dense_one_hides(photo_llava):
     assert mask.sparsity() > 70  # % of the blocks that are not computed
 
 
-@pytest.mark.parametrize(
-    "mode, failures, every",
-    [("off", 0, 0), ("on", 0, 1), ("auto", 0, 0), ("auto", 1, 4), ("auto", 2, 2), ("auto", 3, 1)],
-)
+@pytest.mark.parametrize(("mode", "failures", "every"), [("off", 0, 0), ("on", 0, 1), ("auto", 0, 0), ("auto", 2, 2)])
 def test_as_few_layers_are_recomputed_as_fit(mode, failures, every, adapted, monkeypatch):
     """Recomputed layers give the gradients of kept ones, and a failed try's tensors are gone when the next one starts."""
     model, trainer = adapted[0], make_trainer(True)
@@ -156,29 +152,18 @@ def test_as_few_layers_are_recomputed_as_fit(mode, failures, every, adapted, mon
     model.zero_grad()
     try:
         assert training.fit_memory(trainer, adapted[2], mode) == every
-        assert [layer.gradient_checkpointing for layer in language_model.layers] == [
-            bool(every) and i % every == 0 for i in range(4)
-        ]
+        recomputed = [layer.gradient_checkpointing for layer in language_model.layers]
+        assert recomputed == [bool(every) and i % every == 0 for i in range(4)]
+        gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+        assert left_over == [0] * (failures + 1)
+        failures = 100
+        with pytest.raises(torch.OutOfMemoryError):  # where nothing fits, the error reaches the user
+            training.fit_memory(trainer, adapted[2], mode)
     finally:
         hook.remove()
         language_model.gradient_checkpointing_disable()
-    assert left_over == [0] * (failures + 1)
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            torch.testing.assert_close(weight.grad, adapted[4][name], atol=1e-5, rtol=1e-4)
-
-
-def test_where_nothing_fits_the_error_reaches_the_user(adapted, monkeypatch):
-    def fail(*_):
-        raise torch.OutOfMemoryError("the GPU is full")
-
-    trainer = make_trainer(True)
-    trainer.model = adapted[0]
-    monkeypatch.setattr(trainer, "concatenated_forward", fail)
-    for mode in ("auto", "off"):
-        with pytest.raises(torch.OutOfMemoryError):
-            training.fit_memory(trainer, adapted[2], mode)
-    adapted[0].get_base_model().model.language_model.gradient_checkpointing_disable()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, adapted[4][name], atol=1e-5, rtol=1e-4)
 
 
 def test_autocast_without_the_detour_over_float32_is_the_same():
@@ -195,24 +180,22 @@ def test_autocast_without_the_detour_over_float32_is_the_same():
         torch.testing.assert_close(fast, plain, atol=0, rtol=0)
 
 
+def assert_longest(pairs):
+    every = [pairs.longest(), *(pairs[i] for i in range(len(pairs)))]
+    lengths = [sum(len(pair[name]) for name in ("prompt", "chosen", "rejected")) for pair in every]
+    assert lengths[0] == max(lengths)
+
+
 def test_the_longest_pair_is_no_shorter_than_any(few_pairs):  # noqa: F811
-    _, processor = training.load_llava(str(MINIATURE / "model"), device="cpu")
+    processor = training.load_llava(str(MINIATURE / "model"), device="cpu")[1]
     rows = training.load_rows(str(few_pairs))["train"]
-    pairs = training.PreferencePairs(rows, list(range(len(rows))), few_pairs, processor, 512, None)
-    names = ("prompt", "chosen", "rejected")
-    longest = pairs.longest()
-    assert sum(len(longest[name]) for name in names) >= max(
-        sum(len(pairs[i][name]) for name in names) for i in range(len(rows))
-    )
+    assert_longest(training.PreferencePairs(rows, list(range(len(rows))), few_pairs, processor, 512, None))
     # the longest texts are those of different rows, and one alone would be cut at --max_length
     rows = rows.select(range(3)).to_list()
     for row, lengths in zip(rows, ((1, 900, 2), (90, 1, 400), (1, 300, 300)), strict=True):
-        words = ("tree", "red ball", "blue cup")
         row["question"], row["chosen"], row["rejected"] = (
-            f"{word} " * n for word, n in zip(words, lengths, strict=True)
+            f"{word} " * n for word, n in zip(("tree", "red ball", "blue cup"), lengths, strict=True)
         )
-    pairs = training.PreferencePairs(datasets.Dataset.from_list(rows), [0, 1, 2], few_pairs, processor, 512, None)
-    longest = pairs.longest()
-    assert all(
-        sum(len(longest[name]) for name in names) >= sum(len(pairs[i][name]) for name in names) for i in range(3)
+    assert_longest(
+        training.PreferencePairs(datasets.Dataset.from_list(rows), [0, 1, 2], few_pairs, processor, 512, None)
     )

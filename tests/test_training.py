@@ -3,11 +3,13 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import datasets
 import numpy as np
@@ -23,7 +25,7 @@ from transformers import LlavaNextForConditionalGeneration
 import llava_orpo_training as training
 
 SCRIPT = str(ROOT / "llava_orpo_training.py")
-SMALL = ["--test_mode", "--report_to", "none", "--batch_size", "4", "--gradient_accumulation_steps", "2"]
+SMALL = ["--report_to", "none", "--batch_size", "4", "--gradient_accumulation_steps", "2"]
 SMALL += ["--learning_rate", "1e-3", "--gradient_checkpointing", "off", "--num_workers", "0"]
 
 
@@ -32,32 +34,35 @@ def few_pairs(tmp_path_factory):
     """A folder with 49 pairs of the miniature to train on and 10 held out."""
     folder = tmp_path_factory.mktemp("few_pairs")
     for split, n in (("train", 49), ("test", 10)):  # 49: one pair does not fill a step of 8
-        rows = datasets.load_dataset(
-            "parquet", data_files=str(MINIATURE / "preferences" / f"{split}.parquet"), split="train"
-        )
-        rows.select(range(n)).to_parquet(folder / f"{split}.parquet")
+        read_pairs(MINIATURE / "preferences", split).select(range(n)).to_parquet(folder / f"{split}.parquet")
     return folder
+
+
+def read_pairs(folder, split: str) -> datasets.Dataset:
+    return datasets.load_dataset("parquet", data_files=str(folder / f"{split}.parquet"), split="train")
+
+
+def flags_for(folder, data, *flags) -> list[str]:
+    places = ["--model_path", str(MINIATURE / "model"), "--dataset", str(data), "--output_dir", str(folder)]
+    return [*places, *SMALL, "--epochs", "2", "--save_steps", "2", *map(str, flags)]
 
 
 def run(folder, data, *flags):
-    training.main(
-        [
-            "--model_path",
-            str(MINIATURE / "model"),
-            "--dataset",
-            str(data),
-            "--output_dir",
-            str(folder),
-            *SMALL[1:],
-            *flags,
-        ]
-    )
+    training.main(flags_for(folder, data, *flags))
     return folder
+
+
+def stopped(capsys, *inputs) -> str:
+    """Run what must end with exit code 2, and return what stands on stderr, as one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        run(*inputs)
+    return " ".join(capsys.readouterr().err.split())
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, few_pairs):
-    return run(tmp_path_factory.mktemp("run") / "finished", few_pairs, "--epochs", "2", "--save_steps", "2")
+    return run(tmp_path_factory.mktemp("run") / "finished", few_pairs)
 
 
 def losses(folder) -> dict[int, float]:
@@ -66,51 +71,38 @@ def losses(folder) -> dict[int, float]:
 
 def test_files_and_keys(finished, few_pairs):
     names = {path.name for path in finished.iterdir()}
-    assert names >= {"adapter_model.safetensors", "adapter_config.json", "README.md", "metrics.jsonl", "samples.html",
-                     "samples.jsonl", "training_curves.png", "training_summary.json", "dropped_rows.jsonl",
-                     "arguments.json", "checkpoint-12"}  # fmt: skip
+    assert names >= set("adapter_model.safetensors adapter_config.json README.md metrics.jsonl samples.html samples.jsonl "
+                        "training_curves.png training_summary.json dropped_rows.jsonl arguments.json checkpoint-12".split())  # fmt: skip
     assert not [name for name in names if "partial" in name]
+    assert len({(finished / name).stat().st_mode for name in ("adapter_model.safetensors", "README.md")}) == 1
     summary = json.loads((finished / "training_summary.json").read_text())
+    data, before, after = summary["data"], summary["before"], summary["after"]
     assert summary["steps"] == 12 and summary["arguments"]["lora_rank"] == 16
-    assert (
-        summary["data"]["train_pairs"] == 48
-        and summary["data"]["eval_pairs"] == 10
-        and summary["data"]["dropped"] == {}
-    )
-    assert len(summary["data"]["fingerprint"]) == 64 and summary["peak_memory_bytes"] > 1e8
+    assert (data["train_pairs"], data["eval_pairs"], data["dropped"]) == (48, 10, {})
+    assert len(data["fingerprint"]) == 64 and summary["peak_memory_bytes"] > 1e8
     assert summary["versions"]["trl"] == "1.16.0"
-    test = datasets.load_dataset("parquet", data_files=str(few_pairs / "test.parquet"), split="train")
-    shorter = [len(row["chosen"].split()) < len(row["rejected"].split()) for row in test]
-    assert summary["data"]["shorter_is_chosen"] == sum(shorter) / 10
-    assert summary["before"]["step"] == 0 and summary["after"]["step"] == 12
-    assert summary["after"]["eval_nll_loss"] < summary["before"]["eval_nll_loss"]
-    rows = training.read_jsonl(finished / "metrics.jsonl")
+    shorter = [len(row["chosen"].split()) < len(row["rejected"].split()) for row in read_pairs(few_pairs, "test")]
+    assert data["shorter_is_chosen"] == sum(shorter) / 10
+    assert (before["step"], after["step"]) == (0, 12) and after["eval_nll_loss"] < before["eval_nll_loss"]
     assert list(losses(finished)) == list(range(1, 13))
-    trl_names = {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
-                 "logits/chosen", "logits/rejected", "nll_loss", "log_odds_ratio", "log_odds_chosen"}  # fmt: skip
-    for row in rows:
+    names = {"nll_loss", "log_odds_ratio", "log_odds_chosen", "rewards/accuracies", "rewards/margins"}
+    names |= {f"{figure}/{part}" for figure in ("rewards", "logps", "logits") for part in ("chosen", "rejected")}
+    for row in training.read_jsonl(finished / "metrics.jsonl"):
         prefix = "eval_" if "eval_loss" in row else ""
-        assert {prefix + name for name in trl_names} <= set(row)
+        assert {prefix + name for name in names} <= set(row)
+    figures = [f"{one['eval_rewards/accuracies']:.4f}" for one in (before, after)]
     card = (finished / "README.md").read_text()
-    assert (
-        f"| {summary['before']['eval_rewards/accuracies']:.4f} | {summary['after']['eval_rewards/accuracies']:.4f} |"
-        in card
-    )
+    assert f"| {figures[0]} | {figures[1]} |" in card and f"In {sum(shorter) / 10:.1%} of these pairs" in card
 
 
 def test_samples_stand_beside_chosen_and_rejected(finished, few_pairs):
-    page = (finished / "samples.html").read_text()
-    held_out = datasets.load_dataset("parquet", data_files=str(few_pairs / "test.parquet"), split="train")
+    page, held_out = (finished / "samples.html").read_text(), read_pairs(few_pairs, "test")
     evaluations = training.read_jsonl(finished / "samples.jsonl")
     assert [evaluation["step"] for evaluation in evaluations] == [0, 6, 12]
     for i in range(4):
         assert held_out[i]["chosen"] in page and held_out[i]["rejected"] in page
         assert all(evaluation["answers"][i] in page for evaluation in evaluations)
     assert page.count("data:image/png;base64,") == 4
-
-
-def test_the_adapter_may_be_read_by_whom_its_card_may(finished):
-    assert len({(finished / name).stat().st_mode for name in ("adapter_model.safetensors", "README.md")}) == 1
 
 
 def test_the_adapter_loads_on_an_untouched_base_and_moves_it(finished):
@@ -127,36 +119,38 @@ def test_the_adapter_loads_on_an_untouched_base_and_moves_it(finished):
     assert adapted.get_input_embeddings().weight.shape[0] == rows
 
 
-def test_an_unbroken_run_is_not_written_over(finished, few_pairs, capsys):
-    before = (finished / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(SystemExit, match="2"):
-        run(finished, few_pairs)
-    assert "holds an earlier run; add --resume" in capsys.readouterr().err
-    assert (finished / "adapter_model.safetensors").read_bytes() == before
+def test_a_finished_run_is_neither_written_over_nor_changed_nor_run_again(finished, few_pairs, capsys):
+    before = {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
+    assert "holds an earlier run; add --resume" in stopped(capsys, finished, few_pairs)
+    assert "lora_rank was 16, is 8" in stopped(capsys, finished, few_pairs, "--resume", "--lora_rank", "8")
+    run(finished, few_pairs, "--resume")
+    assert "is finished; there is nothing to resume" in " ".join(capsys.readouterr().err.split())
+    assert before == {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
 
 
-def test_resume_refuses_other_settings(finished, few_pairs, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        run(finished, few_pairs, "--epochs", "2", "--save_steps", "2", "--resume", "--lora_rank", "8")
-    assert "lora_rank was 16, is 8" in " ".join(capsys.readouterr().err.split())
-
-
-@pytest.mark.parametrize("step", [5, 7])  # resumes between evaluations, and from the one that ends an epoch
-def test_a_killed_run_resumes_on_the_same_curve(step, tmp_path, finished, few_pairs):
-    folder = tmp_path / "killed"
-    command = [sys.executable, SCRIPT, "--model_path", str(MINIATURE / "model"), "--dataset", str(few_pairs),
-               "--output_dir", str(folder), *SMALL[1:], "--epochs", "2", "--save_steps", "2"]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while len(losses(folder)) < step and time.monotonic() < deadline and process.poll() is None:
+def start(folder, data, *flags):
+    """Start the script as a process of its own, and wait for its third step."""
+    command = [sys.executable, SCRIPT, *flags_for(folder, data, *flags)]
+    # Ctrl+C must arrive even where the tests run in the background, whose processes ignore it
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
+    while len(losses(folder)) < 3:
+        assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    return process
+
+
+def test_a_killed_run_resumes_on_the_same_curve(tmp_path, finished, few_pairs):
+    folder = tmp_path / "killed"
+    process = start(folder, few_pairs)
+    while len(losses(folder)) < 7:  # the newest checkpoint is that of the epoch's end
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not (folder / "adapter_model.safetensors").exists()
     broken = folder / "checkpoint-99"  # a checkpoint whose writing the kill cut short
     broken.mkdir()
     (broken / "trainer_state.json").write_text('{"global_st')
-    assert not (folder / "adapter_model.safetensors").exists()
-    run(folder, few_pairs, "--epochs", "2", "--save_steps", "2", "--resume")
+    run(folder, few_pairs, "--resume")
     assert losses(folder) == pytest.approx(losses(finished), abs=1e-6)
     assert [row["step"] for row in training.read_jsonl(folder / "samples.jsonl")] == [0, 6, 12]
     expected = load_file(finished / "adapter_model.safetensors")
@@ -165,31 +159,34 @@ def test_a_killed_run_resumes_on_the_same_curve(step, tmp_path, finished, few_pa
 
 
 @pytest.mark.parametrize(
-    ("steps", "code", "sentence"),
-    [("2", 130, "interrupted; the same command with --resume continues"),
-     ("2", 2, "a process that decodes pictures was killed: too little memory, or too little shared memory")],
-)  # fmt: skip
-def test_what_breaks_a_run_off_is_one_sentence(steps, code, sentence, tmp_path):
-    """Ctrl+C, and the kernel's killing of a data loader's worker."""
-    folder, log = tmp_path / "run", tmp_path / "log"
-    command = [sys.executable, SCRIPT, *SMALL, "--output_dir", str(folder), "--save_steps", steps, "--num_workers", "1",
-               "--eval_samples", "8"]  # fmt: skip
-    with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file)
+    ("ended_by", "code", "sentence"),
+    [
+        ("Ctrl+C", 130, "interrupted; the same command with --resume continues"),
+        ("SIGTERM", 143, "the run was told to end (SIGTERM)"),
+        ("a worker's death", 2, "a process that decodes pictures was killed"),
+    ],
+)
+def test_what_breaks_a_run_off_is_one_sentence(ended_by, code, sentence, tmp_path, few_pairs, capsys):
+    """SIGTERM also leaves a checkpoint, and while a run goes on, another one cannot write into its folder."""
+    folder, flags = tmp_path / "run", ["--epochs", "100", "--save_steps", "1000", "--num_workers", "1"]
+    process = start(folder, few_pairs, *flags)
     try:
-        while len(losses(folder)) < 3:
-            assert process.poll() is None
-            time.sleep(0.02)
-        if code == 130:
-            process.send_signal(signal.SIGINT)
-        else:
+        if ended_by == "a worker's death":
             (worker,) = psutil.Process(process.pid).children()
             worker.kill()
-        assert process.wait(timeout=120) == code
+        elif ended_by == "SIGTERM":
+            assert "is being written by another run" in stopped(capsys, folder, few_pairs, *flags, "--resume")
+            process.terminate()
+        else:
+            process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=120)[1]
     finally:
         process.kill()
-    lines = log.read_text().splitlines()  # a worker that was sending when its reader ended may complain below
-    assert sum(line.startswith(f"error: {sentence}") for line in lines) == 1
+    # a worker that was sending when its reader ended may complain below
+    assert process.returncode == code, error[-2000:]
+    assert sum(line.startswith(f"error: {sentence}") for line in error.splitlines()) == 1, error[-2000:]
+    assert bool(training.last_checkpoint(folder)) == (ended_by == "SIGTERM")
+    assert not (folder / "training_summary.json").exists()
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -204,73 +201,58 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(tmp_path, few_pairs, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        run(tmp_path / "run", few_pairs, "--save_steps", "1", "--learning_rate", "1e6", "--epochs", "4")
-    error = " ".join(capsys.readouterr().err.split())
+    error = stopped(capsys, tmp_path / "run", few_pairs, "--save_steps", "1", "--learning_rate", "1e6", "--epochs", "4")
     assert "the run has diverged" in error and "Traceback" not in error
-    (kept,) = {word.rstrip(".") for word in error.split() if "checkpoint-" in word}
+    (kept,) = {word.rstrip(";.") for word in error.split() if "checkpoint-" in word}
     weights = load_file(os.path.join(kept, "adapter_model.safetensors"))
     assert all(weight.isfinite().all() for weight in weights.values())
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.parametrize("damage", ["rng_state.pth", "optimizer.pt", "adapter_model.safetensors"])
-def test_a_damaged_checkpoint_gives_way_to_the_older_one(damage, tmp_path, finished, few_pairs, capsys):
+def test_a_damaged_checkpoint_gives_way_to_the_older_one(tmp_path, finished, few_pairs, capsys):
     """In a run folder that was moved, too."""
     folder = tmp_path / "moved"
     shutil.copytree(finished, folder)
     (folder / "training_summary.json").unlink()
-    file = folder / "checkpoint-12" / damage
-    if damage == "rng_state.pth":
-        file.unlink()
-    else:
-        file.write_bytes(b"" if damage == "optimizer.pt" else file.read_bytes()[:-100])
-    run(folder, few_pairs, "--epochs", "2", "--save_steps", "2", "--resume")
+    newest = folder / "checkpoint-12"
+    assert training.last_checkpoint(folder) == newest
+    for name, kept in (("optimizer.pt", 0), ("adapter_model.safetensors", -100), ("trainer_state.json", 40)):
+        whole = (newest / name).read_bytes()
+        (newest / name).write_bytes(whole[:kept])
+        assert training.last_checkpoint(folder).name == "checkpoint-10"
+        (newest / name).write_bytes(whole)
+    (newest / "rng_state.pth").unlink()
+    capsys.readouterr()
+    run(folder, few_pairs, "--resume")
     said = "".join(capsys.readouterr().err.split())
     assert "checkpoint-12isnotwhole" in said and f"continuingfrom{folder}/checkpoint-10" in said
     assert losses(folder) == pytest.approx(losses(finished), abs=1e-6)
 
 
-def test_a_mistyped_layer_is_refused(tmp_path, few_pairs, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        run(tmp_path / "run", few_pairs, "--lora_target_modules", "q_proj", "foo")
-    assert "--lora_target_modules foo" in capsys.readouterr().err
-
-
-def test_sigterm_leaves_a_checkpoint_and_a_second_run_is_refused(tmp_path, finished, few_pairs, capsys):
-    folder = tmp_path / "run"
-    command = [sys.executable, SCRIPT, "--model_path", str(MINIATURE / "model"), "--dataset", str(few_pairs),
-               "--output_dir", str(folder), *SMALL[1:], "--epochs", "50", "--save_steps", "1000"]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        while len(losses(folder)) < 2:
-            assert process.poll() is None
-            time.sleep(0.02)
-        with pytest.raises(SystemExit, match="2"):
-            run(folder, few_pairs, "--epochs", "50", "--save_steps", "1000", "--resume")
-        assert "is being written by another run" in capsys.readouterr().err
-        process.send_signal(signal.SIGTERM)
-        error = process.communicate(timeout=120)[1]
-    finally:
-        process.kill()
-    assert process.returncode == 143 and error.splitlines()[-1].startswith("error: the run was told to end (SIGTERM)")
-    assert training.last_checkpoint(folder) and not (folder / "training_summary.json").exists()
-
-
 def test_the_loss_does_not_depend_on_how_pairs_are_batched(tmp_path, finished, few_pairs):
     """49 pairs at 8 a step: the one that does not fill a step is left out, however the others are batched."""
-    for batch_size, steps in (("8", "1"), ("2", "4")):
-        folder = run(tmp_path / batch_size, few_pairs, "--epochs", "1", "--save_steps", "100", "--batch_size", batch_size,
-                     "--gradient_accumulation_steps", steps)  # fmt: skip
-        assert len(losses(folder)) == 6
-        first = run(tmp_path / f"{batch_size}-4", few_pairs, "--epochs", "1", "--save_steps", "100")
-        assert losses(folder) == pytest.approx(losses(first), abs=1e-4)
+    for batch_size, steps in ((8, 1), (2, 4)):
+        flags = ["--batch_size", batch_size, "--gradient_accumulation_steps", steps]
+        folder = run(tmp_path / str(batch_size), few_pairs, *flags)
+        assert losses(folder) == pytest.approx(losses(finished), abs=1e-4)
+
+
+def test_two_processes_give_the_figures_of_one(tmp_path, finished, few_pairs):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511", SCRIPT]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    flags = flags_for(tmp_path / "two", few_pairs, "--gradient_accumulation_steps", "1")
+    subprocess.run([*launch, *flags], env=environment, timeout=300, check=True, capture_output=True)
+    for two, one in zip(*(training.read_jsonl(f / "metrics.jsonl") for f in (tmp_path / "two", finished)), strict=True):
+        names = [name for name in one if not re.search("runtime|per_second|grad_norm|logits", name)]
+        if "loss" in one:
+            names = ["step", "loss"]  # the other figures are those of the first process
+        assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, abs=1e-4)
 
 
 def test_a_second_round_goes_on_with_the_first_ones_adapter(tmp_path, finished, few_pairs):
     first = json.loads((finished / "training_summary.json").read_text())
-    folder = run(tmp_path / "second", few_pairs, "--lora_path", str(finished))
+    folder = run(tmp_path / "second", few_pairs, "--lora_path", finished, "--epochs", "1")
     summary = json.loads((folder / "training_summary.json").read_text())
     assert summary["before"]["eval_loss"] == pytest.approx(first["after"]["eval_loss"], abs=1e-5)
     assert summary["after"]["eval_loss"] != summary["before"]["eval_loss"]
@@ -279,17 +261,21 @@ def test_a_second_round_goes_on_with_the_first_ones_adapter(tmp_path, finished, 
     assert before.keys() == after.keys() and all(not torch.equal(before[key], after[key]) for key in before)
 
 
-@pytest.mark.parametrize(("output_dir", "flags", "words"), [
-    ("file/run", [], "cannot be written"), ("run", ["--lora_path", "no such adapter"], "--lora_path no such adapter"),
-])  # fmt: skip
-def test_what_cannot_work_is_one_sentence_before_the_model_is_loaded(
+@pytest.mark.parametrize(
+    ("output_dir", "flags", "words"),
+    [("file/run", [], "cannot be written"), ("run", ["--lora_path", "no such adapter"], "--lora_path no such adapter")],
+)
+def test_what_cannot_work_is_refused_before_the_model_is_loaded(
     output_dir, flags, words, tmp_path, few_pairs, capsys, monkeypatch
 ):
     monkeypatch.delattr(training, "load_llava")
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match="2"):
-        run(tmp_path / output_dir, few_pairs, *flags)
-    assert words in capsys.readouterr().err
+    assert words in stopped(capsys, tmp_path / output_dir, few_pairs, *flags)
+
+
+def test_a_mistyped_layer_is_refused(tmp_path, few_pairs, capsys):
+    error = stopped(capsys, tmp_path / "run", few_pairs, "--lora_target_modules", "q_proj", "foo")
+    assert "--lora_target_modules foo" in error
 
 
 def test_wandb_without_a_network_is_offline(tmp_path, monkeypatch, capsys):
@@ -308,35 +294,9 @@ def test_wandb_without_a_network_is_offline(tmp_path, monkeypatch, capsys):
     assert calls == [None, "offline"] and "recorded offline" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_finished_run_is_not_run_again(finished, few_pairs, capsys):
-    before = (finished / "training_summary.json").read_bytes()
-    run(finished, few_pairs, "--epochs", "2", "--save_steps", "2", "--resume")
-    assert "is finished; there is nothing to resume" in " ".join(capsys.readouterr().err.split())
-    assert (finished / "training_summary.json").read_bytes() == before
-
-
-def test_two_processes_give_the_loss_of_one(tmp_path, finished, few_pairs):
-    folder = tmp_path / "two"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511", SCRIPT,
-               "--model_path", str(MINIATURE / "model"), "--dataset", str(few_pairs), "--output_dir", str(folder), *SMALL[1:],
-               "--epochs", "2", "--save_steps", "2", "--gradient_accumulation_steps", "1", "--lora_dropout", "0"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(command, env=environment, timeout=300, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    one = run(tmp_path / "one", few_pairs, "--epochs", "2", "--save_steps", "2", "--lora_dropout", "0")
-    assert losses(folder) == pytest.approx(losses(one), abs=1e-4)
-    figures = [
-        {(row["step"], name): value for row in training.read_jsonl(run_folder / "metrics.jsonl") for name, value in row.items()
-         if name == "eval_loss" or name.startswith(("eval_rewards", "eval_logps", "eval_nll", "eval_log_odds"))}
-        for run_folder in (folder, one)
-    ]  # fmt: skip
-    assert len(figures[1]) == 3 * 10 and figures[0] == pytest.approx(figures[1], abs=1e-4)
-
-
 def test_qlora_on_the_cpu(tmp_path, few_pairs):
     """The NF4 base trains, also after an evaluation, which on the CPU once left weights without a gradient."""
-    folder = run(
-        tmp_path / "qlora", few_pairs, "--load_4bit", "--max_samples", "24", "--epochs", "2", "--save_steps", "2"
-    )
+    folder = run(tmp_path / "qlora", few_pairs, "--load_4bit", "--max_samples", "24")
     assert len(losses(folder)) == 6
     early, late = (load_file(folder / name / "adapter_model.safetensors") for name in ("checkpoint-4", "checkpoint-6"))
     for name, weight in late.items():
@@ -362,124 +322,98 @@ def photo(width: int, height: int, seed: int) -> bytes:
 
 
 def test_photos_at_llavas_own_geometry(tmp_path, photo_llava):
-    """Ten steps on photo-sized pictures: 336-pixel tiles, five grid shapes, Mistral's tokenizer, 2,340 image tokens."""
-    sizes = [
-        (640, 480),
-        (480, 640),
-        (640, 427),
-        (427, 640),
-        (500, 375),
-        (640, 640),
-        (640, 360),
-        (333, 500),
-        (612, 612),
-        (900, 300),
+    """Steps on photo-sized pictures: 336-pixel tiles, five grid shapes, Mistral's tokenizer, 2,340 image tokens."""
+    sizes = [(640, 480), (480, 640), (640, 427), (500, 500), (900, 300), (333, 500)]
+    rows = [
+        {
+            "image": {"bytes": photo(*size, seed), "path": f"{seed}.jpg"},
+            "question": "Describe this image in detail.",
+            "chosen": f"A red ball on a lawn, picture {seed}.",
+            "rejected": f"A red ball and a dog on a lawn, picture {seed}, at night.",
+        }
+        for seed, size in enumerate(sizes)
     ]
-    rows = [{
-        "image": {"bytes": photo(*size, seed), "path": f"{seed}.jpg"}, "question": "Describe this image in detail.",
-        "chosen": f"A red ball on a lawn, picture {seed}.", "rejected": f"A red ball and a dog on a lawn, picture {seed}, at night.",
-    } for seed, size in enumerate(sizes)]  # fmt: skip
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "photos.parquet")
-    training.main([
-        "--model_path", str(photo_llava), "--dataset", str(tmp_path / "photos.parquet"), "--output_dir", str(tmp_path / "run"),
-        "--batch_size", "1", "--gradient_accumulation_steps", "1", "--eval_fraction", "0", "--report_to", "none",
-        "--learning_rate", "1e-2", "--num_workers", "0",
-    ])  # fmt: skip
-    assert len(losses(tmp_path / "run")) == 10
+    flags = ["--model_path", photo_llava, "--eval_fraction", "0", "--epochs", "1", "--learning_rate", "1e-2"]
+    single = ["--batch_size", "1", "--gradient_accumulation_steps", "1"]
+    run(tmp_path / "run", tmp_path / "photos.parquet", *flags, *single)
+    assert len(losses(tmp_path / "run")) == 6
     processor = training.load_llava(str(photo_llava), device="cpu")[1]
     tokens = [training.build_prompt(processor, "", size).count(32000) for size in sizes[:3]]
     assert tokens == [2340, 2352, 2144]
-    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def replace(monkeypatch, owner, name: str, change) -> None:
+    """Put change(original, *inputs) in the place of a function."""
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *inputs: change(original, *inputs))
+
+
+def blind(forward, trainer, model, batch):
+    return forward(trainer, model, {**batch, "pixel_values": torch.zeros_like(batch["pixel_values"])})
+
+
+def label_the_prompt(collate, features, pad_token_id):
+    return collate([{**one, "chosen": one["prompt"][-3:] + one["chosen"]} for one in features], pad_token_id)
+
+
+def shift(share, *inputs):
+    laid_out = share(*inputs)
+    return {**laid_out, "logits_to_keep": laid_out["logits_to_keep"] - 1}
+
+
+def train_an_unused_layer(adapt, *inputs):
+    adapted = adapt(*inputs)
+    for name, weight in adapted.named_parameters():
+        if "vision_tower" in name and "layers.3" in name:
+            weight.requires_grad_(True)  # the features are taken one layer below
+    return adapted
+
+
+def break_the_head(adapt, *inputs):
+    adapted = adapt(*inputs)
+    adapted.get_base_model().lm_head.weight.data.fill_(float("nan"))
+    return adapted
 
 
 @pytest.mark.parametrize(
-    "fault, sentence",
+    ("owner", "name", "fault", "sentence"),
     [
-        ("blind", "another picture moves the chosen log-probability"),
-        ("prompt_labels", "each response scores as it does alone"),
-        ("frozen", "every trainable weight gets a gradient"),
-        ("nan", "another picture moves the chosen log-probability"),
-        ("shifted", "each response scores as it does alone"),
+        (training.LlavaORPOTrainer, "concatenated_forward", blind, "another picture moves the chosen log-probability"),
+        (training, "collate_pairs", label_the_prompt, "each response scores as it does alone"),
+        (training, "share_prefix", shift, "each response scores as it does alone"),
+        (training, "add_adapter", train_an_unused_layer, "every trainable weight gets a gradient"),
+        (training, "add_adapter", break_the_head, "another picture moves the chosen log-probability"),
     ],
 )
-def test_preflight_stops_a_faulty_run(fault, sentence, tmp_path, few_pairs, monkeypatch, capsys):
-    if fault == "blind":
-        forward = training.LlavaORPOTrainer.concatenated_forward
-        hide = lambda batch: {**batch, "pixel_values": torch.zeros_like(batch["pixel_values"])}  # noqa: E731
-        monkeypatch.setattr(
-            training.LlavaORPOTrainer,
-            "concatenated_forward",
-            lambda self, model, batch: forward(self, model, hide(batch)),
-        )
-    elif fault == "prompt_labels":
-        collate = training.collate_pairs
-
-        def with_prompt(features, pad_token_id):
-            features = [{**one, "chosen": one["prompt"][-3:] + one["chosen"]} for one in features]
-            return collate(features, pad_token_id)
-
-        monkeypatch.setattr(training, "collate_pairs", with_prompt)
-    elif fault == "shifted":
-        share = training.share_prefix
-
-        def shifted(batch, *options):
-            inputs = share(batch, *options)
-            return {**inputs, "logits_to_keep": inputs["logits_to_keep"] - 1}
-
-        monkeypatch.setattr(training, "share_prefix", shifted)
-    else:
-        adapt = training.add_adapter
-
-        def spoilt(model, args):
-            adapted = adapt(model, args)
-            if fault == "nan":
-                adapted.get_base_model().lm_head.weight.data.fill_(float("nan"))
-            else:
-                for name, weight in adapted.named_parameters():
-                    if "vision_tower" in name and "layers.3" in name:
-                        weight.requires_grad_(True)  # the features are taken one layer below
-            return adapted
-
-        monkeypatch.setattr(training, "add_adapter", spoilt)
-    with pytest.raises(SystemExit, match="2"):
-        run(tmp_path / "faulty", few_pairs)
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"error: preflight failed: {sentence}") and "nothing was trained" in error
+def test_preflight_stops_a_faulty_run(owner, name, fault, sentence, tmp_path, few_pairs, monkeypatch, capsys):
+    replace(monkeypatch, owner, name, fault)
+    error = stopped(capsys, tmp_path / "faulty", few_pairs)
+    assert f"error: preflight failed: {sentence}" in error and "nothing was trained" in error
     assert not (tmp_path / "faulty" / "metrics.jsonl").exists()
 
 
-def test_help_lists_every_flag():
+def test_the_flags_of_the_interface_and_test_mode():
     shown = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
     for flag in ("--output_dir", "--epochs", "--batch_size", "--lora_rank", "--gradient_accumulation_steps", "--wandb_project",
                  "--wandb_entity", "--test_mode", "--resume", "--lora_path", "--load_4bit"):  # fmt: skip
         assert flag in shown
-
-
-def test_test_mode_is_the_miniature_and_nothing_more():
     plain, test_mode = vars(training.parse_args([])), vars(training.parse_args(["--test_mode"]))
     assert {name for name in plain if plain[name] != test_mode[name]} == {"model_path", "dataset", "test_mode"}
-
-
-def test_test_mode_leaves_what_is_given():
     args = training.parse_args(["--test_mode", "--dataset", "pairs.parquet"])
     assert args.dataset == "pairs.parquet" and args.model_path == str(MINIATURE / "model")
 
 
 def test_wandb_runs_offline_without_asking(tmp_path, few_pairs):
     """No login, no terminal: the run ends by itself and leaves an offline W&B run with the samples table."""
-    command = [sys.executable, SCRIPT, "--model_path", str(MINIATURE / "model"), "--dataset", str(few_pairs), *SMALL[3:],
-               "--output_dir", str(tmp_path / "run"), "--max_samples", "8"]  # fmt: skip
+    command = [
+        sys.executable,
+        SCRIPT,
+        *flags_for(tmp_path / "run", few_pairs, "--max_samples", "8", "--report_to", "wandb"),
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     environment.update(HOME=str(tmp_path), NETRC=str(tmp_path / "none"))
     subprocess.run(command, env=environment, timeout=240, check=True, stdin=subprocess.DEVNULL, capture_output=True)
     runs = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert len(runs) == 1 and list(runs[0].glob("run-*.wandb"))
     assert list(runs[0].rglob("samples*.table.json"))
-
-
-@pytest.mark.parametrize("model_path", ["missing/model", "empty"])
-def test_a_model_that_cannot_be_loaded_is_one_sentence(model_path, tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit, match="2"):
-        training.load_llava(str(tmp_path / model_path), device="cpu")
-    assert capsys.readouterr().err.startswith("error: --model_path")
