@@ -28,7 +28,8 @@ sys.path.insert(0, str(ROOT))
 QUESTION = "Describe this image."
 # vLLM's server by itself, in vLLM's environment; prints its address
 SERVE = """if 1:
-    import llava_gradio_lora_host_quantized as page, sys
+    import llava_gradio_lora_host_quantized as page, signal, sys
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # which also ends the server
     model, adapter, dtype, users = sys.argv[1:]
     process, url, _ = page.start_server(model, [adapter], dtype=dtype, **{"max-num-seqs": users})
     print(url, flush=True)
