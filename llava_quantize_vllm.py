@@ -19,9 +19,7 @@ from pathlib import Path
 # Copied from llava_orpo_training.MINIATURE
 MINIATURE = Path(__file__).resolve().parent / "miniature"
 
-# --scheme -> the end of the output folder's name, and the disk that a run takes, as a share of the base's size
-SCHEMES = {"FP8_DYNAMIC": ("FP8-Dynamic", 0.6), "FP8_BLOCK": ("FP8-Block", 0.6), "W8A8": ("W8A8", 1.6),
-           "W4A16": ("W4A16", 1.4), "BF16": ("BF16", 1.0)}  # fmt: skip
+SCHEMES = {"FP8_DYNAMIC": "FP8-Dynamic", "FP8_BLOCK": "FP8-Block", "W8A8": "W8A8", "W4A16": "W4A16", "BF16": "BF16"}
 CALIBRATED = ("W8A8", "W4A16")  # rounded by GPTQ, which needs data and the whole model in memory
 
 
@@ -51,45 +49,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(model, "--model_path", "base model: hub id or folder", default="llava-hf/llava-v1.6-mistral-7b-hf")
     add(model, "--lora_path", "adapter: hub id or folder; without one, the base alone is quantized")
     kinds = {"choices": ["trained", "nf4", "base"], "default": "trained"}
-    add(model, "--merge_lora", "merge into weights rounded to NF4, into the base's own, or into those that the adapter was "
-        "trained on, which after QLoRA are the rounded ones", **kinds)  # fmt: skip
     add(
         model,
-        "--device",
-        "auto (cuda, then mps, then cpu), all (layers spread over the GPUs), cuda:1, cpu",
-        default="auto",
+        "--merge_lora",
+        "weights to merge into: as in training (NF4 after QLoRA), NF4, or the base's own",
+        **kinds,
     )
-    add(
-        model, "--test_mode", "use the embedded miniature, its adapter and its pairs, if not given", action="store_true"
-    )
+    add(model, "--device", "auto (cuda, then mps, then cpu), all (spread over the GPUs), cuda:1, cpu", default="auto")
+    add(model, "--test_mode", "use the embedded miniature and its adapter, if not given", action="store_true")
 
     to = parser.add_argument_group("quantization")
     add(to, "--output_dir", "new folder for the checkpoint (default: quantized_models/<model>-<scheme>)", type=Path)
     schemes = {"choices": list(SCHEMES), "default": "FP8_DYNAMIC"}
-    add(to, "--scheme", "FP8_DYNAMIC: 8-bit floats with a scale per row and token; FP8_BLOCK: with one per block of 128 x "
-        "128; W8A8: 8-bit integers; W4A16: 4-bit weights; BF16: merge only", **schemes)  # fmt: skip
+    about = "8-bit floats with a scale per row or per block of 128 x 128, 8-bit integers, 4-bit weights, or merge only"
+    add(to, "--scheme", about, **schemes)
     ignored = {"nargs": "*", "default": ["lm_head", "vision_tower", "multi_modal_projector"]}
     add(to, "--ignore", "layers left as they are: parts of names, or re:... for a regular expression", **ignored)
-    add(
-        to,
-        "--calibration_samples",
-        "pictures with questions that W8A8 and W4A16 are fitted to",
-        type=count,
-        default=256,
-    )
+    add(to, "--calibration_samples", "pictures that W8A8 and W4A16 are fitted to", type=count, default=256)
 
     gate = parser.add_argument_group("quality gate")
     rows = "pictures and questions: hub id, folder, .parquet or .jsonl"
     add(gate, "--dataset", rows, default="openbmb/RLAIF-V-Dataset")
     add(gate, "--gate_samples", "how many are asked before and after; 0 skips the gate", type=natural, default=64)
     add(gate, "--max_new_tokens", "longest answer in the gate, in tokens", type=count, default=128)
-    add(
-        gate,
-        "--max_kl",
-        "mean KL divergence per token, in nats, above which the gate fails",
-        type=positive,
-        default=0.02,
-    )
+    add(gate, "--max_kl", "mean KL divergence per token, in nats, that fails the gate", type=positive, default=0.02)
     args = parser.parse_args(argv)
     name = Path(args.model_path).name
     if args.test_mode:
@@ -98,7 +81,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             args.lora_path = args.lora_path or str(MINIATURE / "adapter")
         if args.dataset == parser.get_default("dataset"):
             args.dataset = str(MINIATURE / "preferences")
-    args.output_dir = (args.output_dir or Path("quantized_models") / f"{name}-{SCHEMES[args.scheme][0]}").resolve()
+    args.output_dir = (args.output_dir or Path("quantized_models") / f"{name}-{SCHEMES[args.scheme]}").resolve()
     return args
 
 
@@ -136,7 +119,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from PIL import Image, ImageOps
 from rich.console import Console
-from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -350,6 +332,7 @@ HUB_KEYS = {
     r"^model\.vision_tower\.": "vision_tower.vision_model.",
     r"^model\.(multi_modal_projector\.|image_newline)": r"\1",
 }
+SPARE = (".position_ids", ".rotary_emb.inv_freq")  # tensors that older versions saved and that none needs
 # LLaVA's prompt for chat messages, with BOS: `[INST] <image>\nquestion [/INST] answer</s>[INST] ...`. The picture comes
 # first, wherever it stands in the message.
 TEMPLATE = (
@@ -492,7 +475,7 @@ def build_skeleton(model_path: str, folder: Path) -> LlavaNextForConditionalGene
             shape, wanted = list(opened.get_slice(key).get_shape()), places.pop(name_module(key), None)
         if wanted and shape[0] == rows - 64 and wanted[0] == rows:  # LLaVA's own format, see add_rows
             shape[0] = rows
-        if shape != wanted and not is_spare(key):
+        if shape != wanted and not key.endswith(SPARE):
             wrong.append(f"{key} has shape {shape} in place of {wanted}")
     wrong += [f"{name} is missing" for name in places]
     if wrong:
@@ -509,33 +492,25 @@ def list_rounded(model) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in layers.items() if ".language_model." in name}
 
 
-def is_spare(key: str) -> bool:
-    """Return whether a tensor is one that older versions saved and none needs, such as positions."""
-    return key.endswith((".position_ids", ".rotary_emb.inv_freq"))
-
-
 # ---------------------------------------------------------------------------- merging, a shard at a time
 
 
-def trained_on_nf4(folder: Path) -> bool | None:
-    """Return whether an adapter was trained by QLoRA, on a base in NF4, or None if no file beside it says so."""
+def merges_into_nf4(lora_path: str | None, choice: str) -> bool:
+    """Return whether --merge_lora, `choice`, means that the base is rounded to NF4 before this adapter is merged into it.
+
+    An adapter that QLoRA trained has learned to correct the rounding. Its run notes this beside it or its checkpoint.
+    """
+    if not lora_path or choice != "trained":
+        return bool(lora_path) and choice == "nf4"
+    folder = read_adapter(lora_path)[0]
     for file in (folder / "arguments.json", folder / "training_summary.json", folder.parent / "arguments.json"):
         with suppress(OSError, ValueError, KeyError):
             content = json.loads(file.read_text())
             return str(content.get("arguments", content)["load_4bit"]) == "True"
-    return None
-
-
-def merges_into_nf4(lora_path: str | None, choice: str) -> bool:
-    """Return whether --merge_lora, `choice`, means that the base is rounded to NF4 before this adapter is merged into it."""
-    if not lora_path:
-        return False
-    noted = trained_on_nf4(read_adapter(lora_path)[0])
-    if noted is None and choice == "trained":
-        console.print(
-            f"no file beside {lora_path} says what it was trained on; it is merged into the base's own weights"
-        )
-    return choice == "nf4" or (choice == "trained" and noted is True)
+    console.print(
+        f"no file beside {lora_path} says whether it was trained on NF4; it is merged into the base's own weights"
+    )
+    return False
 
 
 def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
@@ -578,12 +553,8 @@ class Merge:
         """`model` is build_skeleton's; `nf4` rounds the language model's linear layers first."""
         self.rows, self.nf4, self.lora_path = model.config.text_config.vocab_size, nf4, lora_path
         self.rounded = list_rounded(model) if nf4 else {}
-        self.layers, self.whole, self.own = (
-            {},
-            {},
-            {},
-        )  # updated by PEFT; trained in the base's place; see attach_adapter
         self.merged, self.changed = set(), set()
+        self.layers, self.whole, self.own = {}, {}, {}  # PEFT's layers, tensors trained as a whole, see attach_adapter
         if lora_path:
             adapted, self.own = attach_adapter(model, lora_path)
             for name, module in adapted.base_model.model.named_modules():
@@ -598,7 +569,7 @@ class Merge:
         shard = {}
         for key in list(tensors):
             tensor, name = tensors.pop(key), name_module(key)
-            if is_spare(key):
+            if key.endswith(SPARE):
                 continue
             if tensor.is_floating_point() and not tensor.is_meta:
                 tensor = self.merge(name, tensor).to(torch.bfloat16)
@@ -680,36 +651,32 @@ def check_layers(model, scheme: str, ignore: list[str]) -> None:
     for name in quantized:
         if scheme == "FP8_BLOCK" and any(side % 128 for side in layers[name].weight.shape):
             size = " x ".join(map(str, layers[name].weight.shape))
-            stop(
-                f"--scheme FP8_BLOCK needs sizes that 128 divides, and {name} is {size}; --ignore it, or use FP8_DYNAMIC."
-            )
+            stop(f"--scheme FP8_BLOCK needs sizes that 128 divides, and {name} is {size}; --ignore such layers.")
         parent, _, last = name.rpartition(".")
         for fused in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
             kept = {f"{parent}.{other}" for other in fused if last in fused} & (layers.keys() - quantized)
             if kept:
-                stop(
-                    f"--ignore has {min(kept)} but not {name}, which vLLM computes together; ignore all of them or none."
-                )
+                stop(f"--ignore has {min(kept)} but not {name}, which vLLM fuses; ignore all of them or none.")
     if not quantized:
         stop("--ignore leaves no layer to quantize.")
 
 
-def quantize(
-    stage: Path, folder: Path, merge: Merge, scheme: str, ignored: list[str], device: str, samples: list, processor
-) -> None:
+def quantize(args: argparse.Namespace, stage: Path, folder: Path, merge: Merge, samples: list, processor) -> None:
     """Write the merged and quantized checkpoint to `folder`. `samples` are for the calibrated schemes."""
     from compressed_tensors.entrypoints.convert import convert_checkpoint
     from llmcompressor import model_free_ptq
 
-    one = device if device not in ("auto", "all", "mps") else None if torch.cuda.is_available() else "cpu"
-    if scheme in CALIBRATED:
-        convert_checkpoint(stage, folder / "merged", merge, device=one)
-        calibrate(folder / "merged", folder, scheme, ignored, device, samples, processor)
+    device, ignored = None if torch.cuda.is_available() else "cpu", list_ignored(args.ignore)
+    if args.device not in ("auto", "all", "mps"):
+        device = args.device
+    if args.scheme in CALIBRATED:
+        convert_checkpoint(stage, folder / "merged", merge, device=device)
+        calibrate(folder / "merged", folder, args.scheme, ignored, args.device, samples, processor)
         shutil.rmtree(folder / "merged")
-    elif scheme == "BF16":
-        convert_checkpoint(stage, folder, merge, device=one)
+    elif args.scheme == "BF16":
+        convert_checkpoint(stage, folder, merge, device=device)
     else:
-        model_free_ptq(stage, folder, scheme=scheme, ignore=ignored, converter=merge, device=one)
+        model_free_ptq(stage, folder, scheme=args.scheme, ignore=ignored, converter=merge, device=device)
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # safetensors lets nobody but the owner read it
 
@@ -888,19 +855,19 @@ def open_output(output_dir: Path) -> tuple[Path, FileLock]:
         lock.acquire()
     except Timeout:
         stop(f"--output_dir {output_dir} is being written by another run; name another folder.")
-    for path in folder.iterdir():  # left by a run that was killed
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != ".lock":
-            path.unlink()
+    for path in [path for path in folder.iterdir() if path.name != ".lock"]:  # left by a run that was killed
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     return folder, lock
 
 
 def check_room(output_dir: Path, scheme: str, size: int) -> None:
     """Stop if the disk has too little room to quantize a base of `size` bytes."""
-    needed, free = SCHEMES[scheme][1] * size, shutil.disk_usage(output_dir.parent).free
-    if free < needed:
-        room = f"{free / 1e9:.1f} GB of free disk, and {scheme} of this base needs about {needed / 1e9:.1f} GB"
+    share = {"BF16": 1, "W8A8": 1.6, "W4A16": 1.4}.get(
+        scheme, 0.6
+    )  # the calibrated ones hold the merged checkpoint too
+    free = shutil.disk_usage(output_dir.parent).free
+    if free < share * size:
+        room = f"{free / 1e9:.1f} GB of free disk, and {scheme} of this base needs {share * size / 1e9:.1f} GB"
         stop(f"--output_dir {output_dir} has {room}; name a folder on another disk.")
 
 
@@ -922,7 +889,7 @@ def make_checkpoint(args: argparse.Namespace, nf4: bool, stage: Path, folder: Pa
     if args.scheme != "BF16":
         check_layers(model, args.scheme, args.ignore)
     merge, before = Merge(model, args.lora_path, nf4), peak_memory()
-    quantize(stage, folder, merge, args.scheme, ignored, args.device, samples, processor)
+    quantize(args, stage, folder, merge, samples, processor)
     quantized, adapter = sum(file.stat().st_size for file in folder.glob("*.safetensors")), None
     if args.lora_path:
         digest = digest_checkpoint(str(read_adapter(args.lora_path)[0]))
@@ -944,27 +911,18 @@ def make_checkpoint(args: argparse.Namespace, nf4: bool, stage: Path, folder: Pa
 
 
 def print_report(report: dict, output_dir: Path) -> None:
-    """Print the report's figures, and end with exit code 4 if the gate failed."""
+    """Print what came out, and end with exit code 4 if the gate failed."""
     sizes, quality = report["size_bytes"], report["quality"]
-    table = Table(output_dir.name, "")
-    table.add_row("weights", f"{sizes['quantized'] / 1e6:,.1f} MB, before {sizes['base'] / 1e6:,.1f} MB")
-    if quality:
-        names = {
-            "kl": "KL divergence, nats per token",
-            "kl_max": "its greatest value",
-            "kl_base_alone": "without the adapter",
-        }
-        for key, name in names.items():
-            table.add_row(name, "none" if quality[key] is None else f"{quality[key]:.5f}")
-        table.add_row("top-1 agreement", f"{quality['top1_agreement']:.2%} of {quality['tokens']:,} tokens")
-        table.add_row("greedy answers that changed", f"{quality['answers_changed']} of {quality['samples']}")
-    console.print(table)
+    console.print(
+        f"{output_dir} has {sizes['quantized'] / 1e6:,.1f} MB of weights, the base {sizes['base'] / 1e6:,.1f} MB"
+    )
     if quality:
         kl = "not finite" if quality["kl"] is None else f"{quality['kl']:.5f}"
-        verdict = f"KL divergence is {kl}, and --max_kl {quality['max_kl']}"
+        verdict = f"KL divergence is {kl} nats per token, and --max_kl {quality['max_kl']}"
+        console.print(f"{quality['top1_agreement']:.2%} of {quality['tokens']:,} tokens are still the most likely ones, and "
+                      f"{quality['answers_changed']} of {quality['samples']} greedy answers changed")  # fmt: skip
         if not quality["passed"]:
-            stop(f"the gate failed: {verdict}; the checkpoint is in {output_dir} all the same. A scheme with more bits, or "
-                 "more --ignore, comes closer.", code=4)  # fmt: skip
+            stop(f"the gate failed: {verdict}. Use a scheme with more bits, or --ignore more layers.", code=4)
         console.print(f"the gate passed: {verdict}")
     serve = f"python llava_gradio_lora_host_quantized.py --model_path {output_dir}"
     console.print(f"to serve it, in vLLM's environment: {serve}", soft_wrap=True)

@@ -49,8 +49,13 @@ def build_random_llava(folder: Path, seed: int = 0) -> Path:
     sys.path.insert(0, str(ROOT))
     import torch
     from safetensors.torch import save_file
-    from transformers import LlamaTokenizer, LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
-    from transformers import MistralConfig
+    from transformers import (
+        LlamaTokenizer,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextProcessor,
+        MistralConfig,
+    )
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
     from llava_quantize_vllm import name_in_hub
