@@ -49,12 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(model, "--model_path", "base model: hub id or folder", default="llava-hf/llava-v1.6-mistral-7b-hf")
     add(model, "--lora_path", "adapter: hub id or folder; without one, the base alone is quantized")
     kinds = {"choices": ["trained", "nf4", "base"], "default": "trained"}
-    add(
-        model,
-        "--merge_lora",
-        "weights to merge into: as in training (NF4 after QLoRA), NF4, or the base's own",
-        **kinds,
-    )
+    add(model, "--merge_lora", "merge into weights as in training (NF4 after QLoRA), NF4, or the base's", **kinds)
     add(model, "--device", "auto (cuda, then mps, then cpu), all (spread over the GPUs), cuda:1, cpu", default="auto")
     add(model, "--test_mode", "use the embedded miniature and its adapter, if not given", action="store_true")
 
@@ -299,30 +294,6 @@ def read_adapter(lora_path: str) -> tuple[Path, "LoraConfig"]:
     return folder, config
 
 
-# Copied from llava_amber_validation_benchmark_with_lora.digest_checkpoint
-def digest_checkpoint(path: str) -> str:
-    """Identity of a checkpoint: SHA-256 over its JSON files, tokenizer and 64 slices of each weight file; a hub id's commit."""
-    folder = Path(path)
-    if not folder.is_dir():
-        from huggingface_hub import hf_hub_download
-
-        with suppress(Exception):  # a wrong id is reported where the model is loaded
-            return Path(hf_hub_download(path, "config.json")).parent.name
-        return path
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix == ".safetensors":
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}".encode())
-            with file.open("rb") as stream:
-                for part in range(64):
-                    stream.seek(part * max(size - 65_536, 0) // 63)
-                    digest.update(stream.read(65_536))
-        elif file.suffix in (".json", ".model") and "training" not in file.name:
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 # ---------------------------------------------------------------------------- the checkpoint to start from
 
 # transformers' module names -> the hub's key layout, the only one that vLLM reads
@@ -377,9 +348,8 @@ def fill_template(processor) -> str:
     wanted = build_prompt(processor, "Is it?", (64, 64)) + encode(" It is.") + [tokenizer.eos_token_id]
     wanted += encode(f"{before}And now?{after}")
     wanted = [token for place, token in enumerate(wanted) if token != image or wanted[place - 1] != image]
-    question = [{"type": "text", "text": "Is it?"}, {"type": "image"}]
-    talk = zip(("user", "assistant", "user"), (question, "It is.", "And now?"), strict=True)
-    talk = [{"role": role, "content": content} for role, content in talk]
+    said = {"user": [{"type": "text", "text": "Is it?"}, {"type": "image"}], "assistant": "It is."}
+    talk = [{"role": role, "content": content} for role, content in [*said.items(), ("user", "And now?")]]
     for gap in ("", " "):
         template = TEMPLATE.replace("GAP", gap).replace("HEAD", head).replace("BEFORE", before).replace("AFTER", after)
         if encode(processor.apply_chat_template(talk, chat_template=template)) == wanted:
@@ -445,15 +415,10 @@ def load_model(folder: Path, device: str) -> LlavaNextForConditionalGeneration:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     has_bf16 = device == "mps" or (device != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False))
-    model, report = LlavaNextForConditionalGeneration.from_pretrained(
-        folder,
-        key_mapping=ORIGINAL_KEYS,
-        dtype=torch.float32 if device == "cpu" else torch.bfloat16 if has_bf16 else torch.float16,
-        device_map="auto" if device == "all" else {"": device},
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16 if has_bf16 else torch.float16
+    settings = {"dtype": dtype, "device_map": "auto" if device == "all" else {"": device}, "use_safetensors": True}
+    settings |= {"key_mapping": ORIGINAL_KEYS, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = LlavaNextForConditionalGeneration.from_pretrained(folder, **settings)
     weights = list_weights(folder)
     for name, *_ in report["mismatched_keys"]:
         key = next(key for key in weights if name_module(key) == name)
@@ -507,9 +472,7 @@ def merges_into_nf4(lora_path: str | None, choice: str) -> bool:
         with suppress(OSError, ValueError, KeyError):
             content = json.loads(file.read_text())
             return str(content.get("arguments", content)["load_4bit"]) == "True"
-    console.print(
-        f"no file beside {lora_path} says whether it was trained on NF4; it is merged into the base's own weights"
-    )
+    console.print(f"no file beside {lora_path} says that it was trained on NF4; the base's own weights are used")
     return False
 
 
@@ -693,14 +656,10 @@ def calibrate(merged: Path, folder: Path, scheme: str, ignored: list, device: st
         pixels = processor.image_processor(image, return_tensors="pt")
         pixels["pixel_values"] = pixels["pixel_values"].to(torch.bfloat16)
         rows.append({"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long(), **pixels})
-    oneshot(
-        model=model,
-        dataset=torch.utils.data.DataLoader(rows, batch_size=None),
-        recipe=GPTQModifier(targets="Linear", scheme=scheme, ignore=ignored),
-        sequential_targets=[type(model.model.language_model.layers[0]).__name__],
-        num_calibration_samples=len(rows),
-        pipeline="sequential",
-    )
+    recipe = GPTQModifier(targets="Linear", scheme=scheme, ignore=ignored)
+    settings = {"pipeline": "sequential", "sequential_targets": [type(model.model.language_model.layers[0]).__name__]}
+    loader = torch.utils.data.DataLoader(rows, batch_size=None)
+    oneshot(model=model, dataset=loader, recipe=recipe, num_calibration_samples=len(rows), **settings)
     model.save_pretrained(folder, save_compressed=True)
     for file in merged.iterdir():
         if not (folder / file.name).exists() and ".safetensors" not in file.name:
@@ -750,11 +709,9 @@ def read_samples(source: str, gate: int, calibration: int) -> tuple[list, list]:
         passed = len(asked) if held_out == "train" else 0
         if calibration:
             seen = take_samples(splits["train"], root, passed + calibration)[passed:]
-    except KeyError as error:
-        stop(f"--dataset {source} has no column or split {error}; it needs RLAIF-V's columns image and question.")
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error) or 'it is empty').splitlines()[0]}"
-        stop(f"--dataset {source} cannot be read ({reason}). Give a hub id, or a folder or file of parquet or jsonl.")
+        stop(f"--dataset {source} cannot be read ({reason}). It needs the columns image and question, as RLAIF-V has.")
     if (gate and not asked) or (calibration and not seen):
         found = f"{len(asked)} rows for the gate and {len(seen)} to calibrate on"
         stop(f"--dataset {source} has {found}, with a picture and a question; more are needed.")
@@ -802,12 +759,13 @@ def load_reference(stage: Path, lora_path: str | None, nf4: bool, device: str):
     return attach_adapter(model, lora_path)[0] if lora_path else model
 
 
-def run_gate(model, processor, folder: Path, device: str, samples: list, max_new_tokens: int, max_kl: float) -> dict:
-    """Ask load_reference's model and the new checkpoint the same questions; return how they differ.
+def run_gate(reference: tuple, folder: Path, processor, samples: list, max_new_tokens: int, max_kl: float) -> dict:
+    """Ask load_reference's model and the new checkpoint, one after the other, the same questions; return how they differ.
 
     Compared are the distributions over the next token along the reference's greedy answers, and the greedy answers. A
     figure that is not finite is None and fails the gate.
     """
+    model = load_reference(*reference)
     dtype, adapted = str(model.dtype).removeprefix("torch."), hasattr(model, "disable_adapter")
     parts = [samples[start : start + GATE_BATCH] for start in range(0, len(samples), GATE_BATCH)]
     answers, wanted, base, changed, found = [], [], [], 0, []
@@ -817,8 +775,8 @@ def run_gate(model, processor, folder: Path, device: str, samples: list, max_new
         if adapted:
             with model.disable_adapter():
                 base += score_answers(model, processor, part, answers[-1])
-    del model
-    model = load_model(folder, device)
+    del model  # both would be too much for many a GPU
+    model = load_model(folder, device=reference[-1])
     for part, old in zip(tqdm(parts, desc="asking the new checkpoint"), answers, strict=True):
         new = answer_greedily(model, processor, part, max_new_tokens)
         changed += sum(a != b for a, b in zip(old, new, strict=True))
@@ -862,9 +820,7 @@ def open_output(output_dir: Path) -> tuple[Path, FileLock]:
 
 def check_room(output_dir: Path, scheme: str, size: int) -> None:
     """Stop if the disk has too little room to quantize a base of `size` bytes."""
-    share = {"BF16": 1, "W8A8": 1.6, "W4A16": 1.4}.get(
-        scheme, 0.6
-    )  # the calibrated ones hold the merged checkpoint too
+    share = {"BF16": 1, "W8A8": 1.6, "W4A16": 1.4}.get(scheme, 0.6)  # two of them hold the merged checkpoint, too
     free = shutil.disk_usage(output_dir.parent).free
     if free < share * size:
         room = f"{free / 1e9:.1f} GB of free disk, and {scheme} of this base needs {share * size / 1e9:.1f} GB"
@@ -892,14 +848,14 @@ def make_checkpoint(args: argparse.Namespace, nf4: bool, stage: Path, folder: Pa
     quantize(args, stage, folder, merge, samples, processor)
     quantized, adapter = sum(file.stat().st_size for file in folder.glob("*.safetensors")), None
     if args.lora_path:
-        digest = digest_checkpoint(str(read_adapter(args.lora_path)[0]))
-        adapter = {"path": args.lora_path, "digest": digest, **merge.describe()}
+        file = read_adapter(args.lora_path)[0] / "adapter_model.safetensors"
+        adapter = {"path": args.lora_path, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), **merge.describe()}
     sizes = {"base": sum(sizes), "largest_shard": max(sizes), "quantized": quantized, "ratio": quantized / sum(sizes)}
     packages = ("torch", "transformers", "peft", "llmcompressor", "compressed-tensors")
     return {
         "scheme": args.scheme,
         "ignored": ignored if args.scheme != "BF16" else None,
-        "base": {"path": args.model_path, "digest": digest_checkpoint(args.model_path)},
+        "base": {"path": args.model_path},
         "adapter": adapter,
         "size_bytes": sizes,
         "calibration_samples": len(samples),
@@ -913,9 +869,7 @@ def make_checkpoint(args: argparse.Namespace, nf4: bool, stage: Path, folder: Pa
 def print_report(report: dict, output_dir: Path) -> None:
     """Print what came out, and end with exit code 4 if the gate failed."""
     sizes, quality = report["size_bytes"], report["quality"]
-    console.print(
-        f"{output_dir} has {sizes['quantized'] / 1e6:,.1f} MB of weights, the base {sizes['base'] / 1e6:,.1f} MB"
-    )
+    console.print(f"{output_dir}: {sizes['quantized'] / 1e6:,.1f} MB, and the base has {sizes['base'] / 1e6:,.1f} MB")
     if quality:
         kl = "not finite" if quality["kl"] is None else f"{quality['kl']:.5f}"
         verdict = f"KL divergence is {kl} nats per token, and --max_kl {quality['max_kl']}"
@@ -941,9 +895,8 @@ def main(argv: list[str] | None = None) -> None:
             report |= {"dataset": args.dataset if asked or seen else None, "quality": None}
             started = time.monotonic()
             if asked:
-                model = load_reference(Path(stage), args.lora_path, nf4, args.device)
-                settings = (args.device, asked, args.max_new_tokens, args.max_kl)
-                report["quality"] = run_gate(model, processor, folder, *settings)
+                reference = (Path(stage), args.lora_path, nf4, args.device)
+                report["quality"] = run_gate(reference, folder, processor, asked, args.max_new_tokens, args.max_kl)
         report["seconds"]["gate"] = round(time.monotonic() - started, 1)
         report["peak_memory_bytes"]["gate"] = peak_memory()
         (folder / "quantization_report.json").write_text(json.dumps(report, indent=1, allow_nan=False))
