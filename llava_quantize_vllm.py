@@ -109,7 +109,7 @@ import datasets
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict  # noqa: F401
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from PIL import Image, ImageOps
