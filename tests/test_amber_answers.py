@@ -482,9 +482,7 @@ def test_vllm_is_given_bos_and_one_image_token(tmp_path, monkeypatch, capsys):
     assert asked["parameters"] == {"temperature": 0, "max_tokens": 1024}
     assert len(asked["prompts"]) == len(queries)
     processor = AutoProcessor.from_pretrained(MINIATURE / "model", backend="pil")
-    by_picture = [
-        query for group in amber.group_queries(queries, 5) for picture in group for query in picture["queries"]
-    ]
+    by_picture = [query for group in amber.group_queries(queries, 5) for asked in group for query in asked]
     for query, prompt in zip(by_picture, asked["prompts"], strict=True):
         image = amber.load_image(MINIATURE / "amber" / "image" / query["image"])
         assert prompt["multi_modal_data"]["image"] == image
