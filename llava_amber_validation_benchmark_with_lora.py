@@ -58,12 +58,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     bits = model.add_mutually_exclusive_group()
     add(bits, "--load_4bit", "base weights in NF4 with double quantization", action="store_true")
     add(bits, "--load_8bit", "base weights in 8 bits (LLM.int8)", action="store_true")
-    engines = ["transformers", "vllm"]
-    add(model, "--backend", "vllm takes a merged or quantized checkpoint", choices=engines, default="transformers")
+    add(model, "--backend", "vllm takes merged checkpoints", default="transformers", choices=["transformers", "vllm"])
     add(model, "--batch_size", "pictures answered together, with all questions (default: 8; vllm: 64)", type=count)
     add(model, "--max_new_tokens", "tokens an answer may have", type=count, default=1024)
-    add(model, "--verify", "number of candidates for an answer that names objects, of which the one is kept whose objects "
-        "the model (or --clip_model) confirms best", type=count, default=1)  # fmt: skip
+    add(
+        model,
+        "--verify",
+        "candidates, of which the one is kept whose objects the model confirms",
+        type=count,
+        default=1,
+    )
     add(model, "--clip_model", "CLIP checkpoint to check with instead of the model: hub id or folder")
     add(model, "--test_mode", "use the embedded miniature as model and benchmark, if not given", action="store_true")
 
@@ -74,8 +78,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files = {"annotation": "annotations.json", "relation": "relation.json", "safe_words": "safe_words.txt"}
     for flag, name in files.items():
         add(data, f"--{flag}_file", f"AMBER's {name} (default: beside the query file, or one folder up)", type=Path)
-    add(data, "--evaluation_type", "a all, g generative, d discriminative: de existence, da attribute, dr relation",
-        default="a", choices=list(SECTIONS))  # fmt: skip
+    kinds = "a all, g generative, d discriminative: de existence, da attribute, dr relation"
+    add(data, "--evaluation_type", kinds, default="a", choices=list(SECTIONS))
     add(data, "--limit", "only the first N pictures, with all their questions", type=count)
     add(data, "--skip_inference", "score the answers in --output_file", action="store_true")
     add(data, "--skip_evaluation", "only answer", action="store_true")
@@ -84,8 +88,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(scoring, "--baseline_file", "answers of an earlier run to compare with", type=Path)
     add(scoring, "--spacy_model", "word vectors that decide which words are alike", default="en_core_web_lg")
     add(scoring, "--similarity_table", "read this table of alike words, or write it if there is none", type=Path)
-    add(scoring, "--nouns", "how nouns are found: nltk is AMBER's way; vocabulary looks up its words without NLTK's data, "
-        "which is not official", default="nltk", choices=["nltk", "vocabulary"])  # fmt: skip
+    nouns = "how nouns are found: as AMBER does, or by looking up its words, which needs no data of NLTK but is not official"
+    add(scoring, "--nouns", nouns, default="nltk", choices=["nltk", "vocabulary"])
     args = parser.parse_args(argv)
     if args.test_mode:
         if args.model_path == parser.get_default("model_path"):
@@ -111,16 +115,14 @@ def find_wrong_flags(args: argparse.Namespace):
     yield not (args.query_file or args.annotation_file), "--query_file or --annotation_file is needed to score"
     yield answering and args.image_dir and not args.image_dir.is_dir(), f"--image_dir {args.image_dir} is no folder"
     yield out.is_dir(), f"--output_file {out} is a folder; name a file in it"
-    names = (out.name, args.baseline_file and args.baseline_file.name)
-    yield "scores.json" in names, "scores.json is where the scores go; give the answers another name"
+    yield out.name == "scores.json", "scores.json is where the scores go; give the answers another name"
     yield answering and args.compare_base and not args.lora_path, "--compare_base needs --lora_path"
     yield args.compare_base and args.baseline_file, "--compare_base and --baseline_file exclude each other; give one"
     partly = args.limit or args.skip_evaluation
     yield not answering and partly, "--skip_inference scores a whole file; leave --limit and --skip_evaluation out"
     yield args.clip_model and args.verify == 1, "--clip_model is what --verify checks with; give --verify 4 too"
-    yield vllm and args.lora_path, "--backend vllm takes no --lora_path; merge the adapter with llava_quantize_vllm.py"
-    yield vllm and args.verify > 1, "--verify needs --backend transformers"
-    yield vllm and (args.load_4bit or args.load_8bit), "--backend vllm loads quantized checkpoints without --load_4bit"
+    needless = args.lora_path or args.verify > 1 or args.load_4bit or args.load_8bit
+    yield vllm and needless, "vllm takes merged and quantized checkpoints; other flags need --backend transformers"
     yield vllm and processes > 1, "--backend vllm starts its own processes; run it without torchrun"
 
 
@@ -531,10 +533,8 @@ class Batch:
 
     def run(self, rows: list[list[tuple[int, int, int]]], **inputs) -> None:
         """Put rows of (token, owner, position) through the model, after what the cache holds of them."""
-        rows = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1).to(
-            self.core.device
-        )
-        ids, new, places = rows.unbind(-1)
+        padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1)
+        ids, new, places = padded.to(self.core.device).unbind(-1)
         self.owners = new if self.owners is None else torch.cat([self.owners, new], dim=1)
         seen = (self.owners[:, None, :] == 0) | (self.owners[:, None, :] == new[:, :, None])
         seen = seen.tril(seen.shape[2] - seen.shape[1])[:, None]
@@ -577,9 +577,8 @@ def answer_questions(
 ) -> Iterator:
     """Answer every question about every picture; yields (picture, question, answer, complete) as each one ends.
 
-    Generation adds a token to every unfinished question at a time. Temperature 0 is greedy; above it, an answer depends
-    only on its picture, its question, and its place among the picture's questions. `complete` is False for an answer cut
-    off at `max_new_tokens`. Pictures without questions are passed over.
+    Temperature 0 is greedy; above it, an answer depends only on its picture, its question, and its place among the picture's
+    questions. `complete` is False for an answer cut off at `max_new_tokens`.
     """
     if not any(questions):
         return
@@ -657,12 +656,12 @@ class Clip:
 
 
 def draw_candidates(model, processor, images, pixels, questions, count: int, max_new_tokens: int, temperature) -> dict:
-    """Draw `count` answers to every question about every picture; return {(picture, question): [(answer, complete), …]}."""
+    """Draw `count` answers to every question about every picture; return {(picture, question): [[answer, complete], …]}."""
     drawn = defaultdict(list)
     asked = [[question for question in part for _ in range(count)] for part in questions]
     answers = answer_questions(model, processor, images, pixels, asked, max_new_tokens, temperature)
-    for picture, place, text, complete in answers:
-        drawn[picture, place // count].append((text, complete))
+    for picture, place, *answer in answers:
+        drawn[picture, place // count].append(answer)
     return drawn
 
 
@@ -670,8 +669,7 @@ def draw_candidates(model, processor, images, pixels, questions, count: int, max
 def confirm_objects(model, processor, images: list, pixels, words: list[list[str]]) -> list[dict[str, float]]:
     """Return, for each picture, {word: probability} of the model's own answer Yes to "Is there a … in this image?".
 
-    The probability is that of Yes among Yes and No in any spelling that is one token. All words about a picture take one
-    forward pass.
+    It is that of Yes among Yes and No in any spelling that is one token. All words about a picture take one forward pass.
     """
     found: list[dict] = [{} for _ in words]
     if not any(words):
@@ -699,25 +697,14 @@ def choose_candidate(objects: list[list[str]], confirmed: dict[str, float], fits
     return min(range(len(objects)), key=lambda number: (doubtful[number], doubtful[number] - len(set(objects[number]))))
 
 
-def verify_answers(
-    model,
-    processor,
-    images,
-    pixels,
-    questions,
-    max_new_tokens: int,
-    *,
-    candidates: int,
-    find: Callable,
-    clip: Clip | None,
-) -> Iterator:
+def verify_answers(model, processor, images, pixels, questions, max_new_tokens, *, candidates, find, clip) -> Iterator:
     """Answer as answer_questions does, but in place of a greedy answer that names objects give the best of `candidates`:
-    itself and others drawn at VERIFY_TEMPERATURE, checked by CLIP or by the model's own yes/no answers."""
+    itself and others drawn at VERIFY_TEMPERATURE, checked by `clip` or by the model's own yes/no answers."""
     texts = {}
     greedy = answer_questions(model, processor, images, pixels, questions, max_new_tokens)
     for picture, number, text, complete in greedy:
         if find(text):
-            texts[picture, number] = [(text, complete)]
+            texts[picture, number] = [[text, complete]]
         else:  # "Yes" names no object
             yield picture, number, text, complete
     open_ones = [[(i, j) for j in range(len(part)) if (i, j) in texts] for i, part in enumerate(questions)]
@@ -737,13 +724,10 @@ def verify_answers(
 
 
 def find_picture(image_dir: Path, name: str) -> Path:
-    """Return the path of a query's picture. Raises OSError if it lies outside `image_dir` or is not there."""
-    folder = os.path.abspath(image_dir)
-    path = Path(os.path.abspath(os.path.join(folder, name)))
-    if not path.is_relative_to(folder):
+    """Return the path of a query's picture. Raises OSError if it lies outside `image_dir`."""
+    path = Path(os.path.abspath(image_dir / name))
+    if not path.is_relative_to(os.path.abspath(image_dir)):
         raise OSError(f"lies outside {image_dir}")
-    if not path.is_file():
-        raise OSError("is not there")
     return path
 
 
@@ -803,8 +787,7 @@ def digest_checkpoint(path: str) -> str:
 def read_journals(output_file: Path, fingerprint: dict) -> dict[int, dict]:
     """Return the answers of an earlier, unfinished run by query id. Stops if they were given under other settings.
 
-    A journal begins with the `fingerprint` of its run. Damaged lines, such as one whose writing was cut short, are left out,
-    so that their questions are asked again.
+    A journal begins with its run's `fingerprint`. Damaged lines are left out, so that their questions are asked again.
     """
     answers = {}
     journals = sorted(output_file.parent.glob(f"{glob.escape(output_file.name)}.journal-*.jsonl"))
@@ -818,15 +801,13 @@ def read_journals(output_file: Path, fingerprint: dict) -> dict[int, dict]:
         before = rows[0].get("fingerprint", {}) if rows else fingerprint
         changed = [f"{k} was {before.get(k)}, is {now}" for k, now in fingerprint.items() if before.get(k) != now]
         if changed:
-            stop(
-                f"{path} holds answers of another run ({'; '.join(changed)}); name another --output_file or delete it."
-            )
+            stop(f"{path} is of another run ({'; '.join(changed)}); delete it, or name another --output_file.")
         answers |= {row["id"]: row for row in rows if "id" in row}
     return answers
 
 
 def fill_journal(
-    state, output_file: Path, groups: list, answers: dict, fingerprint: dict, answer, open_pictures
+    state, output_file: Path, groups, answers, fingerprint, answer: Callable, open_pictures: Callable
 ) -> list:
     """Answer what is left of this process's groups, each answer into its journal as it arrives; return the failures."""
     mine = groups[state.process_index :: state.num_processes]
@@ -895,8 +876,7 @@ def write_answers(output_file: Path, queries: list[dict], answers: dict[int, dic
     rows = [{"id": row["id"], "response": row["response"]} for row in kept]
     write_whole(output_file, json.dumps(rows, indent=1, ensure_ascii=False))
     cut = sum(not row["complete"] for row in kept)
-    note = f"; {cut:,} cut off at --max_new_tokens" if cut else ""
-    console.print(f"{len(rows):,} answers in {escape(str(output_file))}{note}")
+    console.print(f"{len(rows):,} answers in {escape(str(output_file))}, {cut:,} cut off at --max_new_tokens")
 
 
 def answer_benchmark(args, every_query: list[dict], queries: list[dict]) -> list[dict]:
@@ -910,10 +890,9 @@ def answer_benchmark(args, every_query: list[dict], queries: list[dict]) -> list
     config, processor, _ = read_checkpoint(args.model_path)
     context = (config or AutoConfig.from_pretrained(args.model_path)).text_config.max_position_embeddings
     open_pictures = partial(open_group, image_dir=args.image_dir, processor=processor, context=context)
-    adapter = digest_checkpoint(args.lora_path) if args.lora_path else None
     settings = describe_run(args, processor)
     runs = {name_base_file(args.output_file): settings | {"adapter": None}} if args.compare_base else {}
-    runs[args.output_file] = settings | {"adapter": adapter}
+    runs[args.output_file] = settings | {"adapter": digest_checkpoint(args.lora_path) if args.lora_path else None}
     groups, failures, answer = group_queries(queries, args.batch_size), {}, None
     args.output_file.parent.mkdir(parents=True, exist_ok=True)
     with lock_output(args.output_file) if MAIN_PROCESS else nullcontext():
