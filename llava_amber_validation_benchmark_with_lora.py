@@ -61,13 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(model, "--backend", "vllm takes merged checkpoints", default="transformers", choices=["transformers", "vllm"])
     add(model, "--batch_size", "pictures answered together, with all questions (default: 8; vllm: 64)", type=count)
     add(model, "--max_new_tokens", "tokens an answer may have", type=count, default=1024)
-    add(
-        model,
-        "--verify",
-        "candidates, of which the one is kept whose objects the model confirms",
-        type=count,
-        default=1,
-    )
+    add(model, "--verify", "candidates for a caption, of which the best confirmed is kept", type=count, default=1)
     add(model, "--clip_model", "CLIP checkpoint to check with instead of the model: hub id or folder")
     add(model, "--test_mode", "use the embedded miniature as model and benchmark, if not given", action="store_true")
 
@@ -88,13 +82,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(scoring, "--baseline_file", "answers of an earlier run to compare with", type=Path)
     add(scoring, "--spacy_model", "word vectors that decide which words are alike", default="en_core_web_lg")
     add(scoring, "--similarity_table", "read this table of alike words, or write it if there is none", type=Path)
-    nouns = "how nouns are found: as AMBER does, or by looking up its words, which needs no data of NLTK but is not official"
+    nouns = "how nouns are found: in AMBER's way, or without NLTK's data by looking up its words, which is not official"
     add(scoring, "--nouns", nouns, default="nltk", choices=["nltk", "vocabulary"])
     args = parser.parse_args(argv)
     if args.test_mode:
         if args.model_path == parser.get_default("model_path"):
             args.model_path = str(MINIATURE / "model")
-        if args.query_file is None and args.annotation_file is None:
+        if not (args.query_file or args.annotation_file):
             args.query_file = MINIATURE / "amber" / "query" / "query_all.json"
             if args.spacy_model == parser.get_default("spacy_model"):
                 args.similarity_table = args.similarity_table or MINIATURE / "amber" / "similarity.json"
@@ -764,23 +758,20 @@ def open_group(group: list[list[dict]], image_dir: Path, processor, context: int
 
 
 def digest_checkpoint(path: str) -> str:
-    """Return a checkpoint's identity: SHA-256 over its JSON files, tokenizer and 64 slices of each weight file, or a hub
-    id's commit."""
+    """Return a checkpoint's identity: SHA-256 over 64 slices of each JSON, tokenizer and weight file, or a hub id's commit."""
     if not Path(path).is_dir():
         with suppress(Exception):  # a wrong id is reported where the model is loaded
             return Path(hf_hub_download(path, "config.json")).parent.name
         return path
     digest = hashlib.sha256()
     for file in sorted(Path(path).iterdir()):
-        size = file.stat().st_size
-        if file.suffix in (".json", ".model") and "training" not in file.name:
-            digest.update(file.read_bytes())
-        elif file.suffix == ".safetensors":
+        if file.suffix in (".json", ".model", ".safetensors") and "training" not in file.name:
+            size = file.stat().st_size
             digest.update(f"{file.name} {size}".encode())
             with file.open("rb") as stream:
                 for start in range(0, size, size // 64 + 1):
                     stream.seek(start)
-                    digest.update(stream.read(65_536))
+                    digest.update(stream.read(65_536))  # all of a file of less than 4 MiB
     return digest.hexdigest()[:16]
 
 
@@ -806,9 +797,7 @@ def read_journals(output_file: Path, fingerprint: dict) -> dict[int, dict]:
     return answers
 
 
-def fill_journal(
-    state, output_file: Path, groups, answers, fingerprint, answer: Callable, open_pictures: Callable
-) -> list:
+def fill_journal(state, output_file, groups, answers, fingerprint, answer: Callable, open_pictures: Callable) -> list:
     """Answer what is left of this process's groups, each answer into its journal as it arrives; return the failures."""
     mine = groups[state.process_index :: state.num_processes]
     todo = [group for group in mine if any(query["id"] not in answers for asked in group for query in asked)]
