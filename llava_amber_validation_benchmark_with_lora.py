@@ -151,7 +151,6 @@ import matplotlib
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from huggingface_hub import hf_hub_download
 from peft import LoraConfig
 from PIL import Image, ImageOps
 from rich import box
@@ -760,6 +759,8 @@ def open_group(group: list[list[dict]], image_dir: Path, processor, context: int
 def digest_checkpoint(path: str) -> str:
     """Return a checkpoint's identity: SHA-256 over 64 slices of each JSON, tokenizer and weight file, or a hub id's commit."""
     if not Path(path).is_dir():
+        from huggingface_hub import hf_hub_download
+
         with suppress(Exception):  # a wrong id is reported where the model is loaded
             return Path(hf_hub_download(path, "config.json")).parent.name
         return path
