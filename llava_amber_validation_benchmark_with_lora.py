@@ -58,12 +58,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     bits = model.add_mutually_exclusive_group()
     add(bits, "--load_4bit", "base weights in NF4 with double quantization", action="store_true")
     add(bits, "--load_8bit", "base weights in 8 bits (LLM.int8)", action="store_true")
-    engines = ["transformers", "vllm"]
-    add(model, "--backend", "vllm takes a merged or quantized checkpoint", choices=engines, default="transformers")
+    add(model, "--backend", "vllm takes merged checkpoints", default="transformers", choices=["transformers", "vllm"])
     add(model, "--batch_size", "pictures answered together, with all questions (default: 8; vllm: 64)", type=count)
     add(model, "--max_new_tokens", "tokens an answer may have", type=count, default=1024)
-    add(model, "--verify", "number of candidates for an answer that names objects, of which the one is kept whose objects "
-        "the model (or --clip_model) confirms best", type=count, default=1)  # fmt: skip
+    add(model, "--verify", "candidates for a caption, of which the best confirmed is kept", type=count, default=1)
     add(model, "--clip_model", "CLIP checkpoint to check with instead of the model: hub id or folder")
     add(model, "--test_mode", "use the embedded miniature as model and benchmark, if not given", action="store_true")
 
@@ -74,8 +72,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files = {"annotation": "annotations.json", "relation": "relation.json", "safe_words": "safe_words.txt"}
     for flag, name in files.items():
         add(data, f"--{flag}_file", f"AMBER's {name} (default: beside the query file, or one folder up)", type=Path)
-    add(data, "--evaluation_type", "a all, g generative, d discriminative: de existence, da attribute, dr relation",
-        default="a", choices=list(SECTIONS))  # fmt: skip
+    kinds = "a all, g generative, d discriminative: de existence, da attribute, dr relation"
+    add(data, "--evaluation_type", kinds, default="a", choices=list(SECTIONS))
     add(data, "--limit", "only the first N pictures, with all their questions", type=count)
     add(data, "--skip_inference", "score the answers in --output_file", action="store_true")
     add(data, "--skip_evaluation", "only answer", action="store_true")
@@ -84,13 +82,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(scoring, "--baseline_file", "answers of an earlier run to compare with", type=Path)
     add(scoring, "--spacy_model", "word vectors that decide which words are alike", default="en_core_web_lg")
     add(scoring, "--similarity_table", "read this table of alike words, or write it if there is none", type=Path)
-    add(scoring, "--nouns", "how nouns are found: nltk is AMBER's way; vocabulary looks up its words without NLTK's data, "
-        "which is not official", default="nltk", choices=["nltk", "vocabulary"])  # fmt: skip
+    nouns = "how nouns are found: in AMBER's way, or without NLTK's data by looking up its words, which is not official"
+    add(scoring, "--nouns", nouns, default="nltk", choices=["nltk", "vocabulary"])
     args = parser.parse_args(argv)
     if args.test_mode:
         if args.model_path == parser.get_default("model_path"):
             args.model_path = str(MINIATURE / "model")
-        if args.query_file is None and args.annotation_file is None:
+        if not (args.query_file or args.annotation_file):
             args.query_file = MINIATURE / "amber" / "query" / "query_all.json"
             if args.spacy_model == parser.get_default("spacy_model"):
                 args.similarity_table = args.similarity_table or MINIATURE / "amber" / "similarity.json"
@@ -104,31 +102,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def find_wrong_flags(args: argparse.Namespace):
     """Yield pairs of a test that flags must not pass together, and what to say if they do."""
-    answering, vllm = not args.skip_inference, args.backend == "vllm"
+    answering, vllm, out = not args.skip_inference, args.backend == "vllm", args.output_file
     processes, rank = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0")
-    yield args.compare_base and not args.lora_path and answering, "--compare_base needs --lora_path"
-    yield args.compare_base and args.baseline_file, "--compare_base and --baseline_file exclude each other; give one"
-    partly = args.limit or args.skip_evaluation
-    yield (
-        args.skip_inference and partly,
-        "--skip_inference scores a whole file; leave --limit and --skip_evaluation out",
-    )
-    names = (args.output_file.name, args.baseline_file and args.baseline_file.name)
-    yield "scores.json" in names, "scores.json is where the scores go; give the answers another name"
+    yield processes == 1 and rank != "0", f"RANK is {rank} without WORLD_SIZE; unset it, or use torchrun"
     yield answering and not (args.query_file and args.image_dir), "--query_file and --image_dir are needed to answer"
     yield not (args.query_file or args.annotation_file), "--query_file or --annotation_file is needed to score"
-    for flag in ("query_file", "baseline_file") + ("output_file",) * args.skip_inference:
-        path = getattr(args, flag)
-        yield path and not path.is_file(), f"--{flag} {path} is no file"
     yield answering and args.image_dir and not args.image_dir.is_dir(), f"--image_dir {args.image_dir} is no folder"
-    yield args.output_file.is_dir(), f"--output_file {args.output_file} is a folder; name a file in it"
-    yield vllm and args.lora_path, "--backend vllm takes no --lora_path; merge the adapter with llava_quantize_vllm.py"
-    yield vllm and args.verify > 1, "--verify needs --backend transformers"
-    yield vllm and (args.load_4bit or args.load_8bit), "--backend vllm loads quantized checkpoints without --load_4bit"
-    yield vllm and processes > 1, "--backend vllm starts its own processes; run it without torchrun"
+    yield out.is_dir(), f"--output_file {out} is a folder; name a file in it"
+    yield out.name == "scores.json", "scores.json is where the scores go; give the answers another name"
+    yield answering and args.compare_base and not args.lora_path, "--compare_base needs --lora_path"
+    yield args.compare_base and args.baseline_file, "--compare_base and --baseline_file exclude each other; give one"
+    partly = args.limit or args.skip_evaluation
+    yield not answering and partly, "--skip_inference scores a whole file; leave --limit and --skip_evaluation out"
     yield args.clip_model and args.verify == 1, "--clip_model is what --verify checks with; give --verify 4 too"
-    alone = processes == 1 and rank != "0"
-    yield alone, f"RANK is {rank} in the environment without WORLD_SIZE; unset it or use torchrun"
+    needless = args.lora_path or args.verify > 1 or args.load_4bit or args.load_8bit
+    yield vllm and needless, "vllm takes merged and quantized checkpoints; other flags need --backend transformers"
+    yield vllm and processes > 1, "--backend vllm starts its own processes; run it without torchrun"
 
 
 if __name__ == "__main__":
@@ -146,7 +135,7 @@ import random
 import re
 import warnings
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -161,6 +150,7 @@ import jinja2
 import matplotlib
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from peft import LoraConfig
 from PIL import Image, ImageOps
 from rich import box
@@ -168,6 +158,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 matplotlib.use("Agg")
@@ -496,113 +487,79 @@ def embed_picture(image: Image.Image) -> str:
 
 @dataclass
 class Branch:
-    """A question that is being answered: its place, its position and column in the row, and the tokens so far."""
+    """A question that is being answered: where it stands in the batch, and the tokens of its answer so far."""
 
-    row: int  # in the batch
     picture: int
     question: int  # its number among the picture's questions
-    position: int  # of the next token, counted from the row's picture on
-    column: int  # of its last token in the model's latest output
+    row: int  # in the batch
+    column: int  # of its last token among the row's newest tokens
+    length: int  # of its prompt
     dice: random.Random
     tokens: list[int] = field(default_factory=list)
 
 
-def lay_out_row(processor, image: Image.Image, questions: list[str]) -> tuple[list, list, list, list[int]]:
-    """Lay a picture and its questions out as one row, `picture | question 1 | question 2 | …`.
+class Batch:
+    """Questions about pictures on their way through the model, which sees each picture once.
 
-    Returns token ids, owners (0 for what all questions see, else the question's number from 1 on), positions (each
-    question's follow the picture's), and the column of each question's last token.
+    A picture and its questions are one row, `picture | question 1 | question 2 | …`, in which every question sees the
+    picture, but no other question: what they share has the owner 0, and each question its number from 1 on. Positions are
+    counted as if each question stood alone. `logits` are those of each branch's next token, (branches, vocabulary), and
+    `owners` those of all tokens so far, (rows, length). `pixels` is the image processor's output for the `images`.
     """
-    prompts = [build_prompt(processor, question, image.size) for question in questions]
-    shared = len(prompts[0]) - prompts[0][::-1].index(processor.image_token_id)
-    ids, owners, positions, columns = prompts[0][:shared], [0] * shared, list(range(shared)), []
-    for number, prompt in enumerate(prompts, 1):
-        ids = ids + prompt[shared:]
-        owners += [number] * (len(prompt) - shared)
-        positions += range(shared, len(prompt))
-        columns.append(len(ids) - 1)
-    return ids, owners, positions, columns
+
+    def __init__(self, model, processor, images: list, pixels, questions: list[list[str]]):
+        self.core = core = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.cache, self.owners, self.branches, rows = None, None, [], []
+        pictures = [picture for picture, asked in enumerate(questions) if asked]
+        for picture in pictures:
+            row, seed = [], zlib.crc32(images[picture].tobytes())
+            for number, question in enumerate(questions[picture]):
+                prompt = build_prompt(processor, question, images[picture].size)
+                shared = len(prompt) - prompt[::-1].index(processor.image_token_id)
+                row = row or [(prompt[place], 0, place) for place in range(shared)]
+                row += [(prompt[place], number + 1, place) for place in range(shared, len(prompt))]
+                dice = random.Random(f"{seed} {number} {question}")
+                self.branches.append(Branch(picture, number, len(rows), len(row) - 1, len(prompt), dice))
+            rows.append(row)
+        shown = pixels["pixel_values"][pictures].to(core.device, core.dtype)
+        self.run(rows, pixel_values=shown, image_sizes=pixels["image_sizes"][pictures].to(core.device))
+
+    def run(self, rows: list[list[tuple[int, int, int]]], **inputs) -> None:
+        """Put rows of (token, owner, position) through the model, after what the cache holds of them."""
+        padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1)
+        ids, new, places = padded.to(self.core.device).unbind(-1)
+        self.owners = new if self.owners is None else torch.cat([self.owners, new], dim=1)
+        seen = (self.owners[:, None, :] == 0) | (self.owners[:, None, :] == new[:, :, None])
+        seen = seen.tril(seen.shape[2] - seen.shape[1])[:, None]
+        inputs |= {"past_key_values": self.cache, "use_cache": True}
+        output = self.core.model(ids.clamp(0), attention_mask=seen, position_ids=places.clamp(0), **inputs)
+        self.cache = output.past_key_values
+        ends = torch.tensor([(branch.row, branch.column) for branch in self.branches], device=self.core.device)
+        self.logits = self.core.lm_head(output.last_hidden_state[ends[:, 0], ends[:, 1]])
+
+    def add_tokens(self) -> None:
+        """Put the last token of every branch through the model. Rows whose questions are all answered leave the batch."""
+        kept = sorted({branch.row for branch in self.branches})
+        if len(kept) < len(self.owners):
+            index = torch.tensor(kept, device=self.core.device)
+            self.cache.batch_select_indices(index)
+            self.owners = self.owners[index]
+        rows: list[list] = [[] for _ in kept]
+        for branch in self.branches:
+            branch.row = kept.index(branch.row)
+            branch.column = len(rows[branch.row])
+            rows[branch.row].append((branch.tokens[-1], branch.question + 1, branch.length + len(branch.tokens) - 1))
+        self.run(rows)
 
 
-def prefill(core, processor, images: list, pixels, questions: list[list[str]]) -> tuple:
-    """Put every picture with its questions through the model once; return (output, owners, branches).
-
-    All questions of a row see its picture, and none sees another. `pixels` is the image processor's output for the
-    `images`; pictures without questions are left out. Owners have the shape (rows, length) and are -1 for padding.
-    """
-    pictures = [picture for picture, asked in enumerate(questions) if asked]
-    rows, branches = [], []
-    for row, picture in enumerate(pictures):
-        rows.append(lay_out_row(processor, images[picture], questions[picture]))
-        seed = zlib.crc32(images[picture].tobytes())
-        for number, (question, column) in enumerate(zip(questions[picture], rows[-1][3], strict=True)):
-            dice = random.Random(f"{seed} {number} {question}")
-            branches.append(Branch(row, picture, number, rows[-1][2][column] + 1, column, dice))
-    longest = max(len(row[0]) for row in rows)
-    for branch in branches:
-        branch.column += longest - len(rows[branch.row][0])
-    ids, owners, positions = (
-        torch.tensor([[pad] * (longest - len(row[part])) + row[part] for row in rows], device=core.device)
-        for part, pad in enumerate((processor.tokenizer.pad_token_id, -1, 0))
-    )
-    causal = torch.ones(longest, longest, dtype=torch.bool, device=core.device).tril()
-    visible = causal & ((owners[:, None, :] == 0) | (owners[:, :, None] == owners[:, None, :]))
-    output = core.model(
-        input_ids=ids,
-        attention_mask=visible[:, None],
-        position_ids=positions,
-        pixel_values=pixels["pixel_values"][pictures].to(core.device, core.dtype),
-        image_sizes=pixels["image_sizes"][pictures].to(core.device),
-        use_cache=True,
-    )
-    return output, owners, branches
-
-
-def add_tokens(core, cache, owners: torch.Tensor, branches: list[Branch], pad_token_id: int) -> tuple:
-    """Put the last token of every branch through the model; return (output, owners). Rows whose questions are all answered
-    leave the batch."""
-    kept = sorted({branch.row for branch in branches})
-    if len(kept) < len(owners):
-        index = torch.tensor(kept, device=core.device)
-        cache.batch_select_indices(index)
-        owners = owners[index]
-    width = Counter(branch.row for branch in branches).most_common(1)[0][1]
-    new = [[[pad] * width for _ in kept] for pad in (pad_token_id, -1, 0)]
-    filled = Counter()
-    for branch in branches:
-        branch.row = row = kept.index(branch.row)
-        branch.column = filled[row]
-        filled[row] += 1
-        for part, value in zip(new, (branch.tokens[-1], branch.question + 1, branch.position), strict=True):
-            part[row][branch.column] = value
-        branch.position += 1
-    ids, new_owners, positions = (torch.tensor(part, device=core.device) for part in new)
-    owners = torch.cat([owners, new_owners], dim=1)
-    visible = (owners[:, None, :] == 0) | (new_owners[:, :, None] == owners[:, None, :])
-    output = core.model(
-        input_ids=ids,
-        attention_mask=visible[:, None],
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return output, owners
-
-
-def next_logits(core, output, branches: list[Branch]) -> torch.Tensor:
-    """Return the logits of each branch's next token, (branches, vocabulary)."""
-    places = torch.tensor([[branch.row, branch.column] for branch in branches], device=core.device)
-    return core.lm_head(output.last_hidden_state[places[:, 0], places[:, 1]])
-
-
-def pick_tokens(logits: torch.Tensor, temperature: float, dice: list[random.Random]) -> list[int]:
-    """Return the next token of each row of `logits` (rows, vocabulary): the likeliest at temperature 0, else a drawn one.
-    Each row has its own `dice`, so that what is drawn for it does not depend on the others."""
+def pick_tokens(logits: torch.Tensor, branches: list[Branch], temperature: float) -> list[int]:
+    """Return the next token of each branch from its row of `logits`: the likeliest at temperature 0, else one drawn with the
+    branch's own dice, so that it does not depend on the others."""
     if not temperature:
         return logits.argmax(-1).tolist()
     chances, order = (logits.float() / temperature).softmax(-1).sort(descending=True)
     reach = chances.cumsum(-1)
-    throws = torch.tensor([[die.random()] for die in dice], device=logits.device)
+    throws = torch.tensor([[branch.dice.random()] for branch in branches], device=logits.device)
     places = torch.searchsorted(reach, throws * reach[:, -1:]).clamp(max=reach.shape[-1] - 1)
     return order.gather(-1, places)[:, 0].tolist()
 
@@ -613,33 +570,25 @@ def answer_questions(
 ) -> Iterator:
     """Answer every question about every picture; yields (picture, question, answer, complete) as each one ends.
 
-    A picture goes through the model once, whatever is asked about it (see prefill), and generation adds a token to every
-    unfinished question at a time. Temperature 0 is greedy; above it, an answer depends only on its picture, its question,
-    and its place among the picture's questions. `complete` is False for an answer cut off at `max_new_tokens`.
+    Temperature 0 is greedy; above it, an answer depends only on its picture, its question, and its place among the picture's
+    questions. `complete` is False for an answer cut off at `max_new_tokens`.
     """
     if not any(questions):
         return
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    ends = core.generation_config.eos_token_id
-    ends = set(ends) if isinstance(ends, list) else {ends}
-    output, owners, branches = prefill(core, processor, images, pixels, questions)
-    cache = output.past_key_values
-    while True:
-        logits = next_logits(core, output, branches)
+    batch = Batch(model, processor, images, pixels, questions)
+    ends = np.ravel(batch.core.generation_config.eos_token_id).tolist()
+    while batch.branches:
         unfinished = []
-        for branch, token in zip(
-            branches, pick_tokens(logits, temperature, [branch.dice for branch in branches]), strict=True
-        ):
+        for branch, token in zip(batch.branches, pick_tokens(batch.logits, batch.branches, temperature), strict=True):
             branch.tokens.append(token)
             if token in ends or len(branch.tokens) == max_new_tokens:
                 text = processor.tokenizer.decode(branch.tokens, skip_special_tokens=True).strip()
                 yield branch.picture, branch.question, text, token in ends
             else:
                 unfinished.append(branch)
-        branches = unfinished
-        if not branches:
-            return
-        output, owners = add_tokens(core, cache, owners, branches, processor.tokenizer.pad_token_id)
+        batch.branches = unfinished
+        if unfinished:
+            batch.add_tokens()
 
 
 def start_vllm(model_path: str, processor, max_new_tokens: int) -> Callable:
@@ -651,30 +600,22 @@ def start_vllm(model_path: str, processor, max_new_tokens: int) -> Callable:
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:
-        stop(
-            f"--backend vllm cannot be imported ({error}); install requirements/vllm.txt into an environment of its own."
-        )
-    on_cpu = not torch.cuda.is_available()  # for trying, where a quick start counts for more
+        stop(f"--backend vllm needs requirements/vllm.txt, installed into an environment of its own ({error}).")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM's own choice is half of the memory
-    engine = LLM(
-        model=model_path,
-        enable_prefix_caching=True,
-        limit_mm_per_prompt={"image": 1},
-        enforce_eager=on_cpu,
-        skip_mm_profiling=on_cpu,
-    )
+    quick = {} if torch.cuda.is_available() else {"enforce_eager": True, "skip_mm_profiling": True}  # to start quickly
+    engine = LLM(model=model_path, enable_prefix_caching=True, limit_mm_per_prompt={"image": 1}, **quick)
     greedy = SamplingParams(temperature=0, max_tokens=max_new_tokens)
 
     def answer(images: list, pixels, questions: list[list[str]]) -> Iterator:
-        asked = [(i, j, question) for i, part in enumerate(questions) for j, question in enumerate(part)]
+        places = [(i, j) for i, asked in enumerate(questions) for j in range(len(asked))]
         prompts = []
-        for i, _, question in asked:
-            ids = build_prompt(processor, question, images[i].size)
+        for i, j in places:
+            ids = build_prompt(processor, questions[i][j], images[i].size)
             first = ids.index(processor.image_token_id)
             ids = ids[: first + 1] + [token for token in ids[first:] if token != processor.image_token_id]
             prompts.append({"prompt_token_ids": ids, "multi_modal_data": {"image": images[i]}})
-        for (i, j, _), output in zip(asked, engine.generate(prompts, greedy, use_tqdm=False), strict=True):
-            yield i, j, output.outputs[0].text.strip(), output.outputs[0].finish_reason == "stop"
+        for place, output in zip(places, engine.generate(prompts, greedy, use_tqdm=False), strict=True):
+            yield *place, output.outputs[0].text.strip(), output.outputs[0].finish_reason == "stop"
 
     return answer
 
@@ -688,10 +629,10 @@ class Clip:
     """A CLIP checkpoint in safetensors, which says how well texts fit a picture."""
 
     def __init__(self, model_path: str, device):
-        from transformers import AutoProcessor, CLIPModel, PreTrainedConfig
+        from transformers import AutoConfig, AutoProcessor, CLIPModel
 
         try:
-            kind = PreTrainedConfig.get_config_dict(model_path)[0].get("model_type")
+            kind = AutoConfig.from_pretrained(model_path, trust_remote_code=False).model_type
             if kind != "clip":
                 raise ValueError(f"its model_type is {kind}, not clip")
             self.processor = AutoProcessor.from_pretrained(model_path, backend="pil", trust_remote_code=False)
@@ -707,23 +648,13 @@ class Clip:
         return (output.text_embeds @ output.image_embeds[0]).tolist()  # both have length 1
 
 
-def draw_candidates(
-    model,
-    processor,
-    images: list,
-    pixels,
-    questions: list[list[str]],
-    count: int,
-    max_new_tokens: int,
-    temperature: float,
-) -> dict[tuple[int, int], list[tuple[str, bool]]]:
-    """Draw `count` answers to every question about every picture; return {(picture, question): [(answer, complete), …]}."""
-    drawn: dict = {}
+def draw_candidates(model, processor, images, pixels, questions, count: int, max_new_tokens: int, temperature) -> dict:
+    """Draw `count` answers to every question about every picture; return {(picture, question): [[answer, complete], …]}."""
+    drawn = defaultdict(list)
     asked = [[question for question in part for _ in range(count)] for part in questions]
-    for picture, place, text, complete in answer_questions(
-        model, processor, images, pixels, asked, max_new_tokens, temperature
-    ):
-        drawn.setdefault((picture, place // count), []).append((text, complete))
+    answers = answer_questions(model, processor, images, pixels, asked, max_new_tokens, temperature)
+    for picture, place, *answer in answers:
+        drawn[picture, place // count].append(answer)
     return drawn
 
 
@@ -731,23 +662,21 @@ def draw_candidates(
 def confirm_objects(model, processor, images: list, pixels, words: list[list[str]]) -> list[dict[str, float]]:
     """Return, for each picture, {word: probability} of the model's own answer Yes to "Is there a … in this image?".
 
-    The probability is that of Yes among Yes and No in any spelling that is one token. All words about a picture take one
-    forward pass.
+    It is that of Yes among Yes and No in any spelling that is one token. All words about a picture take one forward pass.
     """
+    found: list[dict] = [{} for _ in words]
     if not any(words):
-        return [{} for _ in words]
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return found
     spelled: dict[str, list[int]] = {"yes": [], "no": []}
     for token, number in processor.tokenizer.get_vocab().items():
         spelled.get(token.strip("▁ ").lower(), []).append(number)
     questions = [
         [f"Is there {'an' if word[0] in 'aeiou' else 'a'} {word} in this image?" for word in part] for part in words
     ]
-    output, _, branches = prefill(core, processor, images, pixels, questions)
-    chances = next_logits(core, output, branches).float().softmax(-1)
+    batch = Batch(model, processor, images, pixels, questions)
+    chances = batch.logits.float().softmax(-1)
     yes, no = (chances[:, spelled[answer]].sum(-1) for answer in ("yes", "no"))
-    found: list[dict] = [{} for _ in words]
-    for branch, share in zip(branches, (yes / (yes + no).clamp(min=1e-30)).tolist(), strict=True):
+    for branch, share in zip(batch.branches, (yes / (yes + no).clamp(min=1e-30)).tolist(), strict=True):
         found[branch.picture][words[branch.picture][branch.question]] = share
     return found
 
@@ -756,40 +685,29 @@ def choose_candidate(objects: list[list[str]], confirmed: dict[str, float], fits
     """Return the number of the candidate that its check confirms best: the one that CLIP finds to fit the picture best, or
     the one whose `objects` have the fewest doubtful and then the most confirmed ones; the first of equals."""
     if fits:
-        return max(range(len(fits)), key=fits.__getitem__)
-    wrong = [sum(confirmed[word] <= 0.5 for word in set(named)) for named in objects]
-    right = [len(set(named)) - doubtful for named, doubtful in zip(objects, wrong, strict=True)]
-    return min(range(len(objects)), key=lambda number: (wrong[number], -right[number]))
+        return int(np.argmax(fits))
+    doubtful = [sum(confirmed[word] <= 0.5 for word in set(named)) for named in objects]
+    return min(range(len(objects)), key=lambda number: (doubtful[number], doubtful[number] - len(set(objects[number]))))
 
 
-def verify_answers(
-    model, processor, images: list, pixels, questions: list[list[str]], max_new_tokens: int, *,
-    candidates: int, find: Callable, clip: Clip | None,
-) -> Iterator:  # fmt: skip
+def verify_answers(model, processor, images, pixels, questions, max_new_tokens, *, candidates, find, clip) -> Iterator:
     """Answer as answer_questions does, but in place of a greedy answer that names objects give the best of `candidates`:
-    itself and others drawn at VERIFY_TEMPERATURE, checked by CLIP or by the model's own yes/no answers."""
-    texts: dict = {}
-    for picture, number, text, complete in answer_questions(
-        model, processor, images, pixels, questions, max_new_tokens
-    ):
+    itself and others drawn at VERIFY_TEMPERATURE, checked by `clip` or by the model's own yes/no answers."""
+    texts = {}
+    greedy = answer_questions(model, processor, images, pixels, questions, max_new_tokens)
+    for picture, number, text, complete in greedy:
         if find(text):
-            texts[picture, number] = [(text, complete)]
+            texts[picture, number] = [[text, complete]]
         else:  # "Yes" names no object
             yield picture, number, text, complete
-    checked = [
-        [number for number in range(len(part)) if (picture, number) in texts] for picture, part in enumerate(questions)
-    ]
-    asked = [[questions[picture][number] for number in part] for picture, part in enumerate(checked)]
+    open_ones = [[(i, j) for j in range(len(part)) if (i, j) in texts] for i, part in enumerate(questions)]
+    asked = [[questions[i][j] for i, j in part] for part in open_ones]
     drawn = draw_candidates(model, processor, images, pixels, asked, candidates - 1, max_new_tokens, VERIFY_TEMPERATURE)
     for (picture, place), more in drawn.items():
-        texts[picture, checked[picture][place]] += more
+        texts[open_ones[picture][place]] += more
     objects = {key: [[word for _, word in find(text)] for text, _ in answers] for key, answers in texts.items()}
-    words: list[set] = [set() for _ in images]
-    for (picture, _), named in objects.items():
-        words[picture] |= {word for part in named for word in part}
-    confirmed = [{}] * len(images)
-    if not clip:
-        confirmed = confirm_objects(model, processor, images, pixels, [sorted(part) for part in words])
+    words = [sorted({word for key in part for named in objects[key] for word in named}) for part in open_ones]
+    confirmed = [{}] * len(images) if clip else confirm_objects(model, processor, images, pixels, words)
     for (picture, number), answers in texts.items():
         fits = clip.compare(images[picture], [text for text, _ in answers]) if clip else None
         yield picture, number, *answers[choose_candidate(objects[picture, number], confirmed[picture], fits)]
@@ -799,146 +717,104 @@ def verify_answers(
 
 
 def find_picture(image_dir: Path, name: str) -> Path:
-    """Return the path of a query's picture. Raises OSError if it lies outside `image_dir` or is not there."""
-    folder = os.path.abspath(image_dir)
-    path = Path(os.path.abspath(os.path.join(folder, name)))
-    if not path.is_relative_to(folder):
+    """Return the path of a query's picture. Raises OSError if it lies outside `image_dir`."""
+    path = Path(os.path.abspath(image_dir / name))
+    if not path.is_relative_to(os.path.abspath(image_dir)):
         raise OSError(f"lies outside {image_dir}")
-    if not path.is_file():
-        raise OSError("is not there")
     return path
 
 
-def find_question_fault(processor, question: str, image: Image.Image, context: int) -> str | None:
-    """Return the reason why a question cannot be asked, or None. `context` is the model's, in tokens."""
-    try:
-        length = len(build_prompt(processor, question, image.size))
-    except (UnicodeError, TypeError):
-        return "has a question that is not valid Unicode"
-    return f"has a question of {length:,} tokens; the model's context has {context:,}" if length >= context else None
+def group_queries(queries: list[dict], size: int) -> list[list[list[dict]]]:
+    """Return the queries, a list a picture, `size` pictures a group. What is in a group does not depend on what is already
+    answered, so that a resumed run computes in the same batches as an unbroken one."""
+    by_image = defaultdict(list)
+    for query in queries:
+        by_image[query["image"]].append(query)
+    pictures = list(by_image.values())
+    return [pictures[start : start + size] for start in range(0, len(pictures), size)]
 
 
-def open_group(group: list[dict], image_dir: Path, processor, context: int) -> tuple:
-    """Open the pictures of a group; return what can be asked of it, its images, their pixels (None without an image), and
-    the failures."""
+def open_group(group: list[list[dict]], image_dir: Path, processor, context: int) -> tuple:
+    """Open the pictures of a group; return those of its queries that can be asked, the images and their pixels (None without
+    an image), and the failures. `context` is the model's, in tokens."""
     good, images, failures = [], [], []
-    for picture in group:
-        try:
-            image, fault = load_image(find_picture(image_dir, picture["image"])), None
-        except (OSError, ValueError) as error:  # ValueError: a name that no path can have
-            image, fault = None, str(error)
-        asked = []
-        for query in picture["queries"]:
-            reason = fault or find_question_fault(processor, query["query"], image, context)
-            if reason:
-                failures.append({"id": query["id"], "image": picture["image"], "reason": reason})
-            else:
+    for queries in group:
+        image, asked = None, []
+        for query in queries:
+            try:
+                image = image or load_image(find_picture(image_dir, query["image"]))
+                query["query"].encode()  # fails at a lone surrogate
+                length = len(build_prompt(processor, query["query"], image.size))
+                if length >= context:
+                    raise ValueError(f"has a question of {length:,} tokens; the model's context has {context:,}")
                 asked.append(query)
+            except (OSError, ValueError) as error:  # ValueError also at a name that no path can have
+                failures.append({"id": query["id"], "image": query["image"], "reason": str(error)})
         if asked:
-            good.append({"image": picture["image"], "queries": asked})
+            good.append(asked)
             images.append(image)
     return good, images, processor.image_processor(images, return_tensors="pt") if images else None, failures
 
 
-def group_queries(queries: list[dict], size: int) -> list[list[dict]]:
-    """Return the queries by picture, `size` pictures a group. What is in a group does not depend on what is already
-    answered, so that a resumed run computes in the same batches as an unbroken one."""
-    pictures: dict[str, list] = {}
-    for query in queries:
-        pictures.setdefault(query["image"], []).append(query)
-    listed = [{"image": image, "queries": part} for image, part in pictures.items()]
-    return [listed[start : start + size] for start in range(0, len(listed), size)]
-
-
 def digest_checkpoint(path: str) -> str:
-    """Return a checkpoint's identity: SHA-256 over its JSON files, tokenizer and 64 slices of each weight file, or a hub
-    id's commit."""
-    folder = Path(path)
-    if not folder.is_dir():
+    """Return a checkpoint's identity: SHA-256 over 64 slices of each JSON, tokenizer and weight file, or a hub id's commit."""
+    if not Path(path).is_dir():
         from huggingface_hub import hf_hub_download
 
         with suppress(Exception):  # a wrong id is reported where the model is loaded
             return Path(hf_hub_download(path, "config.json")).parent.name
         return path
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix == ".safetensors":
+    for file in sorted(Path(path).iterdir()):
+        if file.suffix in (".json", ".model", ".safetensors") and "training" not in file.name:
             size = file.stat().st_size
             digest.update(f"{file.name} {size}".encode())
             with file.open("rb") as stream:
-                for part in range(64):
-                    stream.seek(part * max(size - 65_536, 0) // 63)
-                    digest.update(stream.read(65_536))
-        elif file.suffix in (".json", ".model") and "training" not in file.name:
-            digest.update(file.read_bytes())
+                for start in range(0, size, size // 64 + 1):
+                    stream.seek(start)
+                    digest.update(stream.read(65_536))  # all of a file of less than 4 MiB
     return digest.hexdigest()[:16]
 
 
-def list_journals(output_file: Path) -> list[Path]:
-    return sorted(output_file.parent.glob(f"{glob.escape(output_file.name)}.journal-*.jsonl"))
-
-
-def read_journal(path: Path) -> list[dict]:
-    """Return a journal's rows, the first of which has the run's fingerprint; none if there is no file. Damaged lines, such
-    as one whose writing was cut short, are left out, so that their questions are asked again."""
-    rows, damaged = [], 0
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line.decode("ascii")))
-        except ValueError:
-            damaged += 1
-    if damaged:
-        console.print(f"{escape(str(path))}: {damaged} damaged lines are left out, and their questions asked again")
-    return rows
-
-
 def read_journals(output_file: Path, fingerprint: dict) -> dict[int, dict]:
-    """Return the answers of an earlier, unfinished run by query id. Stops if they were given under other settings."""
+    """Return the answers of an earlier, unfinished run by query id. Stops if they were given under other settings.
+
+    A journal begins with its run's `fingerprint`. Damaged lines are left out, so that their questions are asked again.
+    """
     answers = {}
-    for path in list_journals(output_file):
-        rows = read_journal(path)
-        if not rows:
-            continue
-        before = rows[0].get("fingerprint")
-        if before is None:
-            stop(f"{path} is damaged: its first line does not say with which settings it was written; move it away.")
-        different = [name for name in fingerprint if before.get(name) != fingerprint[name]]
-        if different:
-            changes = "; ".join(f"{name} was {before.get(name)}, is {fingerprint[name]}" for name in different)
-            stop(f"{path} holds answers of another run ({changes}); name another --output_file or delete it.")
-        answers |= {row["id"]: row for row in rows[1:]}
+    journals = sorted(output_file.parent.glob(f"{glob.escape(output_file.name)}.journal-*.jsonl"))
+    if output_file.exists() and not journals:
+        stop(f"{output_file} exists without a journal; score it with --skip_inference or name another --output_file.")
+    for path in journals:
+        rows = []
+        for line in path.read_bytes().splitlines():
+            with suppress(ValueError):
+                rows.append(json.loads(line))
+        before = rows[0].get("fingerprint", {}) if rows else fingerprint
+        changed = [f"{k} was {before.get(k)}, is {now}" for k, now in fingerprint.items() if before.get(k) != now]
+        if changed:
+            stop(f"{path} is of another run ({'; '.join(changed)}); delete it, or name another --output_file.")
+        answers |= {row["id"]: row for row in rows if "id" in row}
     return answers
 
 
-def fill_journal(
-    state, output_file: Path, groups: list, answers: dict, fingerprint: dict, answer: Callable, open_pictures: Callable
-) -> list[dict]:
+def fill_journal(state, output_file, groups, answers, fingerprint, answer: Callable, open_pictures: Callable) -> list:
     """Answer what is left of this process's groups, each answer into its journal as it arrives; return the failures."""
-    journal = output_file.with_name(f"{output_file.name}.journal-{state.process_index}.jsonl")
     mine = groups[state.process_index :: state.num_processes]
-
-    ids = [[query["id"] for picture in group for query in picture["queries"]] for group in mine]
-    left = [numbers for numbers in ids if not answers.keys() >= set(numbers)]
-    todo = [group for group, numbers in zip(mine, ids, strict=True) if not answers.keys() >= set(numbers)]
-    rows = [{"fingerprint": fingerprint}, *read_journal(journal)[1:]]
-    write_whole(journal, "".join(json.dumps(row) + "\n" for row in rows))  # without damaged lines
-    failures = []
+    todo = [group for group in mine if any(query["id"] not in answers for asked in group for query in asked)]
     workers = 2 * torch.cuda.is_available()
     loader = torch.utils.data.DataLoader(todo, batch_size=None, num_workers=workers, collate_fn=open_pictures)
-    total, done = sum(map(len, ids)), sum(map(len, ids)) - sum(map(len, left))
-    progress = tqdm(total=total, initial=done, desc=output_file.stem, unit="answer", disable=not MAIN_PROCESS)
-    with journal.open("a") as file, progress as bar:
-        for good, images, pixels, failed in loader:
+    path, failures = output_file.with_name(f"{output_file.name}.journal-{state.process_index}.jsonl"), []
+    with path.open("a") as journal:
+        print("\n" * bool(journal.tell()) + json.dumps({"fingerprint": fingerprint}), file=journal)  # ends a half line
+        for good, images, pixels, failed in tqdm(loader, output_file.stem, unit="batch", disable=not MAIN_PROCESS):
             failures += failed
-            bar.update(len(failed))
-            questions = [[query["query"] for query in picture["queries"]] for picture in good]
-            for picture, question, text, complete in answer(images, pixels, questions) if good else ():
-                number = good[picture]["queries"][question]["id"]
-                if number not in answers:
-                    answers[number] = {"id": number, "response": text, "complete": complete}
-                    file.write(json.dumps(answers[number]) + "\n")
-                    file.flush()
-                bar.update()
+            questions = [[query["query"] for query in asked] for asked in good]
+            for picture, number, text, complete in answer(images, pixels, questions) if good else ():
+                query = good[picture][number]["id"]
+                if query not in answers:
+                    answers[query] = {"id": query, "response": text, "complete": complete}
+                    print(json.dumps(answers[query]), file=journal, flush=True)
     return failures
 
 
@@ -960,50 +836,37 @@ def make_answerer(args, processor) -> tuple:
 
 def describe_run(args, processor) -> dict:
     """Return the settings on which answers depend, the adapter apart."""
-    prompt = build_prompt(processor, "Is it?", (64, 64))
+    prompt = json.dumps(build_prompt(processor, "Is it?", (64, 64))).encode()
+    names = ("max_new_tokens", "load_4bit", "load_8bit", "backend", "device", "verify", "clip_model")
     return {
-        "model": digest_checkpoint(args.model_path),
-        "prompt": hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16],
-        "queries": hashlib.sha256(args.query_file.read_bytes()).hexdigest()[:16],
-        "image_dir": os.path.abspath(args.image_dir),
-        "max_new_tokens": args.max_new_tokens,
-        "precision": "4 bit" if args.load_4bit else "8 bit" if args.load_8bit else "whole",
-        "backend": f"{args.backend} on {args.device}",
-        "verify": args.verify,
-        "clip": digest_checkpoint(args.clip_model) if args.clip_model else None,
+        **{name: getattr(args, name) for name in names},
         "nouns": args.nouns if args.verify > 1 else None,
+        "image_dir": os.path.abspath(args.image_dir),
+        "model": digest_checkpoint(args.model_path),
+        "prompt": hashlib.sha256(prompt).hexdigest()[:16],
+        "queries": hashlib.sha256(args.query_file.read_bytes()).hexdigest()[:16],
     }
 
 
 @contextmanager
 def lock_output(output_file: Path):
     """Keep a second run from writing the same answers."""
-    from filelock import FileLock, Timeout
-
-    output_file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output_file.with_name(f".{output_file.name}.lock"), timeout=0)
-    if not MAIN_PROCESS:
-        yield
-        return
+    lock = FileLock(output_file.with_name(f".{output_file.name}.lock"), blocking=False)
     try:
-        lock.acquire()
+        with lock:
+            yield
+            Path(lock.lock_file).unlink()
     except Timeout:
         stop(f"another run is writing {output_file}; wait for it, or name another --output_file.")
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
 
 
-def write_answers(output_file: Path, every_query: list[dict], answers: dict[int, dict]) -> None:
+def write_answers(output_file: Path, queries: list[dict], answers: dict[int, dict]) -> None:
     """Write the answers in AMBER's format, in the order of the query file."""
-    kept = [answers[query["id"]] for query in every_query if query["id"] in answers]
+    kept = [answers[query["id"]] for query in queries if query["id"] in answers]
     rows = [{"id": row["id"], "response": row["response"]} for row in kept]
     write_whole(output_file, json.dumps(rows, indent=1, ensure_ascii=False))
     cut = sum(not row["complete"] for row in kept)
-    note = f"; {cut:,} cut off at --max_new_tokens" if cut else ""
-    console.print(f"{len(rows):,} answers in {escape(str(output_file))}{note}")
+    console.print(f"{len(rows):,} answers in {escape(str(output_file))}, {cut:,} cut off at --max_new_tokens")
 
 
 def answer_benchmark(args, every_query: list[dict], queries: list[dict]) -> list[dict]:
@@ -1018,31 +881,24 @@ def answer_benchmark(args, every_query: list[dict], queries: list[dict]) -> list
     context = (config or AutoConfig.from_pretrained(args.model_path)).text_config.max_position_embeddings
     open_pictures = partial(open_group, image_dir=args.image_dir, processor=processor, context=context)
     settings = describe_run(args, processor)
-    passes = [(args.output_file, settings | {"adapter": digest_checkpoint(args.lora_path) if args.lora_path else None})]
-    if args.compare_base:
-        passes.insert(0, (name_base_file(args.output_file), settings | {"adapter": None}))
-    groups = group_queries(queries, args.batch_size)
-    answer, failures, earlier = None, [], []
-    with lock_output(args.output_file):
-        for output_file, fingerprint in passes:
-            if output_file.exists() and not list_journals(output_file):
-                stop(
-                    f"--output_file {output_file} exists without a journal; score it with --skip_inference or name another."
-                )
-            earlier.append(read_journals(output_file, fingerprint))
+    runs = {name_base_file(args.output_file): settings | {"adapter": None}} if args.compare_base else {}
+    runs[args.output_file] = settings | {"adapter": digest_checkpoint(args.lora_path) if args.lora_path else None}
+    groups, failures, answer = group_queries(queries, args.batch_size), {}, None
+    args.output_file.parent.mkdir(parents=True, exist_ok=True)
+    with lock_output(args.output_file) if MAIN_PROCESS else nullcontext():
+        earlier = [read_journals(output_file, fingerprint) for output_file, fingerprint in runs.items()]
         state.wait_for_everyone()  # nobody writes before everybody has read
-        for (output_file, fingerprint), answers in zip(passes, earlier, strict=True):
+        for (output_file, fingerprint), answers in zip(runs.items(), earlier, strict=True):
             if any(query["id"] not in answers for query in queries):
-                if answer is None:
+                if not answer:
                     answer, model = make_answerer(args, processor)
                 off = args.lora_path and not fingerprint["adapter"]
                 with model.disable_adapter() if off else nullcontext():
                     failed = fill_journal(state, output_file, groups, answers, fingerprint, answer, open_pictures)
-                failures += gather_object(failed)
-                state.wait_for_everyone()
+                failures |= {failure["id"]: failure for failure in gather_object(failed)}
             if MAIN_PROCESS:
                 write_answers(output_file, every_query, read_journals(output_file, fingerprint))
-    return list({failure["id"]: failure for failure in failures}.values())
+    return list(failures.values())
 
 
 def name_base_file(output_file: Path) -> Path:
