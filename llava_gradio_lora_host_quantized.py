@@ -2,7 +2,7 @@
 
 Reads   a merged or quantized checkpoint (--model_path) and adapters (--lora_path), or servers that run already (--server_url).
 Writes  nothing that stays: an uploaded picture is deleted after an hour at the latest.
-Needs   pip install -r requirements/vllm.txt in an environment of its own; for --server_url alone, host.txt is enough
+Needs   pip install -r requirements/vllm.txt, in an environment of its own (for --server_url alone: train.txt and host.txt)
 
     python llava_gradio_lora_host_quantized.py --model_path quantized_models/llava-v1.6-mistral-7b-FP8-Dynamic
     python llava_gradio_lora_host_quantized.py --model_path llava-hf/llava-v1.6-mistral-7b-hf --lora_path checkpoints/llava-orpo-prod

@@ -52,13 +52,22 @@ def start_page(flags, log):
 def find_child(process):
     """The process group and the address of the page's own vLLM."""
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    lines = [subprocess.run(["ps", "-o", "args=", "-p", pid], capture_output=True, text=True).stdout for pid in found]
+    lines = [
+        subprocess.run(["ps", "-ww", "-o", "args=", "-p", pid], capture_output=True, text=True).stdout for pid in found
+    ]
     (pid, line), *_ = [(pid, line) for pid, line in zip(found, lines, strict=True) if "--served-model-name" in line]
     return int(pid), f"http://127.0.0.1:{re.search('--port ([0-9]+)', line)[1]}"
 
 
 def members(group):
     return subprocess.run(["pgrep", "-g", str(group)], capture_output=True, text=True).stdout.split()
+
+
+def wait_until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 @pytest.fixture(scope="session")
@@ -181,10 +190,7 @@ def test_a_killed_page_leaves_no_process(served):
     group, _ = find_child(served[0])
     assert len(members(group)) > 3
     served[0].kill()
-    deadline = time.monotonic() + 30
-    while members(group):
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+    wait_until(lambda: not members(group))
 
 
 @needs_vllm
@@ -253,14 +259,15 @@ def test_vllm_knows_our_flags_and_the_readmes():
     lines = [line for line in re.findall(r"vllm serve ([^`\n]+)", text) if "--" in line]
     program = """if 1:
         import importlib.metadata, shlex, sys
-        importlib.metadata.version = lambda name: "0.32.0"
         import llava_gradio_lora_host_quantized as serving
+        flags, real = {"dtype": "auto", "tensor-parallel-size": 2, "max-num-seqs": 8, "port": 1}, importlib.metadata.version
+        importlib.metadata.version = lambda name: "0.32.0"  # as if this were not the build for the CPU
+        command, _ = serving.write_command("miniature/model", ["miniature/adapter"], flags)
+        importlib.metadata.version = real
+        assert command[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"]
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
         from vllm.utils.argparse_utils import FlexibleArgumentParser
         parser = make_arg_parser(FlexibleArgumentParser())
-        flags = {"dtype": "auto", "tensor-parallel-size": 2, "max-num-seqs": 8, "port": 1}
-        command, _ = serving.write_command("miniature/model", ["miniature/adapter"], flags)
-        assert command[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"]
         args = parser.parse_args(command[4:])
         print(args.model_tag, args.tensor_parallel_size, args.max_lora_rank, args.lora_modules)
         for line in sys.argv[1:]:
@@ -449,13 +456,10 @@ def test_the_watchdog_ends_a_server_that_does_not_listen(tmp_path):
     fast = serving.WATCHDOG.replace("sleep(10)", "sleep(1)")
     process = subprocess.Popen([sys.executable, "-c", fast, sys.executable, "-c", program], stdin=subprocess.PIPE,
                                start_new_session=True)  # fmt: skip
-    deadline = time.monotonic() + 30
-    while len(members(process.pid)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert len(members(process.pid)) == 3
-    time.sleep(0.5)
+    wait_until(lambda: len(members(process.pid)) == 3)
     process.stdin.close()
-    assert process.wait(30) == -signal.SIGKILL and not members(process.pid)
+    assert process.wait(30) == -signal.SIGKILL
+    wait_until(lambda: not members(process.pid))
 
 
 @pytest.mark.parametrize(("flags", "words"), [
