@@ -155,22 +155,19 @@ def load_image(source: str | Path | bytes) -> Image.Image:
 
 # Copied from llava_orpo_training.build_prompt
 def build_prompt(processor, question: str, image_size: tuple[int, int]) -> list[int]:
-    """Return the token ids of LLaVA-1.6's prompt, BOS first: `[INST] <image>\\n{question} [/INST]`, or Vicuna's form where
-    the processor's chat template is Vicuna's.
+    """Return the token ids of LLaVA-1.6's prompt, which is `[INST] <image>\\n{question} [/INST]` after BOS, or Vicuna's form
+    where the processor's chat template is Vicuna's.
 
-    `image_size` is the picture's (width, height) in pixels, which decides how many image tokens stand for it. The text
-    before and after them is tokenized separately, as in the original code, and the question as plain text, so that
-    `<image>` or `</s>` inside it are not special tokens.
+    `image_size` is the picture's (width, height) in pixels, on which the number of image tokens depends. As in the original
+    code, the text before and after them is tokenized separately. A `<image>` or `</s>` inside the question is plain text.
     """
     tokenizer = processor.tokenizer
     width, height = image_size
     num_image_tokens = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"][0]
     before, after = "[INST] ", " [/INST]"
     if "[INST]" not in (processor.chat_template or before):
-        before = (
-            "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
-            "detailed, and polite answers to the human's questions. USER: "
-        )
+        before = "A chat between a curious human and an artificial intelligence assistant. "
+        before += "The assistant gives helpful, detailed, and polite answers to the human's questions. USER: "
         after = " ASSISTANT:"
     head = tokenizer(before, add_special_tokens=False).input_ids
     tail = tokenizer(f"\n{question}{after}", add_special_tokens=False, split_special_tokens=True).input_ids
@@ -188,51 +185,47 @@ ORIGINAL_KEYS = {
 
 # Copied from llava_orpo_training.read_original
 def read_original(model_path: str, original: dict) -> tuple:
-    """Return what transformers needs to read a checkpoint in LLaVA's own format: (config, processor, vision tower's name).
+    """Return (config, processor, vision tower's name) for a checkpoint in LLaVA's own format, whose config.json is `original`.
 
-    `original` is its config.json. The vocabulary gets 64 more rows, `<image>` and `<pad>` first, as in the hub's converted
-    checkpoints.
+    The tokenizer gets `<image>` and `<pad>` as its next two tokens, as in the hub's converted checkpoints.
     """
     from transformers import AutoConfig, LlamaTokenizer, LlavaNextConfig, LlavaNextProcessor
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-    wanted = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "vocab_size": 32000}
-    for name, value in wanted.items():
+    expected = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "vocab_size": 32000}
+    for name, value in expected.items():
         if original.get(name) != value:
-            stop(
-                f"--model_path {model_path} has {name} {original.get(name)!r}, and LLaVA-1.6, which this reads, {value!r}."
-            )
+            stop(f"--model_path {model_path} has {name} {original.get(name)!r}; LLaVA-1.6 has {value!r}.")
     tower = original["mm_vision_tower"]
-    vision = LlavaNextConfig().vision_config  # this is openai/clip-vit-large-patch14-336, which all published ones name
-    if tower != "openai/clip-vit-large-patch14-336":
+    vision = LlavaNextConfig().vision_config
+    if tower != "openai/clip-vit-large-patch14-336":  # this one, which all published checkpoints name, is the default
         vision = AutoConfig.from_pretrained(tower, trust_remote_code=False)
         vision = getattr(vision, "vision_config", vision)
     llava = ("mm_", "image_", "tokenizer_", "unfreeze_", "tune_", "use_mm_", "freeze_", "architectures", "auto_map")
     text = {name: value for name, value in original.items() if not name.startswith(llava)}
     text["model_type"] = "mistral" if original["model_type"] == "llava_mistral" else "llama"
-    grid = original["image_grid_pinpoints"]  # of (width, height), in some checkpoints written as text
+    grid = original["image_grid_pinpoints"]  # (width, height) pairs, which some checkpoints write as text
     grid = [[height, width] for width, height in (json.loads(grid) if isinstance(grid, str) else grid)]
     tokenizer = LlamaTokenizer.from_pretrained(model_path, add_bos_token=True, legacy=True, padding_side="left")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    if len(tokenizer) != original["vocab_size"] + 2:
-        stop(f"--model_path {model_path} has {len(tokenizer) - 2:,} tokens in its tokenizer and not 32,000.")
+    if len(tokenizer) != 32002:
+        stop(f"--model_path {model_path} has a tokenizer of {len(tokenizer) - 2:,} tokens; LLaVA-1.6 has 32,000.")
     config = LlavaNextConfig(vision_config=vision.to_dict(), text_config=text, image_grid_pinpoints=grid)
     config.vision_feature_layer = original["mm_vision_select_layer"]
     side = vision.image_size
     images = LlavaNextImageProcessorPil(size={"shortest_edge": side}, crop_size=side, image_grid_pinpoints=grid)
     before, after = ("[INST] ", " [/INST]") if text["model_type"] == "mistral" else ("USER: ", " ASSISTANT:")
     template = before + "<image>\n{{ messages[0]['content'][-1]['text'] }}" + after
-    processor = LlavaNextProcessor(
-        images, tokenizer, vision.patch_size, "default", template, num_additional_image_tokens=1
-    )
+    processor = LlavaNextProcessor(images, tokenizer, vision.patch_size, "default", template)
+    processor.num_additional_image_tokens = 1
     return config, processor, tower
 
 
 # Copied from llava_orpo_training.read_checkpoint
 def read_checkpoint(model_path: str) -> tuple:
-    """Return a checkpoint's (config, processor, vision tower's name) without its weights. Config and tower are None in the
-    hub's layout; for LLaVA's own format see read_original. Stops if it is not LLaVA-1.6."""
+    """Return (config, processor, vision tower's name) of a checkpoint, as read_original does for LLaVA's own format; config
+    and tower are None for the hub's layout. Stops if the checkpoint is not LLaVA-1.6."""
     from transformers import AutoProcessor, PreTrainedConfig
 
     try:
@@ -241,11 +234,10 @@ def read_checkpoint(model_path: str) -> tuple:
         if kind in ("llava_mistral", "llava_llama", "llava") and "mm_vision_tower" in found:
             return read_original(model_path, found)
         if kind != "llava_next":
-            stop(f"--model_path {model_path} has a config.json of model type {kind}; this script reads LLaVA-1.6 only.")
+            stop(f"--model_path {model_path} has no config.json of LLaVA-1.6; its model type is {kind}.")
         processor = AutoProcessor.from_pretrained(model_path, backend="pil", trust_remote_code=False)
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        stop(f"--model_path {model_path} cannot be read ({reason}). Give a hub id or a folder with LLaVA-1.6.")
+        stop(f"--model_path {model_path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}).")
     if re.search("im_start|start_header", processor.chat_template or ""):
         stop(f"--model_path {model_path} has a prompt template that is neither Mistral's nor Vicuna's.")
     return None, processor, None
@@ -272,7 +264,7 @@ def rename_key(key: str) -> str:
 
 # Copied from llava_orpo_training.read_adapter
 def read_adapter(lora_path: str) -> tuple[Path, "LoraConfig"]:
-    """Return a LoRA adapter's folder, fetched first if it is a hub id, and its configuration, with current names."""
+    """Return a LoRA adapter's folder, which is fetched first if `lora_path` is a hub id, and its configuration."""
     from huggingface_hub import snapshot_download
     from peft import PeftConfig
 
