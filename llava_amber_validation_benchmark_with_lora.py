@@ -58,12 +58,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     bits = model.add_mutually_exclusive_group()
     add(bits, "--load_4bit", "base weights in NF4 with double quantization", action="store_true")
     add(bits, "--load_8bit", "base weights in 8 bits (LLM.int8)", action="store_true")
-    engines = ["transformers", "vllm"]
-    add(model, "--backend", "vllm takes a merged or quantized checkpoint", choices=engines, default="transformers")
+    add(model, "--backend", "vllm takes merged checkpoints", default="transformers", choices=["transformers", "vllm"])
     add(model, "--batch_size", "pictures answered together, with all questions (default: 8; vllm: 64)", type=count)
     add(model, "--max_new_tokens", "tokens an answer may have", type=count, default=1024)
-    add(model, "--verify", "number of candidates for an answer that names objects, of which the one is kept whose objects "
-        "the model (or --clip_model) confirms best", type=count, default=1)  # fmt: skip
+    add(model, "--verify", "candidates for a caption, of which the best confirmed is kept", type=count, default=1)
     add(model, "--clip_model", "CLIP checkpoint to check with instead of the model: hub id or folder")
     add(model, "--test_mode", "use the embedded miniature as model and benchmark, if not given", action="store_true")
 
@@ -74,8 +72,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files = {"annotation": "annotations.json", "relation": "relation.json", "safe_words": "safe_words.txt"}
     for flag, name in files.items():
         add(data, f"--{flag}_file", f"AMBER's {name} (default: beside the query file, or one folder up)", type=Path)
-    add(data, "--evaluation_type", "a all, g generative, d discriminative: de existence, da attribute, dr relation",
-        default="a", choices=list(SECTIONS))  # fmt: skip
+    kinds = "a all, g generative, d discriminative: de existence, da attribute, dr relation"
+    add(data, "--evaluation_type", kinds, default="a", choices=list(SECTIONS))
     add(data, "--limit", "only the first N pictures, with all their questions", type=count)
     add(data, "--skip_inference", "score the answers in --output_file", action="store_true")
     add(data, "--skip_evaluation", "only answer", action="store_true")
@@ -84,13 +82,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(scoring, "--baseline_file", "answers of an earlier run to compare with", type=Path)
     add(scoring, "--spacy_model", "word vectors that decide which words are alike", default="en_core_web_lg")
     add(scoring, "--similarity_table", "read this table of alike words, or write it if there is none", type=Path)
-    add(scoring, "--nouns", "how nouns are found: nltk is AMBER's way; vocabulary looks up its words without NLTK's data, "
-        "which is not official", default="nltk", choices=["nltk", "vocabulary"])  # fmt: skip
+    nouns = "how nouns are found: in AMBER's way, or without NLTK's data by looking up its words, which is not official"
+    add(scoring, "--nouns", nouns, default="nltk", choices=["nltk", "vocabulary"])
     args = parser.parse_args(argv)
     if args.test_mode:
         if args.model_path == parser.get_default("model_path"):
             args.model_path = str(MINIATURE / "model")
-        if args.query_file is None and args.annotation_file is None:
+        if not (args.query_file or args.annotation_file):
             args.query_file = MINIATURE / "amber" / "query" / "query_all.json"
             if args.spacy_model == parser.get_default("spacy_model"):
                 args.similarity_table = args.similarity_table or MINIATURE / "amber" / "similarity.json"
@@ -104,31 +102,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def find_wrong_flags(args: argparse.Namespace):
     """Yield pairs of a test that flags must not pass together, and what to say if they do."""
-    answering, vllm = not args.skip_inference, args.backend == "vllm"
+    answering, vllm, out = not args.skip_inference, args.backend == "vllm", args.output_file
     processes, rank = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0")
-    yield args.compare_base and not args.lora_path and answering, "--compare_base needs --lora_path"
-    yield args.compare_base and args.baseline_file, "--compare_base and --baseline_file exclude each other; give one"
-    partly = args.limit or args.skip_evaluation
-    yield (
-        args.skip_inference and partly,
-        "--skip_inference scores a whole file; leave --limit and --skip_evaluation out",
-    )
-    names = (args.output_file.name, args.baseline_file and args.baseline_file.name)
-    yield "scores.json" in names, "scores.json is where the scores go; give the answers another name"
+    yield processes == 1 and rank != "0", f"RANK is {rank} without WORLD_SIZE; unset it, or use torchrun"
     yield answering and not (args.query_file and args.image_dir), "--query_file and --image_dir are needed to answer"
     yield not (args.query_file or args.annotation_file), "--query_file or --annotation_file is needed to score"
-    for flag in ("query_file", "baseline_file") + ("output_file",) * args.skip_inference:
-        path = getattr(args, flag)
-        yield path and not path.is_file(), f"--{flag} {path} is no file"
     yield answering and args.image_dir and not args.image_dir.is_dir(), f"--image_dir {args.image_dir} is no folder"
-    yield args.output_file.is_dir(), f"--output_file {args.output_file} is a folder; name a file in it"
-    yield vllm and args.lora_path, "--backend vllm takes no --lora_path; merge the adapter with llava_quantize_vllm.py"
-    yield vllm and args.verify > 1, "--verify needs --backend transformers"
-    yield vllm and (args.load_4bit or args.load_8bit), "--backend vllm loads quantized checkpoints without --load_4bit"
-    yield vllm and processes > 1, "--backend vllm starts its own processes; run it without torchrun"
+    yield out.is_dir(), f"--output_file {out} is a folder; name a file in it"
+    yield out.name == "scores.json", "scores.json is where the scores go; give the answers another name"
+    yield answering and args.compare_base and not args.lora_path, "--compare_base needs --lora_path"
+    yield args.compare_base and args.baseline_file, "--compare_base and --baseline_file exclude each other; give one"
+    partly = args.limit or args.skip_evaluation
+    yield not answering and partly, "--skip_inference scores a whole file; leave --limit and --skip_evaluation out"
     yield args.clip_model and args.verify == 1, "--clip_model is what --verify checks with; give --verify 4 too"
-    alone = processes == 1 and rank != "0"
-    yield alone, f"RANK is {rank} in the environment without WORLD_SIZE; unset it or use torchrun"
+    needless = args.lora_path or args.verify > 1 or args.load_4bit or args.load_8bit
+    yield vllm and needless, "vllm takes merged and quantized checkpoints; other flags need --backend transformers"
+    yield vllm and processes > 1, "--backend vllm starts its own processes; run it without torchrun"
 
 
 if __name__ == "__main__":
@@ -146,7 +135,7 @@ import random
 import re
 import warnings
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -161,6 +150,7 @@ import jinja2
 import matplotlib
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from peft import LoraConfig
 from PIL import Image, ImageOps
 from rich import box
@@ -168,6 +158,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 matplotlib.use("Agg")
@@ -496,113 +487,79 @@ def embed_picture(image: Image.Image) -> str:
 
 @dataclass
 class Branch:
-    """A question that is being answered: its place, its position and column in the row, and the tokens so far."""
+    """A question that is being answered: where it stands in the batch, and the tokens of its answer so far."""
 
-    row: int  # in the batch
     picture: int
     question: int  # its number among the picture's questions
-    position: int  # of the next token, counted from the row's picture on
-    column: int  # of its last token in the model's latest output
+    row: int  # in the batch
+    column: int  # of its last token among the row's newest tokens
+    length: int  # of its prompt
     dice: random.Random
     tokens: list[int] = field(default_factory=list)
 
 
-def lay_out_row(processor, image: Image.Image, questions: list[str]) -> tuple[list, list, list, list[int]]:
-    """Lay a picture and its questions out as one row, `picture | question 1 | question 2 | …`.
+class Batch:
+    """Questions about pictures on their way through the model, which sees each picture once.
 
-    Returns token ids, owners (0 for what all questions see, else the question's number from 1 on), positions (each
-    question's follow the picture's), and the column of each question's last token.
+    A picture and its questions are one row, `picture | question 1 | question 2 | …`, in which every question sees the
+    picture, but no other question: what they share has the owner 0, and each question its number from 1 on. Positions are
+    counted as if each question stood alone. `logits` are those of each branch's next token, (branches, vocabulary), and
+    `owners` those of all tokens so far, (rows, length). `pixels` is the image processor's output for the `images`.
     """
-    prompts = [build_prompt(processor, question, image.size) for question in questions]
-    shared = len(prompts[0]) - prompts[0][::-1].index(processor.image_token_id)
-    ids, owners, positions, columns = prompts[0][:shared], [0] * shared, list(range(shared)), []
-    for number, prompt in enumerate(prompts, 1):
-        ids = ids + prompt[shared:]
-        owners += [number] * (len(prompt) - shared)
-        positions += range(shared, len(prompt))
-        columns.append(len(ids) - 1)
-    return ids, owners, positions, columns
+
+    def __init__(self, model, processor, images: list, pixels, questions: list[list[str]]):
+        self.core = core = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.cache, self.owners, self.branches, rows = None, None, [], []
+        pictures = [picture for picture, asked in enumerate(questions) if asked]
+        for picture in pictures:
+            row, seed = [], zlib.crc32(images[picture].tobytes())
+            for number, question in enumerate(questions[picture]):
+                prompt = build_prompt(processor, question, images[picture].size)
+                shared = len(prompt) - prompt[::-1].index(processor.image_token_id)
+                row = row or [(prompt[place], 0, place) for place in range(shared)]
+                row += [(prompt[place], number + 1, place) for place in range(shared, len(prompt))]
+                dice = random.Random(f"{seed} {number} {question}")
+                self.branches.append(Branch(picture, number, len(rows), len(row) - 1, len(prompt), dice))
+            rows.append(row)
+        shown = pixels["pixel_values"][pictures].to(core.device, core.dtype)
+        self.run(rows, pixel_values=shown, image_sizes=pixels["image_sizes"][pictures].to(core.device))
+
+    def run(self, rows: list[list[tuple[int, int, int]]], **inputs) -> None:
+        """Put rows of (token, owner, position) through the model, after what the cache holds of them."""
+        padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1)
+        ids, new, places = padded.to(self.core.device).unbind(-1)
+        self.owners = new if self.owners is None else torch.cat([self.owners, new], dim=1)
+        seen = (self.owners[:, None, :] == 0) | (self.owners[:, None, :] == new[:, :, None])
+        seen = seen.tril(seen.shape[2] - seen.shape[1])[:, None]
+        inputs |= {"past_key_values": self.cache, "use_cache": True}
+        output = self.core.model(ids.clamp(0), attention_mask=seen, position_ids=places.clamp(0), **inputs)
+        self.cache = output.past_key_values
+        ends = torch.tensor([(branch.row, branch.column) for branch in self.branches], device=self.core.device)
+        self.logits = self.core.lm_head(output.last_hidden_state[ends[:, 0], ends[:, 1]])
+
+    def add_tokens(self) -> None:
+        """Put the last token of every branch through the model. Rows whose questions are all answered leave the batch."""
+        kept = sorted({branch.row for branch in self.branches})
+        if len(kept) < len(self.owners):
+            index = torch.tensor(kept, device=self.core.device)
+            self.cache.batch_select_indices(index)
+            self.owners = self.owners[index]
+        rows: list[list] = [[] for _ in kept]
+        for branch in self.branches:
+            branch.row = kept.index(branch.row)
+            branch.column = len(rows[branch.row])
+            rows[branch.row].append((branch.tokens[-1], branch.question + 1, branch.length + len(branch.tokens) - 1))
+        self.run(rows)
 
 
-def prefill(core, processor, images: list, pixels, questions: list[list[str]]) -> tuple:
-    """Put every picture with its questions through the model once; return (output, owners, branches).
-
-    All questions of a row see its picture, and none sees another. `pixels` is the image processor's output for the
-    `images`; pictures without questions are left out. Owners have the shape (rows, length) and are -1 for padding.
-    """
-    pictures = [picture for picture, asked in enumerate(questions) if asked]
-    rows, branches = [], []
-    for row, picture in enumerate(pictures):
-        rows.append(lay_out_row(processor, images[picture], questions[picture]))
-        seed = zlib.crc32(images[picture].tobytes())
-        for number, (question, column) in enumerate(zip(questions[picture], rows[-1][3], strict=True)):
-            dice = random.Random(f"{seed} {number} {question}")
-            branches.append(Branch(row, picture, number, rows[-1][2][column] + 1, column, dice))
-    longest = max(len(row[0]) for row in rows)
-    for branch in branches:
-        branch.column += longest - len(rows[branch.row][0])
-    ids, owners, positions = (
-        torch.tensor([[pad] * (longest - len(row[part])) + row[part] for row in rows], device=core.device)
-        for part, pad in enumerate((processor.tokenizer.pad_token_id, -1, 0))
-    )
-    causal = torch.ones(longest, longest, dtype=torch.bool, device=core.device).tril()
-    visible = causal & ((owners[:, None, :] == 0) | (owners[:, :, None] == owners[:, None, :]))
-    output = core.model(
-        input_ids=ids,
-        attention_mask=visible[:, None],
-        position_ids=positions,
-        pixel_values=pixels["pixel_values"][pictures].to(core.device, core.dtype),
-        image_sizes=pixels["image_sizes"][pictures].to(core.device),
-        use_cache=True,
-    )
-    return output, owners, branches
-
-
-def add_tokens(core, cache, owners: torch.Tensor, branches: list[Branch], pad_token_id: int) -> tuple:
-    """Put the last token of every branch through the model; return (output, owners). Rows whose questions are all answered
-    leave the batch."""
-    kept = sorted({branch.row for branch in branches})
-    if len(kept) < len(owners):
-        index = torch.tensor(kept, device=core.device)
-        cache.batch_select_indices(index)
-        owners = owners[index]
-    width = Counter(branch.row for branch in branches).most_common(1)[0][1]
-    new = [[[pad] * width for _ in kept] for pad in (pad_token_id, -1, 0)]
-    filled = Counter()
-    for branch in branches:
-        branch.row = row = kept.index(branch.row)
-        branch.column = filled[row]
-        filled[row] += 1
-        for part, value in zip(new, (branch.tokens[-1], branch.question + 1, branch.position), strict=True):
-            part[row][branch.column] = value
-        branch.position += 1
-    ids, new_owners, positions = (torch.tensor(part, device=core.device) for part in new)
-    owners = torch.cat([owners, new_owners], dim=1)
-    visible = (owners[:, None, :] == 0) | (new_owners[:, :, None] == owners[:, None, :])
-    output = core.model(
-        input_ids=ids,
-        attention_mask=visible[:, None],
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return output, owners
-
-
-def next_logits(core, output, branches: list[Branch]) -> torch.Tensor:
-    """Return the logits of each branch's next token, (branches, vocabulary)."""
-    places = torch.tensor([[branch.row, branch.column] for branch in branches], device=core.device)
-    return core.lm_head(output.last_hidden_state[places[:, 0], places[:, 1]])
-
-
-def pick_tokens(logits: torch.Tensor, temperature: float, dice: list[random.Random]) -> list[int]:
-    """Return the next token of each row of `logits` (rows, vocabulary): the likeliest at temperature 0, else a drawn one.
-    Each row has its own `dice`, so that what is drawn for it does not depend on the others."""
+def pick_tokens(logits: torch.Tensor, branches: list[Branch], temperature: float) -> list[int]:
+    """Return the next token of each branch from its row of `logits`: the likeliest at temperature 0, else one drawn with the
+    branch's own dice, so that it does not depend on the others."""
     if not temperature:
         return logits.argmax(-1).tolist()
     chances, order = (logits.float() / temperature).softmax(-1).sort(descending=True)
     reach = chances.cumsum(-1)
-    throws = torch.tensor([[die.random()] for die in dice], device=logits.device)
+    throws = torch.tensor([[branch.dice.random()] for branch in branches], device=logits.device)
     places = torch.searchsorted(reach, throws * reach[:, -1:]).clamp(max=reach.shape[-1] - 1)
     return order.gather(-1, places)[:, 0].tolist()
 
@@ -613,33 +570,25 @@ def answer_questions(
 ) -> Iterator:
     """Answer every question about every picture; yields (picture, question, answer, complete) as each one ends.
 
-    A picture goes through the model once, whatever is asked about it (see prefill), and generation adds a token to every
-    unfinished question at a time. Temperature 0 is greedy; above it, an answer depends only on its picture, its question,
-    and its place among the picture's questions. `complete` is False for an answer cut off at `max_new_tokens`.
+    Temperature 0 is greedy; above it, an answer depends only on its picture, its question, and its place among the picture's
+    questions. `complete` is False for an answer cut off at `max_new_tokens`.
     """
     if not any(questions):
         return
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    ends = core.generation_config.eos_token_id
-    ends = set(ends) if isinstance(ends, list) else {ends}
-    output, owners, branches = prefill(core, processor, images, pixels, questions)
-    cache = output.past_key_values
-    while True:
-        logits = next_logits(core, output, branches)
+    batch = Batch(model, processor, images, pixels, questions)
+    ends = np.ravel(batch.core.generation_config.eos_token_id).tolist()
+    while batch.branches:
         unfinished = []
-        for branch, token in zip(
-            branches, pick_tokens(logits, temperature, [branch.dice for branch in branches]), strict=True
-        ):
+        for branch, token in zip(batch.branches, pick_tokens(batch.logits, batch.branches, temperature), strict=True):
             branch.tokens.append(token)
             if token in ends or len(branch.tokens) == max_new_tokens:
                 text = processor.tokenizer.decode(branch.tokens, skip_special_tokens=True).strip()
                 yield branch.picture, branch.question, text, token in ends
             else:
                 unfinished.append(branch)
-        branches = unfinished
-        if not branches:
-            return
-        output, owners = add_tokens(core, cache, owners, branches, processor.tokenizer.pad_token_id)
+        batch.branches = unfinished
+        if unfinished:
+            batch.add_tokens()
 
 
 def start_vllm(model_path: str, processor, max_new_tokens: int) -> Callable:
@@ -651,30 +600,22 @@ def start_vllm(model_path: str, processor, max_new_tokens: int) -> Callable:
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:
-        stop(
-            f"--backend vllm cannot be imported ({error}); install requirements/vllm.txt into an environment of its own."
-        )
-    on_cpu = not torch.cuda.is_available()  # for trying, where a quick start counts for more
+        stop(f"--backend vllm needs requirements/vllm.txt, installed into an environment of its own ({error}).")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM's own choice is half of the memory
-    engine = LLM(
-        model=model_path,
-        enable_prefix_caching=True,
-        limit_mm_per_prompt={"image": 1},
-        enforce_eager=on_cpu,
-        skip_mm_profiling=on_cpu,
-    )
+    quick = {} if torch.cuda.is_available() else {"enforce_eager": True, "skip_mm_profiling": True}  # to start quickly
+    engine = LLM(model=model_path, enable_prefix_caching=True, limit_mm_per_prompt={"image": 1}, **quick)
     greedy = SamplingParams(temperature=0, max_tokens=max_new_tokens)
 
     def answer(images: list, pixels, questions: list[list[str]]) -> Iterator:
-        asked = [(i, j, question) for i, part in enumerate(questions) for j, question in enumerate(part)]
+        places = [(i, j) for i, asked in enumerate(questions) for j in range(len(asked))]
         prompts = []
-        for i, _, question in asked:
-            ids = build_prompt(processor, question, images[i].size)
+        for i, j in places:
+            ids = build_prompt(processor, questions[i][j], images[i].size)
             first = ids.index(processor.image_token_id)
             ids = ids[: first + 1] + [token for token in ids[first:] if token != processor.image_token_id]
             prompts.append({"prompt_token_ids": ids, "multi_modal_data": {"image": images[i]}})
-        for (i, j, _), output in zip(asked, engine.generate(prompts, greedy, use_tqdm=False), strict=True):
-            yield i, j, output.outputs[0].text.strip(), output.outputs[0].finish_reason == "stop"
+        for place, output in zip(places, engine.generate(prompts, greedy, use_tqdm=False), strict=True):
+            yield *place, output.outputs[0].text.strip(), output.outputs[0].finish_reason == "stop"
 
     return answer
 
@@ -688,10 +629,10 @@ class Clip:
     """A CLIP checkpoint in safetensors, which says how well texts fit a picture."""
 
     def __init__(self, model_path: str, device):
-        from transformers import AutoProcessor, CLIPModel, PreTrainedConfig
+        from transformers import AutoConfig, AutoProcessor, CLIPModel
 
         try:
-            kind = PreTrainedConfig.get_config_dict(model_path)[0].get("model_type")
+            kind = AutoConfig.from_pretrained(model_path, trust_remote_code=False).model_type
             if kind != "clip":
                 raise ValueError(f"its model_type is {kind}, not clip")
             self.processor = AutoProcessor.from_pretrained(model_path, backend="pil", trust_remote_code=False)
@@ -707,23 +648,13 @@ class Clip:
         return (output.text_embeds @ output.image_embeds[0]).tolist()  # both have length 1
 
 
-def draw_candidates(
-    model,
-    processor,
-    images: list,
-    pixels,
-    questions: list[list[str]],
-    count: int,
-    max_new_tokens: int,
-    temperature: float,
-) -> dict[tuple[int, int], list[tuple[str, bool]]]:
-    """Draw `count` answers to every question about every picture; return {(picture, question): [(answer, complete), …]}."""
-    drawn: dict = {}
+def draw_candidates(model, processor, images, pixels, questions, count: int, max_new_tokens: int, temperature) -> dict:
+    """Draw `count` answers to every question about every picture; return {(picture, question): [[answer, complete], …]}."""
+    drawn = defaultdict(list)
     asked = [[question for question in part for _ in range(count)] for part in questions]
-    for picture, place, text, complete in answer_questions(
-        model, processor, images, pixels, asked, max_new_tokens, temperature
-    ):
-        drawn.setdefault((picture, place // count), []).append((text, complete))
+    answers = answer_questions(model, processor, images, pixels, asked, max_new_tokens, temperature)
+    for picture, place, *answer in answers:
+        drawn[picture, place // count].append(answer)
     return drawn
 
 
@@ -731,23 +662,21 @@ def draw_candidates(
 def confirm_objects(model, processor, images: list, pixels, words: list[list[str]]) -> list[dict[str, float]]:
     """Return, for each picture, {word: probability} of the model's own answer Yes to "Is there a … in this image?".
 
-    The probability is that of Yes among Yes and No in any spelling that is one token. All words about a picture take one
-    forward pass.
+    It is that of Yes among Yes and No in any spelling that is one token. All words about a picture take one forward pass.
     """
+    found: list[dict] = [{} for _ in words]
     if not any(words):
-        return [{} for _ in words]
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return found
     spelled: dict[str, list[int]] = {"yes": [], "no": []}
     for token, number in processor.tokenizer.get_vocab().items():
         spelled.get(token.strip("▁ ").lower(), []).append(number)
     questions = [
         [f"Is there {'an' if word[0] in 'aeiou' else 'a'} {word} in this image?" for word in part] for part in words
     ]
-    output, _, branches = prefill(core, processor, images, pixels, questions)
-    chances = next_logits(core, output, branches).float().softmax(-1)
+    batch = Batch(model, processor, images, pixels, questions)
+    chances = batch.logits.float().softmax(-1)
     yes, no = (chances[:, spelled[answer]].sum(-1) for answer in ("yes", "no"))
-    found: list[dict] = [{} for _ in words]
-    for branch, share in zip(branches, (yes / (yes + no).clamp(min=1e-30)).tolist(), strict=True):
+    for branch, share in zip(batch.branches, (yes / (yes + no).clamp(min=1e-30)).tolist(), strict=True):
         found[branch.picture][words[branch.picture][branch.question]] = share
     return found
 
@@ -756,40 +685,29 @@ def choose_candidate(objects: list[list[str]], confirmed: dict[str, float], fits
     """Return the number of the candidate that its check confirms best: the one that CLIP finds to fit the picture best, or
     the one whose `objects` have the fewest doubtful and then the most confirmed ones; the first of equals."""
     if fits:
-        return max(range(len(fits)), key=fits.__getitem__)
-    wrong = [sum(confirmed[word] <= 0.5 for word in set(named)) for named in objects]
-    right = [len(set(named)) - doubtful for named, doubtful in zip(objects, wrong, strict=True)]
-    return min(range(len(objects)), key=lambda number: (wrong[number], -right[number]))
+        return int(np.argmax(fits))
+    doubtful = [sum(confirmed[word] <= 0.5 for word in set(named)) for named in objects]
+    return min(range(len(objects)), key=lambda number: (doubtful[number], doubtful[number] - len(set(objects[number]))))
 
 
-def verify_answers(
-    model, processor, images: list, pixels, questions: list[list[str]], max_new_tokens: int, *,
-    candidates: int, find: Callable, clip: Clip | None,
-) -> Iterator:  # fmt: skip
+def verify_answers(model, processor, images, pixels, questions, max_new_tokens, *, candidates, find, clip) -> Iterator:
     """Answer as answer_questions does, but in place of a greedy answer that names objects give the best of `candidates`:
-    itself and others drawn at VERIFY_TEMPERATURE, checked by CLIP or by the model's own yes/no answers."""
-    texts: dict = {}
-    for picture, number, text, complete in answer_questions(
-        model, processor, images, pixels, questions, max_new_tokens
-    ):
+    itself and others drawn at VERIFY_TEMPERATURE, checked by `clip` or by the model's own yes/no answers."""
+    texts = {}
+    greedy = answer_questions(model, processor, images, pixels, questions, max_new_tokens)
+    for picture, number, text, complete in greedy:
         if find(text):
-            texts[picture, number] = [(text, complete)]
+            texts[picture, number] = [[text, complete]]
         else:  # "Yes" names no object
             yield picture, number, text, complete
-    checked = [
-        [number for number in range(len(part)) if (picture, number) in texts] for picture, part in enumerate(questions)
-    ]
-    asked = [[questions[picture][number] for number in part] for picture, part in enumerate(checked)]
+    open_ones = [[(i, j) for j in range(len(part)) if (i, j) in texts] for i, part in enumerate(questions)]
+    asked = [[questions[i][j] for i, j in part] for part in open_ones]
     drawn = draw_candidates(model, processor, images, pixels, asked, candidates - 1, max_new_tokens, VERIFY_TEMPERATURE)
     for (picture, place), more in drawn.items():
-        texts[picture, checked[picture][place]] += more
+        texts[open_ones[picture][place]] += more
     objects = {key: [[word for _, word in find(text)] for text, _ in answers] for key, answers in texts.items()}
-    words: list[set] = [set() for _ in images]
-    for (picture, _), named in objects.items():
-        words[picture] |= {word for part in named for word in part}
-    confirmed = [{}] * len(images)
-    if not clip:
-        confirmed = confirm_objects(model, processor, images, pixels, [sorted(part) for part in words])
+    words = [sorted({word for key in part for named in objects[key] for word in named}) for part in open_ones]
+    confirmed = [{}] * len(images) if clip else confirm_objects(model, processor, images, pixels, words)
     for (picture, number), answers in texts.items():
         fits = clip.compare(images[picture], [text for text, _ in answers]) if clip else None
         yield picture, number, *answers[choose_candidate(objects[picture, number], confirmed[picture], fits)]
@@ -799,146 +717,104 @@ def verify_answers(
 
 
 def find_picture(image_dir: Path, name: str) -> Path:
-    """Return the path of a query's picture. Raises OSError if it lies outside `image_dir` or is not there."""
-    folder = os.path.abspath(image_dir)
-    path = Path(os.path.abspath(os.path.join(folder, name)))
-    if not path.is_relative_to(folder):
+    """Return the path of a query's picture. Raises OSError if it lies outside `image_dir`."""
+    path = Path(os.path.abspath(image_dir / name))
+    if not path.is_relative_to(os.path.abspath(image_dir)):
         raise OSError(f"lies outside {image_dir}")
-    if not path.is_file():
-        raise OSError("is not there")
     return path
 
 
-def find_question_fault(processor, question: str, image: Image.Image, context: int) -> str | None:
-    """Return the reason why a question cannot be asked, or None. `context` is the model's, in tokens."""
-    try:
-        length = len(build_prompt(processor, question, image.size))
-    except (UnicodeError, TypeError):
-        return "has a question that is not valid Unicode"
-    return f"has a question of {length:,} tokens; the model's context has {context:,}" if length >= context else None
+def group_queries(queries: list[dict], size: int) -> list[list[list[dict]]]:
+    """Return the queries, a list a picture, `size` pictures a group. What is in a group does not depend on what is already
+    answered, so that a resumed run computes in the same batches as an unbroken one."""
+    by_image = defaultdict(list)
+    for query in queries:
+        by_image[query["image"]].append(query)
+    pictures = list(by_image.values())
+    return [pictures[start : start + size] for start in range(0, len(pictures), size)]
 
 
-def open_group(group: list[dict], image_dir: Path, processor, context: int) -> tuple:
-    """Open the pictures of a group; return what can be asked of it, its images, their pixels (None without an image), and
-    the failures."""
+def open_group(group: list[list[dict]], image_dir: Path, processor, context: int) -> tuple:
+    """Open the pictures of a group; return those of its queries that can be asked, the images and their pixels (None without
+    an image), and the failures. `context` is the model's, in tokens."""
     good, images, failures = [], [], []
-    for picture in group:
-        try:
-            image, fault = load_image(find_picture(image_dir, picture["image"])), None
-        except (OSError, ValueError) as error:  # ValueError: a name that no path can have
-            image, fault = None, str(error)
-        asked = []
-        for query in picture["queries"]:
-            reason = fault or find_question_fault(processor, query["query"], image, context)
-            if reason:
-                failures.append({"id": query["id"], "image": picture["image"], "reason": reason})
-            else:
+    for queries in group:
+        image, asked = None, []
+        for query in queries:
+            try:
+                image = image or load_image(find_picture(image_dir, query["image"]))
+                query["query"].encode()  # fails at a lone surrogate
+                length = len(build_prompt(processor, query["query"], image.size))
+                if length >= context:
+                    raise ValueError(f"has a question of {length:,} tokens; the model's context has {context:,}")
                 asked.append(query)
+            except (OSError, ValueError) as error:  # ValueError also at a name that no path can have
+                failures.append({"id": query["id"], "image": query["image"], "reason": str(error)})
         if asked:
-            good.append({"image": picture["image"], "queries": asked})
+            good.append(asked)
             images.append(image)
     return good, images, processor.image_processor(images, return_tensors="pt") if images else None, failures
 
 
-def group_queries(queries: list[dict], size: int) -> list[list[dict]]:
-    """Return the queries by picture, `size` pictures a group. What is in a group does not depend on what is already
-    answered, so that a resumed run computes in the same batches as an unbroken one."""
-    pictures: dict[str, list] = {}
-    for query in queries:
-        pictures.setdefault(query["image"], []).append(query)
-    listed = [{"image": image, "queries": part} for image, part in pictures.items()]
-    return [listed[start : start + size] for start in range(0, len(listed), size)]
-
-
 def digest_checkpoint(path: str) -> str:
-    """Return a checkpoint's identity: SHA-256 over its JSON files, tokenizer and 64 slices of each weight file, or a hub
-    id's commit."""
-    folder = Path(path)
-    if not folder.is_dir():
+    """Return a checkpoint's identity: SHA-256 over 64 slices of each JSON, tokenizer and weight file, or a hub id's commit."""
+    if not Path(path).is_dir():
         from huggingface_hub import hf_hub_download
 
         with suppress(Exception):  # a wrong id is reported where the model is loaded
             return Path(hf_hub_download(path, "config.json")).parent.name
         return path
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix == ".safetensors":
+    for file in sorted(Path(path).iterdir()):
+        if file.suffix in (".json", ".model", ".safetensors") and "training" not in file.name:
             size = file.stat().st_size
             digest.update(f"{file.name} {size}".encode())
             with file.open("rb") as stream:
-                for part in range(64):
-                    stream.seek(part * max(size - 65_536, 0) // 63)
-                    digest.update(stream.read(65_536))
-        elif file.suffix in (".json", ".model") and "training" not in file.name:
-            digest.update(file.read_bytes())
+                for start in range(0, size, size // 64 + 1):
+                    stream.seek(start)
+                    digest.update(stream.read(65_536))  # all of a file of less than 4 MiB
     return digest.hexdigest()[:16]
 
 
-def list_journals(output_file: Path) -> list[Path]:
-    return sorted(output_file.parent.glob(f"{glob.escape(output_file.name)}.journal-*.jsonl"))
-
-
-def read_journal(path: Path) -> list[dict]:
-    """Return a journal's rows, the first of which has the run's fingerprint; none if there is no file. Damaged lines, such
-    as one whose writing was cut short, are left out, so that their questions are asked again."""
-    rows, damaged = [], 0
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line.decode("ascii")))
-        except ValueError:
-            damaged += 1
-    if damaged:
-        console.print(f"{escape(str(path))}: {damaged} damaged lines are left out, and their questions asked again")
-    return rows
-
-
 def read_journals(output_file: Path, fingerprint: dict) -> dict[int, dict]:
-    """Return the answers of an earlier, unfinished run by query id. Stops if they were given under other settings."""
+    """Return the answers of an earlier, unfinished run by query id. Stops if they were given under other settings.
+
+    A journal begins with its run's `fingerprint`. Damaged lines are left out, so that their questions are asked again.
+    """
     answers = {}
-    for path in list_journals(output_file):
-        rows = read_journal(path)
-        if not rows:
-            continue
-        before = rows[0].get("fingerprint")
-        if before is None:
-            stop(f"{path} is damaged: its first line does not say with which settings it was written; move it away.")
-        different = [name for name in fingerprint if before.get(name) != fingerprint[name]]
-        if different:
-            changes = "; ".join(f"{name} was {before.get(name)}, is {fingerprint[name]}" for name in different)
-            stop(f"{path} holds answers of another run ({changes}); name another --output_file or delete it.")
-        answers |= {row["id"]: row for row in rows[1:]}
+    journals = sorted(output_file.parent.glob(f"{glob.escape(output_file.name)}.journal-*.jsonl"))
+    if output_file.exists() and not journals:
+        stop(f"{output_file} exists without a journal; score it with --skip_inference or name another --output_file.")
+    for path in journals:
+        rows = []
+        for line in path.read_bytes().splitlines():
+            with suppress(ValueError):
+                rows.append(json.loads(line))
+        before = rows[0].get("fingerprint", {}) if rows else fingerprint
+        changed = [f"{k} was {before.get(k)}, is {now}" for k, now in fingerprint.items() if before.get(k) != now]
+        if changed:
+            stop(f"{path} is of another run ({'; '.join(changed)}); delete it, or name another --output_file.")
+        answers |= {row["id"]: row for row in rows if "id" in row}
     return answers
 
 
-def fill_journal(
-    state, output_file: Path, groups: list, answers: dict, fingerprint: dict, answer: Callable, open_pictures: Callable
-) -> list[dict]:
+def fill_journal(state, output_file, groups, answers, fingerprint, answer: Callable, open_pictures: Callable) -> list:
     """Answer what is left of this process's groups, each answer into its journal as it arrives; return the failures."""
-    journal = output_file.with_name(f"{output_file.name}.journal-{state.process_index}.jsonl")
     mine = groups[state.process_index :: state.num_processes]
-
-    ids = [[query["id"] for picture in group for query in picture["queries"]] for group in mine]
-    left = [numbers for numbers in ids if not answers.keys() >= set(numbers)]
-    todo = [group for group, numbers in zip(mine, ids, strict=True) if not answers.keys() >= set(numbers)]
-    rows = [{"fingerprint": fingerprint}, *read_journal(journal)[1:]]
-    write_whole(journal, "".join(json.dumps(row) + "\n" for row in rows))  # without damaged lines
-    failures = []
+    todo = [group for group in mine if any(query["id"] not in answers for asked in group for query in asked)]
     workers = 2 * torch.cuda.is_available()
     loader = torch.utils.data.DataLoader(todo, batch_size=None, num_workers=workers, collate_fn=open_pictures)
-    total, done = sum(map(len, ids)), sum(map(len, ids)) - sum(map(len, left))
-    progress = tqdm(total=total, initial=done, desc=output_file.stem, unit="answer", disable=not MAIN_PROCESS)
-    with journal.open("a") as file, progress as bar:
-        for good, images, pixels, failed in loader:
+    path, failures = output_file.with_name(f"{output_file.name}.journal-{state.process_index}.jsonl"), []
+    with path.open("a") as journal:
+        print("\n" * bool(journal.tell()) + json.dumps({"fingerprint": fingerprint}), file=journal)  # ends a half line
+        for good, images, pixels, failed in tqdm(loader, output_file.stem, unit="batch", disable=not MAIN_PROCESS):
             failures += failed
-            bar.update(len(failed))
-            questions = [[query["query"] for query in picture["queries"]] for picture in good]
-            for picture, question, text, complete in answer(images, pixels, questions) if good else ():
-                number = good[picture]["queries"][question]["id"]
-                if number not in answers:
-                    answers[number] = {"id": number, "response": text, "complete": complete}
-                    file.write(json.dumps(answers[number]) + "\n")
-                    file.flush()
-                bar.update()
+            questions = [[query["query"] for query in asked] for asked in good]
+            for picture, number, text, complete in answer(images, pixels, questions) if good else ():
+                query = good[picture][number]["id"]
+                if query not in answers:
+                    answers[query] = {"id": query, "response": text, "complete": complete}
+                    print(json.dumps(answers[query]), file=journal, flush=True)
     return failures
 
 
@@ -960,50 +836,37 @@ def make_answerer(args, processor) -> tuple:
 
 def describe_run(args, processor) -> dict:
     """Return the settings on which answers depend, the adapter apart."""
-    prompt = build_prompt(processor, "Is it?", (64, 64))
+    prompt = json.dumps(build_prompt(processor, "Is it?", (64, 64))).encode()
+    names = ("max_new_tokens", "load_4bit", "load_8bit", "backend", "device", "verify", "clip_model")
     return {
-        "model": digest_checkpoint(args.model_path),
-        "prompt": hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16],
-        "queries": hashlib.sha256(args.query_file.read_bytes()).hexdigest()[:16],
-        "image_dir": os.path.abspath(args.image_dir),
-        "max_new_tokens": args.max_new_tokens,
-        "precision": "4 bit" if args.load_4bit else "8 bit" if args.load_8bit else "whole",
-        "backend": f"{args.backend} on {args.device}",
-        "verify": args.verify,
-        "clip": digest_checkpoint(args.clip_model) if args.clip_model else None,
+        **{name: getattr(args, name) for name in names},
         "nouns": args.nouns if args.verify > 1 else None,
+        "image_dir": os.path.abspath(args.image_dir),
+        "model": digest_checkpoint(args.model_path),
+        "prompt": hashlib.sha256(prompt).hexdigest()[:16],
+        "queries": hashlib.sha256(args.query_file.read_bytes()).hexdigest()[:16],
     }
 
 
 @contextmanager
 def lock_output(output_file: Path):
     """Keep a second run from writing the same answers."""
-    from filelock import FileLock, Timeout
-
-    output_file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output_file.with_name(f".{output_file.name}.lock"), timeout=0)
-    if not MAIN_PROCESS:
-        yield
-        return
+    lock = FileLock(output_file.with_name(f".{output_file.name}.lock"), blocking=False)
     try:
-        lock.acquire()
+        with lock:
+            yield
+            Path(lock.lock_file).unlink()
     except Timeout:
         stop(f"another run is writing {output_file}; wait for it, or name another --output_file.")
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
 
 
-def write_answers(output_file: Path, every_query: list[dict], answers: dict[int, dict]) -> None:
+def write_answers(output_file: Path, queries: list[dict], answers: dict[int, dict]) -> None:
     """Write the answers in AMBER's format, in the order of the query file."""
-    kept = [answers[query["id"]] for query in every_query if query["id"] in answers]
+    kept = [answers[query["id"]] for query in queries if query["id"] in answers]
     rows = [{"id": row["id"], "response": row["response"]} for row in kept]
     write_whole(output_file, json.dumps(rows, indent=1, ensure_ascii=False))
     cut = sum(not row["complete"] for row in kept)
-    note = f"; {cut:,} cut off at --max_new_tokens" if cut else ""
-    console.print(f"{len(rows):,} answers in {escape(str(output_file))}{note}")
+    console.print(f"{len(rows):,} answers in {escape(str(output_file))}, {cut:,} cut off at --max_new_tokens")
 
 
 def answer_benchmark(args, every_query: list[dict], queries: list[dict]) -> list[dict]:
@@ -1018,31 +881,24 @@ def answer_benchmark(args, every_query: list[dict], queries: list[dict]) -> list
     context = (config or AutoConfig.from_pretrained(args.model_path)).text_config.max_position_embeddings
     open_pictures = partial(open_group, image_dir=args.image_dir, processor=processor, context=context)
     settings = describe_run(args, processor)
-    passes = [(args.output_file, settings | {"adapter": digest_checkpoint(args.lora_path) if args.lora_path else None})]
-    if args.compare_base:
-        passes.insert(0, (name_base_file(args.output_file), settings | {"adapter": None}))
-    groups = group_queries(queries, args.batch_size)
-    answer, failures, earlier = None, [], []
-    with lock_output(args.output_file):
-        for output_file, fingerprint in passes:
-            if output_file.exists() and not list_journals(output_file):
-                stop(
-                    f"--output_file {output_file} exists without a journal; score it with --skip_inference or name another."
-                )
-            earlier.append(read_journals(output_file, fingerprint))
+    runs = {name_base_file(args.output_file): settings | {"adapter": None}} if args.compare_base else {}
+    runs[args.output_file] = settings | {"adapter": digest_checkpoint(args.lora_path) if args.lora_path else None}
+    groups, failures, answer = group_queries(queries, args.batch_size), {}, None
+    args.output_file.parent.mkdir(parents=True, exist_ok=True)
+    with lock_output(args.output_file) if MAIN_PROCESS else nullcontext():
+        earlier = [read_journals(output_file, fingerprint) for output_file, fingerprint in runs.items()]
         state.wait_for_everyone()  # nobody writes before everybody has read
-        for (output_file, fingerprint), answers in zip(passes, earlier, strict=True):
+        for (output_file, fingerprint), answers in zip(runs.items(), earlier, strict=True):
             if any(query["id"] not in answers for query in queries):
-                if answer is None:
+                if not answer:
                     answer, model = make_answerer(args, processor)
                 off = args.lora_path and not fingerprint["adapter"]
                 with model.disable_adapter() if off else nullcontext():
                     failed = fill_journal(state, output_file, groups, answers, fingerprint, answer, open_pictures)
-                failures += gather_object(failed)
-                state.wait_for_everyone()
+                failures |= {failure["id"]: failure for failure in gather_object(failed)}
             if MAIN_PROCESS:
                 write_answers(output_file, every_query, read_journals(output_file, fingerprint))
-    return list({failure["id"]: failure for failure in failures}.values())
+    return list(failures.values())
 
 
 def name_base_file(output_file: Path) -> Path:
@@ -1053,15 +909,11 @@ def name_base_file(output_file: Path) -> Path:
 # ---------------------------------------------------------------------------- the benchmarks' files
 
 
-def read_json(path: Path, flag: str, kind: type = list):
+def read_json(path: Path):
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        stop(f"{flag} {path} cannot be read: {error}.")
-    if not isinstance(content, kind) or not content:
-        found = f"a JSON {type(content).__name__}" if content else "nothing"
-        stop(f"{flag} {path} holds {found}, where a {kind.__name__} is expected.")
-    return content
+        stop(f"{path} cannot be read: {error}.")
 
 
 def read_queries(path: Path) -> tuple[list[dict], dict[int, dict] | None]:
@@ -1069,27 +921,19 @@ def read_queries(path: Path) -> tuple[list[dict], dict[int, dict] | None]:
 
     AMBER's files are a JSON list; POPE's have one JSON object a line, with question_id, image, text and label.
     """
+    notes = None
     try:
         text = path.read_text(encoding="utf-8")
         rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
-        pope = "label" in rows[0]
-        if pope:
-            rows = [
-                {"id": row["question_id"], "image": row["image"], "query": row["text"], "truth": row["label"]}
-                for row in rows
-            ]
+        if "label" in rows[0]:
+            notes = {row["question_id"]: {"type": "pope", "truth": row["label"]} for row in rows}
+            rows = [{"id": row["question_id"], "image": row["image"], "query": row["text"]} for row in rows]
+        queries = {row["id"]: {key: row[key] for key in ("id", "image", "query")} for row in rows}
     except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
         stop(f"--query_file {path} holds neither AMBER's nor POPE's questions ({type(error).__name__}: {error}).")
-    kinds = {"id": int, "image": str, "query": str}
-    for number, row in enumerate(rows):
-        good = isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in kinds.items())
-        if not good or row.get("truth", "no") not in ("yes", "no"):
-            stop(f"--query_file {path}: entry {number} is no question: {json.dumps(row)[:80]}.")
-    twice = [number for number, count in Counter(row["id"] for row in rows).items() if count > 1]
-    if twice:
-        stop(f"--query_file {path} has the id {twice[0]} twice; ids must differ.")
-    notes = {row["id"]: {"id": row["id"], "type": "pope", "truth": row["truth"]} for row in rows} if pope else None
-    return rows, notes
+    if len(queries) < len(rows):  # as in files of POPE's that were put together
+        stop(f"--query_file {path} has {len(rows):,} questions with {len(queries):,} ids; ids must differ.")
+    return list(queries.values()), notes
 
 
 def select_queries(queries: list[dict], notes: dict | None, sections: list[str], limit: int | None) -> list[dict]:
@@ -1098,7 +942,7 @@ def select_queries(queries: list[dict], notes: dict | None, sections: list[str],
         unknown = [query["id"] for query in queries if query["id"] not in notes]
         if unknown:
             stop(f"--annotation_file has no entry for query {unknown[0]}; it belongs to other queries.")
-        queries = [query for query in queries if section_of(notes[query["id"]]["type"]) in sections]
+        queries = [query for query in queries if kind_of(notes[query["id"]]) in sections]
     if not queries:
         stop("--query_file has no query of this --evaluation_type.")
     images = set(list(dict.fromkeys(query["image"] for query in queries))[:limit])
@@ -1107,90 +951,72 @@ def select_queries(queries: list[dict], notes: dict | None, sections: list[str],
 
 def find_file(args, flag: str, name: str) -> Path:
     """Return the file given by its flag, or the one that AMBER has beside the query file or one folder up."""
-    given = getattr(args, flag)
-    near = (args.query_file or args.annotation_file).absolute().parent
+    given, near = getattr(args, flag), (args.query_file or args.annotation_file).absolute().parent
     places = [given] if given else [near / name, near.parent / name]
-    for path in places:
-        if path.is_file():
-            return path
-    stop(f"--{flag} is needed to score: found no file {' or '.join(map(str, places))}; name AMBER's {name}.")
+    path = next((path for path in places if path.is_file()), None)
+    return path or stop(f"--{flag} is needed to score: AMBER's {name} is not at {' or '.join(map(str, places))}.")
 
 
 def read_annotations(args) -> dict[int, dict]:
+    """Return AMBER's annotations by the ids of their queries."""
     path = find_file(args, "annotation_file", "annotations.json")
-    notes = {}
-    for number, note in enumerate(read_json(path, "--annotation_file")):
-        try:
-            wanted = (str,) if note["type"] != "generative" else (list,)
-            if not isinstance(note["truth"], wanted) or (wanted == (str,) and note["truth"] not in ("yes", "no")):
-                raise ValueError
-            notes[note["id"]] = note if wanted == (str,) else {**note, "hallu": note["hallu"] + []}
-        except (TypeError, KeyError, ValueError):
-            stop(f"--annotation_file {path}: entry {number} is no annotation of AMBER's: {json.dumps(note)[:80]}.")
-    return notes
+    try:
+        return {note["id"]: {key: note[key] for key in ("type", "truth")} | note for note in read_json(path)}
+    except (TypeError, KeyError) as error:
+        stop(f"--annotation_file {path} is not AMBER's annotations.json ({type(error).__name__}: {error}).")
 
 
 def read_vocabulary(args) -> set[str]:
     """Return all words that AMBER's scoring knows."""
-    relation = read_json(find_file(args, "relation_file", "relation.json"), "--relation_file", dict)
+    relation = read_json(find_file(args, "relation_file", "relation.json"))
     return set(relation).union(*relation.values())
-
-
-def read_words(args, notes: dict[int, dict]) -> tuple[dict[str, list[str]], set[str]]:
-    """Return AMBER's associations, {word: words that stand for it}, and the words that are always safe."""
-    path = find_file(args, "relation_file", "relation.json")
-    relation = read_json(path, "--relation_file", dict)
-    known = (word for note in notes.values() if note["type"] == "generative" for word in note["truth"] + note["hallu"])
-    missing = next((word for word in known if word not in relation), None)
-    if missing:
-        stop(f"--relation_file {path} lacks {missing!r} of the annotations; it belongs to other ones.")
-    return relation, set(find_file(args, "safe_words_file", "safe_words.txt").read_text(encoding="utf-8").split("\n"))
 
 
 def read_answers(path: Path, notes: dict[int, dict]) -> list[dict]:
     """Return the rows of an answer file in AMBER's format, from here or elsewhere: id and response. A response null to a
     yes/no question is a wrong answer."""
-    rows = read_json(path, "the answer file")
-    for number, row in enumerate(rows):
-        note = notes.get(row.get("id")) if isinstance(row, dict) and isinstance(row.get("id"), int) else None
-        if note and note["type"] != "generative" and row.get("response", "") is None:
-            row["response"] = ""
-        if not note or not isinstance(row.get("response"), str):
-            stop(f"the answer file {path}: entry {number} must have the id of an annotation and a response, and is "
-                 f"{json.dumps(row)[:80]}.")  # fmt: skip
+    row, rows = None, read_json(path)
+    try:
+        for row in rows:
+            if row["response"] is None and notes[row["id"]]["type"] != "generative":
+                row["response"] = ""
+            good = row["id"] in notes and isinstance(row["response"], str)
+            if not good:
+                raise KeyError
+    except (TypeError, KeyError):
+        rows = []
+    if not rows:
+        stop(f"{path} must list answers as {{id, response}}, with the ids of the annotations; it has {str(row)[:80]}.")
     return rows
 
 
 # ---------------------------------------------------------------------------- scoring
 
 SIMILAR = 0.8  # above this, spaCy's similarity makes two words one
-# what one answer adds to the sums that all figures are made of
+# what one answer adds to the sums that all figures are made of; an AMBER question is positive if No is right, POPE's if Yes
 CAPTION_COUNTS = ["captions", "clean", "named", "hallucinated", "present", "covered", "traps", "fallen"]
-ANSWER_COUNTS = ["asked", "correct", "no_true", "no_said", "no_right"]
-POPE_COUNTS = ["asked", "correct", "yes_true", "yes_said", "yes_right"]
-KINDS = ["existence", "state", "number", "action", "relation"]
-COUNTS = CAPTION_COUNTS + [f"{kind} {count}" for kind in KINDS for count in ANSWER_COUNTS]
-COUNTS += [f"pope {count}" for count in POPE_COUNTS]
-# section -> the counts that say how many answers it has; amber, whose one figure is the AMBER score, needs both tasks
-SECTION_COUNTS = {
-    "generative": ["captions"],
-    "discriminative": [f"{kind} asked" for kind in KINDS],
-    "attribute": ["state asked", "number asked", "action asked"],
-    **{kind: [f"{kind} asked"] for kind in [*KINDS, "pope"]},
+ANSWER_COUNTS = ["asked", "correct", "positive", "said positive", "true positive"]
+KINDS = {
+    "generative": "generative",
+    "discriminative-hallucination": "existence",
+    "discriminative-attribute-state": "state",
+    "discriminative-attribute-number": "number",
+    "discriminative-attribute-action": "action",
+    "pope": "pope",
 }
+# section of yes/no questions -> the kinds of question in it
+SECTION_KINDS = {
+    "discriminative": ["existence", "state", "number", "action", "relation"],
+    "attribute": ["state", "number", "action"],
+    **{kind: [kind] for kind in ("existence", "state", "number", "action", "relation", "pope")},
+}
+COUNTS = CAPTION_COUNTS + [f"{k} {c}" for k in [*SECTION_KINDS["discriminative"], "pope"] for c in ANSWER_COUNTS]
 YES_NO = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 
 
-def section_of(kind: str) -> str:
-    """Return the section that a type of annotation is scored in; unknown ones are relations, as in the official script."""
-    return {
-        "pope": "pope",
-        "generative": "generative",
-        "discriminative-hallucination": "existence",
-        "discriminative-attribute-state": "state",
-        "discriminative-attribute-number": "number",
-        "discriminative-attribute-action": "action",
-    }.get(kind, "relation")
+def kind_of(note: dict) -> str:
+    """Return what an annotation's question is about; unknown types are relations, as in the official script."""
+    return KINDS.get(note["type"], "relation")
 
 
 # WordNet's files of things that a picture can show, and words in them that are about pictures
@@ -1229,42 +1055,19 @@ def find_nouns(kind: str, vocabulary: set[str] | None) -> Callable[[str], list[t
     except ImportError:
         stop("--nouns nltk needs NLTK: pip install -r requirements/eval.txt")
     except LookupError:
-        stop("--nouns nltk needs NLTK's data: python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet "
-             "(without them, --nouns vocabulary gives figures that are not official)")  # fmt: skip
+        data = "punkt_tab averaged_perceptron_tagger_eng wordnet"
+        stop(f"--nouns nltk needs NLTK's data: python -m nltk.downloader {data} (or --nouns vocabulary, not official)")
 
 
 def look_up_nouns(vocabulary: set[str]) -> Callable[[str], list[tuple[str, str]]]:
     """Return a function as find_nouns does, which knows the vocabulary's words and their plurals, and no grammar."""
     plurals = {"child": "children", "mouse": "mice", "goose": "geese"}
-    endings = {
-        r"man$": "men",
-        r"(?<=[lra])f$|(?<=i)fe$": "ves",
-        r"([^aeiou])y$": r"\1ies",
-        r"([sxzo]|[cs]h)$": r"\1es",
-        r"$": "s",
-    }
+    endings = {r"man$": "men", r"(?<=[lra])f$|(?<=i)fe$": "ves", r"([^aeiou])y$": r"\1ies", r"([sxzo]|[cs]h)$": r"\1es"}
     for word in vocabulary - plurals.keys():
-        ending = next(ending for ending in endings if re.search(ending, word))
-        plurals[word] = re.sub(ending, endings[ending], word)
+        ending = next((ending for ending in endings if re.search(ending, word)), None)
+        plurals[word] = re.sub(ending, endings[ending], word) if ending else f"{word}s"
     forms = {plurals[word]: word for word in vocabulary} | {word: word for word in vocabulary}
     return lambda text: [(word, forms[word]) for word in re.findall(r"\w+(?:-\w+)*", text) if word in forms]
-
-
-def identify_vectors(spacy_model: str) -> tuple[str, str]:
-    """Return a spaCy model's name with its version, and a digest that tells it from others of that name."""
-    folder = Path(spacy_model)
-    try:
-        if folder.is_dir():
-            meta = (folder / "meta.json").read_bytes()
-            digest = hashlib.sha256(meta)
-            for file in sorted(folder.glob("vocab/*")):
-                digest.update(file.read_bytes())
-            return f"{folder.resolve().name}-{json.loads(meta).get('version')}", digest.hexdigest()
-        name = f"{spacy_model}-{importlib.metadata.version(spacy_model)}"
-        return name, hashlib.sha256(name.encode()).hexdigest()
-    except (OSError, ValueError, importlib.metadata.PackageNotFoundError):
-        stop(f"--spacy_model {spacy_model} is not installed: python -m spacy download {spacy_model} "
-             "(or give a table of word similarities as --similarity_table)")  # fmt: skip
 
 
 def make_similarity_table(spacy_model: str, name: str, vocabulary: list[str]) -> dict:
@@ -1281,46 +1084,39 @@ def make_similarity_table(spacy_model: str, name: str, vocabulary: list[str]) ->
     return {"spacy_model": name, "threshold": SIMILAR, "words": vocabulary, "similar": similar}
 
 
-def load_similarity(table_file: Path | None, spacy_model: str, vocabulary: set[str]) -> tuple[dict[str, set[str]], str]:
-    """Return {word: the words it counts as, itself included} and the name of the spaCy model that says so. A table is made
-    once for each model and vocabulary."""
-    path = table_file
-    if path is None:
-        name, digest = identify_vectors(spacy_model)
-        digest = hashlib.sha256(json.dumps([digest, sorted(vocabulary)]).encode()).hexdigest()[:16]
-        path = (
-            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_amber" / f"{name}-{digest}.json"
-        )
-    if path.exists():
-        table = read_json(path, "--similarity_table", dict)
-    else:
-        table = make_similarity_table(spacy_model, identify_vectors(spacy_model)[0], sorted(vocabulary))
+def load_similarity(path: Path | None, spacy_model: str, vocabulary: set[str]) -> tuple[dict[str, set[str]], str]:
+    """Return {word: the words it counts as, itself included} and the name of the spaCy model that says so. The table is read
+    from `path`, or made there if there is none; without a path, it is kept in the user's cache."""
+    if not (path and path.exists()):
+        folder = Path(spacy_model)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(table))
-            console.print(f"word similarities of {table['spacy_model']} are in {path}")
-        except OSError as error:
-            console.print(f"word similarities of {table['spacy_model']} could not be kept: {error}")
-    try:
-        missing = sorted(vocabulary - set(table["words"]))
-        alike = {word: {word} for word in table["words"]}
-        for first, second, _ in table["similar"]:
-            alike[first].add(second)
-            alike[second].add(first)
-        name = table["spacy_model"]
-    except (TypeError, KeyError, ValueError) as error:
-        stop(
-            f"--similarity_table {path} is no table of this script ({error!r}); name a new file to have one made there."
-        )
-    if missing:
-        stop(f"--similarity_table {path} lacks {missing[0]!r}; name a new file to have one made there.")
-    return alike, name
+            meta = folder / "meta.json"
+            local = meta.exists()
+            version = json.loads(meta.read_bytes())["version"] if local else importlib.metadata.version(spacy_model)
+        except (ValueError, importlib.metadata.PackageNotFoundError):
+            stop(f"--spacy_model {spacy_model} is not installed: python -m spacy download {spacy_model} "
+                 "(or give a table of word similarities as --similarity_table)")  # fmt: skip
+        name = f"{folder.resolve().name}-{version}"
+        key = json.dumps([str(folder.resolve()) if local else name, version, sorted(vocabulary)])
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_amber"
+        path = path or cache / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(make_similarity_table(spacy_model, name, sorted(vocabulary))))
+        console.print(f"word similarities of {name} are in {path}")
+    table = read_json(path)
+    if not (isinstance(table, dict) and vocabulary <= set(table.get("words", []))):
+        stop(f"--similarity_table {path} does not have AMBER's words; name a new file to have a table made there.")
+    alike = {word: {word} for word in table["words"]}
+    for first, second, _ in table["similar"]:
+        alike[first].add(second)
+        alike[second].add(first)
+    return alike, table["spacy_model"]
 
 
-def judge_caption(
-    nouns: list[str], note: dict, relation: dict, safe_words: set[str], alike: dict
-) -> tuple[dict, list[int]]:
-    """Score a caption's nouns by AMBER's rules; return its counts and the numbers of the nouns that are hallucinated.
+def judge_caption(nouns: list[tuple[str, str]], note: dict, relation: dict, safe_words: set[str], alike: dict) -> tuple:
+    """Score a caption's nouns, as find_nouns gives them, by AMBER's rules; return its CAPTION_COUNTS and the nouns that are
+    hallucinated, as written.
 
     A slot is an entry of the annotation's truth (what is there) or hallu (what people would imagine). A word that is
     associated with an entry stands for it. Association words come before the entries themselves, and the first match in
@@ -1336,7 +1132,7 @@ def judge_caption(
 
     truth, hallu = candidates(note["truth"]), candidates(note["hallu"])
     covered, fallen, hallucinated = set(), set(), []
-    for number, noun in enumerate(nouns):
+    for written, noun in nouns:
         if noun in safe_words:
             continue
         slot = first_slot(truth, {noun})
@@ -1344,180 +1140,126 @@ def judge_caption(
             fallen |= {first_slot(hallu, {noun}), first_slot(hallu, alike[noun])}
             slot = first_slot(truth, alike[noun])
         if slot is None:
-            hallucinated.append(number)
+            hallucinated.append(written)
         else:
             covered.add(slot)
-    fallen.discard(None)
     counts = [1, not hallucinated, len(nouns), len(hallucinated)]
-    counts += [len(note["truth"]), len(covered), len(note["hallu"]), len(fallen)]
-    return dict(zip(CAPTION_COUNTS, counts, strict=True)), hallucinated
+    counts += [len(note["truth"]), len(covered), len(note["hallu"]), len(fallen - {None})]
+    return counts, hallucinated
 
 
-def judge_answer(response: str, truth: str) -> dict:
-    """Score a yes/no answer by AMBER's rule: only `Yes` and `No`, to the letter, are answers."""
-    said_no, right_no = response == "No", response == "No" and truth == "no"
-    correct = right_no or (response == "Yes" and truth == "yes")
-    return dict(zip(ANSWER_COUNTS, [1, correct, truth == "no", said_no, right_no], strict=True))
+def judge_answer(response: str, truth: str, pope: bool) -> list[int]:
+    """Return the ANSWER_COUNTS of a yes/no answer.
 
-
-def judge_pope(response: str, truth: str) -> dict:
-    """Score a yes/no answer by the rule of POPE's evaluate.py: if `No`, `not` or `no` is a word of the text before the first
-    full stop, it means no, and otherwise yes."""
-    said_yes = not {"No", "not", "no"} & set(response.split(".")[0].replace(",", "").split(" "))
-    is_yes = truth == "yes"
-    return dict(zip(POPE_COUNTS, [1, said_yes == is_yes, is_yes, said_yes, said_yes and is_yes], strict=True))
-
-
-def compute_figures(
-    sums: dict, shown: Callable = lambda value, digits=1: value, start: float = 0.001
-) -> dict[str, dict]:
-    """Return the figures of AMBER and POPE, in percent, from the sums of COUNTS: numbers, or arrays of one shape.
-
-    In AMBER's script, every denominator starts at 0.001, precision and recall are for the answer No, and F1 is computed
-    from what `shown` makes of them (rounded to one decimal) with a small number in its denominator. POPE's figures are for
-    the answer Yes, and are plain.
+    For AMBER, only `Yes` and `No`, to the letter, are answers. For POPE's evaluate.py, an answer means no if `No`, `not` or
+    `no` is a word of the text before the first full stop, and otherwise yes.
     """
+    if pope:
+        said = "no" if {"No", "not", "no"} & set(response.split(".")[0].replace(",", "").split(" ")) else "yes"
+    else:
+        said = {"Yes": "yes", "No": "no"}.get(response)
+    positive = "yes" if pope else "no"
+    return [1, said == truth, truth == positive, said == positive, said == truth == positive]
+
+
+def count_answers(rows: list[dict], notes: dict, image_of: dict, judge_text: Callable | None) -> list[dict]:
+    """Return the rows with task and image, the COUNTS as given (strict) and with yes/no normalised, and for captions, which
+    `judge_text` scores as judge_caption does, the hallucinated words.
+
+    Normalised means that an answer which begins with yes or no, in any case and after any punctuation, is that answer.
+    """
+    counted = []
+    for row in rows:
+        note, text, wrong = notes[row["id"]], row["response"], []
+        kind = kind_of(note)
+        task = kind if kind in ("generative", "pope") else "discriminative"
+        counts = np.zeros((2, len(COUNTS)), dtype=np.int64)
+        if task == "generative":
+            counts[:, : len(CAPTION_COUNTS)], wrong = judge_text(text, note)
+        else:
+            begins, first = YES_NO.match(text), COUNTS.index(f"{kind} asked")
+            for line, said in zip(counts, (text, begins[1].capitalize() if begins else text), strict=True):
+                line[first : first + len(ANSWER_COUNTS)] = judge_answer(said, note["truth"], task == "pope")
+        image = image_of.get(row["id"])
+        counted.append(
+            {**row, "task": task, "image": image, "strict": counts[0], "normalised": counts[1], "wrong": wrong}
+        )
+    return counted
+
+
+def compute_figures(sums: np.ndarray, official: bool) -> tuple[dict[str, dict], dict]:
+    """Return the figures of AMBER and POPE by section, in percent, and the number of answers of each section, from sums of
+    COUNTS, of shape (COUNTS,) or (COUNTS, draws).
+
+    AMBER's precision and recall are for the answer No, and its F1 has a small number in its denominator. In its script,
+    which `official` follows, every denominator starts at 0.001, and F1 is computed from figures rounded to one decimal.
+    Otherwise nothing is rounded, and 100 % of few answers does not differ from 100 % of many. POPE's figures are for the
+    answer Yes, and are plain.
+    """
+    start = 0.001 if official else 1e-9
+    count = dict(zip(COUNTS, sums.tolist() if official else sums, strict=True))
+
+    def shown(value, digits=1):
+        return round(value, digits) if official else value
 
     def percent(part, whole, times=1):
         return part / (whole + times * start) * 100
 
-    def section(kinds: list[str], times=1, small=0.0001) -> dict:
-        asked, correct, no_true, no_said, no_right = (
-            sum(sums[f"{kind} {count}"] for kind in kinds) for count in ANSWER_COUNTS
-        )
-        precision, recall = shown(percent(no_right, no_said, times)), shown(percent(no_right, no_true, times))
-        f1 = 2 * (precision / 100) * (recall / 100) / ((precision / 100) + (recall / 100) + small) * 100
-        accuracy = shown(percent(correct, asked, times))
-        return {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": shown(f1)}
-
-    generative = {
-        "chair": shown(percent(sums["hallucinated"], sums["named"])),
-        "cover": shown(percent(sums["covered"], sums["present"])),
-        "hal": shown(100 - percent(sums["clean"], sums["captions"])),
-        "cog": shown(percent(sums["fallen"], sums["traps"])),
+    asked = {"generative": count["captions"]}
+    figures = {
+        "generative": {
+            "chair": shown(percent(count["hallucinated"], count["named"])),
+            "cover": shown(percent(count["covered"], count["present"])),
+            "hal": shown(100 - percent(count["clean"], count["captions"])),
+            "cog": shown(percent(count["fallen"], count["traps"])),
+        }
     }
-    discriminative = section(KINDS)
-    asked, correct, yes_true, yes_said, yes_right = (sums[f"pope {count}"] for count in POPE_COUNTS)
-    pope = {
-        "accuracy": correct / np.maximum(asked, 1),
-        "precision": yes_right / np.maximum(yes_said, 1),
-        "recall": yes_right / np.maximum(yes_true, 1),
-        "f1": 2 * yes_right / np.maximum(yes_said + yes_true, 1),  # the harmonic mean of the two
-        "yes": yes_said / np.maximum(asked, 1),
-    }
-    return {
-        "generative": generative,
-        "discriminative": discriminative,
-        "existence": section(["existence"], small=0.001),
-        "attribute": section(["state", "number", "action"], times=3),  # three denominators
-        **{kind: section([kind]) for kind in ("state", "number", "action", "relation")},
-        "pope": {name: shown(100 * value, digits=2) for name, value in pope.items()},
-        "amber": {"score": (100 - generative["chair"] + discriminative["f1"]) / 2},
-    }
+    for section, kinds in SECTION_KINDS.items():
+        n, correct, positive, said, true = (sum(count[f"{kind} {name}"] for kind in kinds) for name in ANSWER_COUNTS)
+        asked[section] = n
+        if section == "pope":
+            plain = {"accuracy": (correct, n), "precision": (true, said), "recall": (true, positive)}
+            plain |= {"f1": (2 * true, said + positive), "yes": (said, n)}
+            found = {name: shown(100 * (part / np.maximum(whole, 1)), 2) for name, (part, whole) in plain.items()}
+        else:
+            times = 3 if section == "attribute" else 1  # three denominators
+            small = 0.001 if section == "existence" else 0.0001
+            precision, recall = shown(percent(true, said, times)), shown(percent(true, positive, times))
+            f1 = 2 * (precision / 100) * (recall / 100) / ((precision / 100) + (recall / 100) + small) * 100
+            accuracy = shown(percent(correct, n, times))
+            found = {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": shown(f1)}
+        figures[section] = found
+    asked["amber"] = np.minimum(asked["generative"], asked["discriminative"])
+    figures["amber"] = {"score": (100 - figures["generative"]["chair"] + figures["discriminative"]["f1"]) / 2}
+    return figures, asked
 
 
-def count_answers(rows: list[dict], notes: dict, judge_text: Callable) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Return COUNTS of each answer, (rows, COUNTS), as given and with yes/no normalised, and the hallucinated words by id.
-
-    `judge_text` scores a caption: (text, annotation) -> (counts, hallucinated words). Normalised means that an answer which
-    begins with yes or no, in any case and after any punctuation, is that answer.
-    """
-    strict, normalised = np.zeros((2, len(rows), len(COUNTS)), dtype=np.int64)
-    hallucinated = {}
-    place = {name: column for column, name in enumerate(COUNTS)}
-    for number, row in enumerate(rows):
-        note, response = notes[row["id"]], row["response"]
-        section = section_of(note["type"])
-        if section == "generative":
-            counts, hallucinated[row["id"]] = judge_text(response, note)
-            for name, value in counts.items():
-                strict[number, place[name]] = normalised[number, place[name]] = value
-            continue
-        begins = YES_NO.match(response)
-        judge = judge_pope if section == "pope" else judge_answer
-        for table, text in ((strict, response), (normalised, begins[1].capitalize() if begins else response)):
-            for name, value in judge(text, note["truth"]).items():
-                table[number, place[f"{section} {name}"]] = value
-    return strict, normalised, hallucinated
-
-
-def summarize(rows: list[dict], strict: np.ndarray, normalised: np.ndarray, notes: dict, sections: list[str]) -> dict:
-    """Return the figures of an answer file: the official ones, the normalised ones, and what they leave out."""
-
-    def figures(counts: np.ndarray) -> dict:
-        return compute_figures(
-            dict(zip(COUNTS, counts.sum(0).tolist(), strict=True)), lambda value, digits=1: round(value, digits)
-        )
-
-    official, plain = figures(strict), figures(normalised)
-    texts = group_by_task(notes, rows, sections)
-    closed = [row["response"] for task, part in texts.items() if task != "generative" for row in part]
-    neither = sum(YES_NO.match(text) is None for text in closed)
-    return {
-        "strict": {section: official[section] for section in sections},
-        "normalised": {section: plain[section] for section in sections if section not in ("generative", "pope")},
-        "amber_score": round(official["amber"]["score"], 2) if "amber" in answered_sections(strict, sections) else None,
-        "neither_yes_nor_no": round(100 * neither / len(closed), 2) if closed else None,
-        "answers": {task: len(part) for task, part in texts.items()},
-        "mean_words": {
-            task: round(float(np.mean([len(row["response"].split()) for row in part])), 1)
-            for task, part in texts.items()
-            if part
-        },
-    }
-
-
-def group_by_task(notes: dict, rows: list[dict], sections: list[str]) -> dict[str, list]:
-    """Return the rows that have an `id` in the notes by task: generative and discriminative, or pope."""
-    groups: dict[str, list] = {
-        task: [] for task in (["pope"] if sections == ["pope"] else ["generative", "discriminative"])
-    }
-    for row in rows:
-        kind = notes[row["id"]]["type"]
-        groups[kind if kind in groups else "discriminative"].append(row)
-    return groups
-
-
-def count_section(section: str, sums: dict):
-    """Return how many answers a section has in `sums` of COUNTS; for amber, the smaller of the two tasks' numbers."""
-    if section == "amber":
-        return np.minimum(count_section("generative", sums), count_section("discriminative", sums))
-    return sum(sums[name] for name in SECTION_COUNTS[section])
-
-
-def answered_sections(counts: np.ndarray, sections: list[str]) -> list[str]:
-    """Return those of `sections` that have an answer in `counts`: AMBER's rules give the others figures too, of nothing."""
-    sums = dict(zip(COUNTS, counts.sum(0), strict=True))
-    whole = ["amber"] if {"generative", "discriminative"} <= set(sections) else []
-    return [section for section in [*sections, *whole] if count_section(section, sums)]
-
-
-def sum_by_image(rows: list[dict], counts: np.ndarray, image_of: dict[int, str]) -> np.ndarray:
-    """Return COUNTS of each picture, (pictures, COUNTS), in the order of their names; an unknown query stands for itself."""
-    images = [str(image_of.get(row["id"], row["id"])) for row in rows]
-    names, places = np.unique(images, return_inverse=True)
-    sums = np.zeros((len(names), counts.shape[1]), dtype=np.int64)
-    np.add.at(sums, places, counts)
+def sum_by_image(rows: list[dict]) -> np.ndarray:
+    """Return the strict COUNTS of each picture, (pictures, COUNTS), in the order of their names; an answer whose picture is
+    not known stands for itself."""
+    names, places = np.unique([row["image"] or str(row["id"]) for row in rows], return_inverse=True)
+    sums = np.zeros((len(names), len(COUNTS)), dtype=np.int64)
+    np.add.at(sums, places, [row["strict"] for row in rows])
     return sums
 
 
 def estimate(first: np.ndarray, second: np.ndarray | None, sections: list[str], draws: int = 4_000) -> dict:
     """Return 95 % bootstrap intervals by picture of every figure of `first`, (pictures, COUNTS), or of its difference to
-    `second`.
+    `second`, for those of the `sections` that have answers, and for the AMBER score if both its tasks have.
 
     For a difference the same pictures are drawn from both, and `p_value` is that of the paired permutation test: under the
-    null hypothesis each picture's two answer sets are exchangeable (Efron and Tibshirani 1993, chapters 13 and 15). Figures
-    are computed without AMBER's 0.001, which makes 100 % of few answers differ from 100 % of many.
+    null hypothesis each picture's two answer sets are exchangeable (Efron and Tibshirani 1993, chapters 13 and 15).
     """
     rng = np.random.default_rng(0)
     n = len(first)
+    if {"generative", "discriminative"} <= set(sections):
+        sections = [*sections, "amber"]
 
     def figures(*sides: np.ndarray) -> dict:
         found = []
-        for sums in (dict(zip(COUNTS, side.T, strict=True)) for side in sides):
-            computed = compute_figures(sums, start=1e-9)
+        for computed, asked in (compute_figures(side.T, official=False) for side in sides):
             # a draw that has no answer of a section says nothing about it
-            found.append({(section, name): np.where(count_section(section, sums) > 0, value, np.nan)
+            found.append({(section, name): np.where(asked[section] > 0, value, np.nan)
                           for section in sections for name, value in computed[section].items()})  # fmt: skip
         return {key: value - (found[1][key] if found[1:] else 0) for key, value in found[0].items()}
 
@@ -1529,104 +1271,71 @@ def estimate(first: np.ndarray, second: np.ndarray | None, sections: list[str], 
         if second is not None:
             moved = rng.integers(0, 2, size=(size, n)).astype(float) @ (second - first)
             swapped.append(figures(first.sum(0) + moved, second.sum(0) - moved))
-    result: dict = {section: {} for section in sections}
-    for (section, figure), value in figures(*(side.sum(0)[None] for side in sides)).items():
+    result: dict = {}
+    for (section, figure), (value,) in figures(*(side.sum(0)[None] for side in sides)).items():
+        if np.isnan(value):
+            continue
         edges = np.nanpercentile(np.concatenate([part[section, figure] for part in drawn]), [2.5, 97.5])
-        low, high, difference = (round(float(x), 2) + 0.0 for x in (*edges, value[0]))  # + 0.0 makes 0.0 of -0.0
+        low, high, difference = (round(float(x), 2) + 0.0 for x in (*edges, value))  # + 0.0 makes 0.0 of -0.0
         entry = {"low": low, "high": high}
         if second is not None:
             null = np.abs(np.concatenate([part[section, figure] for part in swapped]))
-            extreme = int((null >= abs(value[0]) - 1e-6).sum())
+            extreme = int((null >= abs(value) - 1e-6).sum())
             entry = {"difference": difference, **entry, "p_value": round((1 + extreme) / (1 + draws), 4)}
-        result[section][figure] = entry
+        result.setdefault(section, {})[figure] = entry
     return result
 
 
-def prepare_captions(args, notes: dict) -> tuple[Callable, str]:
-    """Return a function that scores a caption, (text, annotation) -> (counts, hallucinated words), and the spaCy model's name."""
-    relation, safe_words = read_words(args, notes)
-    vocabulary = read_vocabulary(args)
-    alike, spacy_model = load_similarity(args.similarity_table, args.spacy_model, vocabulary)
-    find = find_nouns(args.nouns, vocabulary)
-
-    def judge_text(text: str, note: dict) -> tuple[dict, list[str]]:
-        nouns = find(text)
-        counts, wrong = judge_caption([lemma for _, lemma in nouns], note, relation, safe_words, alike)
-        return counts, [nouns[number][0] for number in wrong]
-
-    return judge_text, spacy_model
-
-
-@dataclass
-class Answers:
-    """An answer file with its scores: the label it is shown under, rows, and what count_answers returns."""
-
-    path: Path
-    label: str
-    rows: list[dict]
-    strict: np.ndarray
-    normalised: np.ndarray
-    hallucinated: dict[int, list[str]]
-
-    def ids(self) -> set[int]:
-        return {row["id"] for row in self.rows}
-
-    def keep(self, ids: set[int]) -> "Answers":
-        """Return the answers to the queries `ids`."""
-        kept = [place for place, row in enumerate(self.rows) if row["id"] in ids]
-        rows = [self.rows[place] for place in kept]
-        return Answers(self.path, self.label, rows, self.strict[kept], self.normalised[kept], self.hallucinated)
-
-    def score(self, notes: dict, sections: list[str], image_of: dict) -> dict:
-        """Return what scores.json says of the answers."""
-        summary = summarize(self.rows, self.strict, self.normalised, notes, sections)
-        by_image = sum_by_image(self.rows, self.strict, image_of)
-        intervals = estimate(by_image, None, answered_sections(self.strict, sections))
-        return {"file": self.path.name, **summary, "intervals": intervals}
-
-
-def compare(base: Answers, this: Answers, notes: dict, sections: list[str], image_of: dict) -> dict:
-    """Return the scores of two answer files on the queries that both answer, and their differences."""
-    common = base.ids() & this.ids()
-    if not common:
-        stop(f"{base.path} answers none of the queries that {this.path} answers.")
-    left_out = len((base.ids() | this.ids()) - common)
-    base, this = base.keep(common), this.keep(common)
-    sums = [sum_by_image(side.rows, side.strict, image_of) for side in (this, base)]
+def summarize(file: str, rows: list[dict], sections: list[str]) -> dict:
+    """Return what scores.json says of a file's answers, as count_answers returns them."""
+    official, plain = (
+        compute_figures(np.sum([row[counts] for row in rows], 0), official=True)[0]
+        for counts in ("strict", "normalised")
+    )
+    intervals = estimate(sum_by_image(rows), None, sections)
+    texts: dict = {task: [] for task in (["pope"] if sections == ["pope"] else ["generative", "discriminative"])}
+    for row in rows:
+        texts[row["task"]].append(row["response"])
+    closed = [text for task, part in texts.items() if task != "generative" for text in part]
+    neither = sum(YES_NO.match(text) is None for text in closed)
+    lengths = {task: [len(text.split()) for text in part] for task, part in texts.items() if part}
     return {
-        "left_out": left_out,
-        "labels": [base.label, this.label],
-        "base": base.score(notes, sections, image_of),
-        "this": this.score(notes, sections, image_of),
-        "difference": estimate(*sums, answered_sections(this.strict, sections)),
+        "file": file,
+        "strict": {section: official[section] for section in sections},
+        "normalised": {section: plain[section] for section in sections if section not in ("generative", "pope")},
+        "amber_score": round(official["amber"]["score"], 2) if "amber" in intervals else None,
+        "neither_yes_nor_no": round(100 * neither / len(closed), 2) if closed else None,
+        "answers": {task: len(part) for task, part in texts.items()},
+        "mean_words": {task: round(float(np.mean(part)), 1) for task, part in lengths.items()},
+        "intervals": intervals,
     }
 
 
-def pick_captions(sides: list[Answers], image_of: dict) -> list[dict]:
-    """Return the captions that all `sides` have, as {image, captions: [(label, text, hallucinated words), …]}."""
-    common = set.intersection(*(side.ids() & side.hallucinated.keys() for side in sides))
-    texts = [{row["id"]: row["response"] for row in side.rows} for side in sides]
-    return [
-        {
-            "image": image_of.get(number),
-            "captions": [
-                (side.label, text[number], side.hallucinated[number]) for side, text in zip(sides, texts, strict=True)
-            ],
-        }
-        for number in texts[0]
-        if number in common
-    ]
+def compare(sides: list[tuple[str, Path, list[dict]]], sections: list[str]) -> dict:
+    """Return the scores of two answer files, each (label, path, rows), on the queries that both answer, and their
+    differences."""
+    (first, base_file, base), (second, this_file, this) = sides
+    ids = [{row["id"] for row in rows} for rows in (base, this)]
+    if not ids[0] & ids[1]:
+        stop(f"{base_file} answers none of the queries that {this_file} answers.")
+    base, this = ([row for row in rows if row["id"] in ids[0] & ids[1]] for rows in (base, this))
+    return {
+        "left_out": len(ids[0] ^ ids[1]),
+        "labels": [first, second],
+        "base": summarize(base_file.name, base, sections),
+        "this": summarize(this_file.name, this, sections),
+        "difference": estimate(sum_by_image(this), sum_by_image(base), sections),
+    }
 
 
-def name_files(output_file: Path, baseline_file: Path | None, compare_base: bool) -> dict[str, Path]:
-    """Return the answer files to score, this run's last, as {the label to show: path}."""
-    if compare_base:
-        return {"base": name_base_file(output_file), "adapter": output_file}
-    files = [path for path in (baseline_file, output_file) if path]
-    labels = [path.stem for path in files]
-    if len(set(labels)) < len(labels):
-        labels = [f"{path.absolute().parent.name}/{path.stem}" for path in files]
-    return dict(zip(labels, files, strict=True))
+def prepare_captions(args) -> tuple[Callable, str]:
+    """Return a function that scores a caption, (text, annotation), as judge_caption does, and the spaCy model's name."""
+    relation = read_json(find_file(args, "relation_file", "relation.json"))
+    safe_words = find_file(args, "safe_words_file", "safe_words.txt").read_text(encoding="utf-8").split("\n")
+    vocabulary = read_vocabulary(args)
+    alike, spacy_model = load_similarity(args.similarity_table, args.spacy_model, vocabulary)
+    find = find_nouns(args.nouns, vocabulary)
+    return lambda text, note: judge_caption(find(text), note, relation, set(safe_words), alike), spacy_model
 
 
 # ---------------------------------------------------------------------------- report
@@ -1635,49 +1344,38 @@ TITLES = {"chair": "CHAIR ↓", "cover": "Cover ↑", "hal": "Hal ↓", "cog": "
           "precision": "precision ↑", "recall": "recall ↑", "f1": "F1 ↑", "yes": "answered Yes", "score": "AMBER score ↑"}  # fmt: skip
 
 
-def describe_rules(scores: dict) -> str:
-    """Return the heading of the table: which rules the figures follow."""
-    if "pope" in scores["strict"]:
-        return f"POPE, {scores['query_file']}: official scoring"
-    if scores["nouns"] != "nltk":
-        return "AMBER: nouns looked up without a tagger, so not the official scores"
-    if not scores["spacy_model"].startswith("en_core_web_lg"):
-        return "AMBER: official rules with another spaCy model than en_core_web_lg"
-    return "AMBER: official scoring"
-
-
 def print_scores(scores: dict) -> None:
     """Print the figures: one file's with their intervals, or base beside adapter with the difference and its interval."""
+    title = "AMBER: official scoring"
+    if "pope" in scores["strict"]:
+        title = f"POPE, {scores['query_file']}: official scoring"
+    elif scores["nouns"] != "nltk":
+        title = "AMBER: nouns looked up without a tagger, so not the official scores"
+    elif not scores["spacy_model"].startswith("en_core_web_lg"):
+        title = "AMBER: official rules with another spaCy model than en_core_web_lg"
     comparison = scores.get("comparison")
-    this, base = (comparison["this"], comparison["base"]) if comparison else (scores, None)
-    estimates = comparison["difference"] if comparison else this["intervals"]
-    columns = (
-        [*map(escape, comparison["labels"]), "difference (95 %)", "p"] if comparison else ["score", "95 % interval"]
-    )
-    columns += ["normalised"] if this["normalised"] else []
-    table = Table("%", *columns, title=escape(describe_rules(scores)), box=box.SIMPLE_HEAD, pad_edge=False)
-
-    def add_figure(section: str, figure: str, value: float, before: float | None, digits: int) -> None:
-        known = estimates[section][figure]
-        interval = f"{known['low']:z.1f} to {known['high']:z.1f}"
-        cells = [f"{value:z.{digits}f}", interval]
-        if comparison:
-            p_value = "<.001" if known["p_value"] < 0.001 else f"{known['p_value']:.3f}".removeprefix("0")
-            cells = [f"{before:z.{digits}f}", cells[0], f"{value - before:+z.{digits}f} ({interval})", p_value]
-        plain = this["normalised"].get(section, {}).get(figure)
-        cells += [] if plain is None else [f"{plain:.1f}"]
-        table.add_row(TITLES[figure] if figure == "score" else f"  {TITLES[figure]}", *cells)
-
-    for section, figures in this["strict"].items():
-        if section in estimates:
+    sides = [comparison["base"], comparison["this"]] if comparison else [scores]
+    columns = [*comparison["labels"], "difference (95 %)", "p"] if comparison else ["score", "95 % interval"]
+    columns += ["normalised"] * bool(sides[-1]["normalised"])
+    table = Table("%", *map(escape, columns), title=escape(title), box=box.SIMPLE_HEAD, pad_edge=False)
+    for section, figures in (comparison["difference"] if comparison else scores["intervals"]).items():
+        if section != "amber":
             table.add_row(f"[bold]{section}")
-            for figure, value in figures.items():
-                before = base["strict"][section][figure] if comparison else None
-                add_figure(section, figure, value, before, 2 if section == "pope" else 1)
-    if "amber" in estimates:
-        add_figure("amber", "score", this["amber_score"], base["amber_score"] if comparison else None, 2)
+        digits = 2 if section in ("pope", "amber") else 1
+        for figure, known in figures.items():
+            values = [s["amber_score"] if section == "amber" else s["strict"][section][figure] for s in sides]
+            cells = [f"{value:z.{digits}f}" for value in values]
+            interval = f"{known['low']:z.1f} to {known['high']:z.1f}"
+            if comparison:
+                p_value = "<.001" if known["p_value"] < 0.001 else f"{known['p_value']:.3f}".removeprefix("0")
+                cells += [f"{values[1] - values[0]:+z.{digits}f} ({interval})", p_value]
+            else:
+                cells.append(interval)
+            if section in sides[-1]["normalised"]:
+                cells.append(f"{sides[-1]['normalised'][section][figure]:.1f}")
+            table.add_row(TITLES[figure] if section == "amber" else f"  {TITLES[figure]}", *cells)
     console.print(table)
-    for line in describe_answers(scores, this):
+    for line in describe_answers(scores, sides[-1]):
         console.print(line)
 
 
@@ -1727,10 +1425,8 @@ def draw_scores(scores: dict, path: Path) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     if comparison:
         figure.legend(loc="outside upper center", ncols=2, fontsize=9, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png")
+    figure.savefig(path, dpi=110)
     plt.close(figure)
-    write_whole(path, buffer.getvalue())
 
 
 GALLERY = jinja2.Template(
@@ -1750,43 +1446,29 @@ repetitions are not judged.</p>
 )
 
 
-def write_gallery(shown: list[dict], image_dir: Path, path: Path, limit: int = 24) -> None:
-    """Show the captions whose hallucinations changed most (with one file: that have most), words marked."""
-
-    def change(entry: dict) -> int:
-        numbers = [len(wrong) for _, _, wrong in entry["captions"]]
-        return abs(numbers[0] - numbers[-1]) if len(numbers) > 1 else numbers[0]
-
+def write_gallery(
+    sides: list[tuple[str, Path, list[dict]]], image_dir: Path | None, path: Path, limit: int = 24
+) -> None:
+    """Show the captions whose hallucinations changed most (with one file: that have most), words marked. `sides` are as
+    compare takes them; captions that one of them lacks are not shown."""
+    captions = [{row["id"]: row for row in rows if row["task"] == "generative"} for _, _, rows in sides]
+    shown = [[side[number] for side in captions] for number in captions[0] if number in captions[-1]]
+    if not shown:
+        return
+    both = len(sides) > 1
+    shown.sort(key=lambda rows: abs(len(rows[0]["wrong"]) - both * len(rows[-1]["wrong"])), reverse=True)
     pictures = []
-    for entry in sorted(shown, key=change, reverse=True)[:limit]:
-        address = ""
+    for rows in shown[:limit]:
+        image, address, texts = rows[0]["image"], "", []
         with suppress(OSError, TypeError, ValueError):  # without its picture, a caption is shown all the same
-            address = embed_picture(load_image(find_picture(image_dir, entry["image"])))
-        captions = []
-        for side, text, wrong in entry["captions"]:
-            words = "|".join(map(re.escape, sorted(set(wrong))))
-            captions.append((side, re.split(rf"\b({words})\b", text) if words else [text], len(wrong)))
-        pictures.append({"image": entry["image"], "address": address, "captions": captions})
-    both = any(len(entry["captions"]) > 1 for entry in shown)
+            address = embed_picture(load_image(find_picture(image_dir, image)))
+        for (label, *_), row in zip(sides, rows, strict=True):
+            words = "|".join(map(re.escape, sorted(set(row["wrong"]))))
+            pieces = re.split(rf"\b({words})\b", row["response"]) if words else [row["response"]]
+            texts.append((label, pieces, len(row["wrong"])))
+        pictures.append({"image": image, "address": address, "captions": texts})
     heading = f"The {len(pictures)} captions that {'changed most' if both else 'hallucinate most'}, of {len(shown)}"
     write_whole(path, GALLERY.render(pictures=pictures, heading=heading))
-
-
-def report(args, scores: dict, captions: list[dict]) -> None:
-    """Write scores.json, and the chart and gallery if there is something to show; print the figures."""
-    folder = args.output_file.absolute().parent
-    for name in ("scores.png", "gallery.html"):
-        (folder / name).unlink(missing_ok=True)
-    write_whole(folder / "scores.json", json.dumps(scores, indent=1))
-    print_scores(scores)
-    if scores["intervals"]:
-        draw_scores(scores, folder / "scores.png")
-    if captions:
-        write_gallery(captions, args.image_dir, folder / "gallery.html")
-    written = [name for name in ("scores.json", "scores.png", "gallery.html") if (folder / name).exists()]
-    console.print(
-        f"{' and '.join([', '.join(written[:-1]), written[-1]][not written[:-1] :])} are in {escape(str(folder))}"
-    )
 
 
 def list_failures(path: Path, failures: list[dict]) -> None:
@@ -1795,35 +1477,53 @@ def list_failures(path: Path, failures: list[dict]) -> None:
     if failures:
         write_whole(path, json.dumps(failures, indent=1))
         first = f"{failures[0]['image']} {failures[0]['reason']}"
-        console.print(
-            f"{len(failures):,} queries could not be answered and are listed in {path}; the first: {first}",
-            markup=False,
-        )
+        text = f"{len(failures):,} queries could not be answered and are listed in {path}; the first: {first}"
+        console.print(text, markup=False)
 
 
 def evaluate(
     args, queries: list[dict], notes: dict, sections: list[str], prepared: tuple, failures: list[dict]
 ) -> None:
-    """Score the answers, beside the base's or an earlier run's if asked, and report. `prepared` is of prepare_captions."""
+    """Score the answers, beside the base's or an earlier run's if asked; write scores.json, and the chart and the gallery if
+    there is something to show; print the figures. `prepared` is of prepare_captions."""
     judge_text, spacy_model = prepared
     image_of = {query["id"]: query["image"] for query in queries}
-    sides = []
-    for label, path in name_files(args.output_file, args.baseline_file, args.compare_base).items():
-        rows = read_answers(path, notes)
-        sides.append(Answers(path, label, rows, *count_answers(rows, notes, judge_text)))
-    known = all(side.ids() <= image_of.keys() for side in sides)
-    scores = {
-        **sides[-1].score(notes, sections, image_of),
+    files = [path for path in (args.baseline_file, args.output_file) if path]
+    labels = [path.stem for path in files]
+    if args.compare_base:
+        files, labels = [name_base_file(args.output_file), args.output_file], ["base", "adapter"]
+    elif len(set(labels)) < len(labels):
+        labels = [f"{path.absolute().parent.name}/{path.stem}" for path in files]
+    rows = [count_answers(read_answers(path, notes), notes, image_of, judge_text) for path in files]
+    sides = list(zip(labels, files, rows, strict=True))
+    known = all(row["image"] for part in rows for row in part)
+    kinds = Counter(kind_of(note) for note in notes.values())
+    scores = summarize(args.output_file.name, rows[-1], sections)
+    tasks = {
+        "generative": kinds["generative"],
+        "discriminative": kinds.total() - kinds["generative"],
+        "pope": kinds["pope"],
+    }
+    scores |= {
         "query_file": args.query_file and args.query_file.name,
-        "asked": {task: len(part) for task, part in group_by_task(notes, list(notes.values()), sections).items()},
+        "asked": {task: tasks[task] for task in scores["answers"]},
         "spacy_model": spacy_model,
         "nouns": args.nouns,
         "resampled_by": "picture" if known else "question, as --query_file does not name the pictures",
         "failures": failures,
     }
     if len(sides) > 1:
-        scores["comparison"] = compare(*sides, notes, sections, image_of)
-    report(args, scores, pick_captions(sides, image_of))
+        scores["comparison"] = compare(sides, sections)
+    folder = args.output_file.absolute().parent
+    for name in ("scores.png", "gallery.html"):
+        (folder / name).unlink(missing_ok=True)
+    write_whole(folder / "scores.json", json.dumps(scores, indent=1))
+    print_scores(scores)
+    if scores["intervals"]:
+        draw_scores(scores, folder / "scores.png")
+    write_gallery(sides, args.image_dir, folder / "gallery.html")
+    written = [name for name in ("scores.json", "scores.png", "gallery.html") if (folder / name).exists()]
+    console.print(f"{escape(str(folder))} has {', '.join(written)}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1833,15 +1533,14 @@ def main(argv: list[str] | None = None) -> None:
     if notes is None and not (args.skip_evaluation and args.evaluation_type == "a"):
         notes = read_annotations(args)
     prepared = (None, None)
-    if MAIN_PROCESS and not args.skip_evaluation:  # what is missing shows before anything is answered
-        if sections != ["pope"]:
-            prepared = prepare_captions(args, notes)
-        if args.baseline_file:
-            read_answers(args.baseline_file, notes)
+    evaluating = MAIN_PROCESS and not args.skip_evaluation
+    if evaluating and sections != ["pope"]:  # what is missing shows before anything is answered
+        prepared = prepare_captions(args)
+    if evaluating and args.baseline_file:
+        read_answers(args.baseline_file, notes)
     failures_file = args.output_file.with_name(f"{args.output_file.stem}_failures.json")
-    answered = True
     if args.skip_inference:
-        failures = read_json(failures_file, "the failures file") if failures_file.exists() else []
+        failures, answered = read_json(failures_file) if failures_file.exists() else [], True
     else:
         selected = select_queries(queries, notes, sections, args.limit)
         failures = answer_benchmark(args, queries, selected)
@@ -1849,7 +1548,7 @@ def main(argv: list[str] | None = None) -> None:
     if not MAIN_PROCESS:
         return
     list_failures(failures_file, failures)
-    if answered and not args.skip_evaluation:
+    if evaluating and answered:
         evaluate(args, queries, notes, sections, prepared, failures)
     if failures:
         raise SystemExit(3)

@@ -1,17 +1,18 @@
-"""Merge a LoRA adapter into LLaVA-1.6, quantize it for vLLM, and measure what that cost in quality.
+"""Merge a LoRA adapter into LLaVA-1.6, quantize the result for vLLM, and measure what that changed in its answers.
 
 Reads   a LLaVA-NeXT checkpoint (--model_path), an adapter (--lora_path), and pictures with questions (--dataset).
-Writes  to --output_dir: a checkpoint that vLLM and transformers load, and quantization_report.json. Exit code 4 if it
-        answers too differently from what it was made of (--max_kl).
+Writes  to --output_dir: a checkpoint that vLLM and transformers load, and quantization_report.json. The exit code is 4
+        if it answers too differently from the original (--max_kl).
 Needs   pip install -r requirements/train.txt -r requirements/quantize.txt
 
     python llava_quantize_vllm.py --model_path liuhaotian/llava-v1.6-mistral-7b --lora_path checkpoints/llava-orpo-prod
-    python llava_quantize_vllm.py --lora_path checkpoints/llava-orpo-prod --scheme BF16      # merge only
-    python llava_quantize_vllm.py --test_mode             # the embedded miniature, no GPU, no downloads
+    python llava_quantize_vllm.py --lora_path checkpoints/llava-orpo-prod --scheme BF16    # merge only
+    python llava_quantize_vllm.py --test_mode    # the embedded miniature, without a GPU and without downloads
 """
 
 import argparse
 import importlib.util
+import math
 import sys
 from pathlib import Path
 
@@ -19,57 +20,55 @@ from pathlib import Path
 MINIATURE = Path(__file__).resolve().parent / "miniature"
 
 SCHEMES = {"FP8_DYNAMIC": "FP8-Dynamic", "FP8_BLOCK": "FP8-Block", "W8A8": "W8A8", "W4A16": "W4A16", "BF16": "BF16"}
-CALIBRATED = ("W8A8", "W4A16")  # rounded with regard to activations, which takes data and the whole model in memory
+CALIBRATED = ("W8A8", "W4A16")  # rounded by GPTQ, which needs data and the whole model in memory
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [--flag value ...] (--help lists the flags)",
+    )
 
     def add(group, flag, help, **options):
         shown = options.get("default")
         group.add_argument(flag, help=help + (f" (default: {shown})" if shown is not None else ""), **options)
 
+    def number(kind: type, allowed, wanted: str):
+        def convert(text: str):
+            if not allowed(kind(text)):
+                raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+            return kind(text)
+
+        convert.__name__ = kind.__name__
+        return convert
+
+    count, natural = number(int, lambda n: n > 0, "above 0"), number(int, lambda n: n >= 0, "at least 0")
+    positive = number(float, lambda x: 0 < x < math.inf, "above 0")
     model = parser.add_argument_group("model")
     add(model, "--model_path", "base model: hub id or folder", default="llava-hf/llava-v1.6-mistral-7b-hf")
-    add(model, "--lora_path", "adapter folder; without one, the base alone is quantized")
-    add(model, "--merge_lora", "merge the adapter into the weights it was trained on (after QLoRA: rounded to NF4), "
-        "NF4-rounded ones, or the base's own", choices=["trained", "nf4", "base"], default="trained")  # fmt: skip
-    add(model, "--device", "auto (cuda, then mps, then cpu), all (layers spread over the GPUs), or cuda:1, cpu …",
-        default="auto")  # fmt: skip
-    add(model, "--test_mode", "use the embedded miniature, its adapter and its pairs where these are not given",
-        action="store_true")  # fmt: skip
+    add(model, "--lora_path", "adapter: hub id or folder; without one, the base alone is quantized")
+    kinds = {"choices": ["trained", "nf4", "base"], "default": "trained"}
+    add(model, "--merge_lora", "merge into weights as in training (NF4 after QLoRA), NF4, or the base's", **kinds)
+    add(model, "--device", "auto (cuda, then mps, then cpu), all (spread over the GPUs), cuda:1, cpu", default="auto")
+    add(model, "--test_mode", "use the embedded miniature and its adapter, if not given", action="store_true")
 
     to = parser.add_argument_group("quantization")
     add(to, "--output_dir", "new folder for the checkpoint (default: quantized_models/<model>-<scheme>)", type=Path)
-    add(to, "--scheme", "FP8_DYNAMIC: 8-bit floats, a scale a row and a token; FP8_BLOCK: a scale a block of 128x128; "
-        "W8A8: 8-bit integers; W4A16: 4-bit weights; both by GPTQ, on --dataset; BF16: merge only",
-        choices=list(SCHEMES), default="FP8_DYNAMIC")  # fmt: skip
-    add(to, "--ignore", "layers left as they are, by a part of their names or by re:…; embeddings and head always are", nargs="*",
-        default=["lm_head", "vision_tower", "multi_modal_projector"])  # fmt: skip
-    add(to, "--calibration_samples", "pictures with questions that GPTQ sees", type=int, default=256)
+    schemes = {"choices": list(SCHEMES), "default": "FP8_DYNAMIC"}
+    about = "8-bit floats with a scale per row or per block of 128 x 128, 8-bit integers, 4-bit weights, or merge only"
+    add(to, "--scheme", about, **schemes)
+    ignored = {"nargs": "*", "default": ["lm_head", "vision_tower", "multi_modal_projector"]}
+    add(to, "--ignore", "layers left as they are: parts of names, or re:... for a regular expression", **ignored)
+    add(to, "--calibration_samples", "pictures that W8A8 and W4A16 are fitted to", type=count, default=256)
 
     gate = parser.add_argument_group("quality gate")
-    add(
-        gate,
-        "--dataset",
-        "pictures and questions: hub id, folder, .parquet or .jsonl",
-        default="openbmb/RLAIF-V-Dataset",
-    )
-    add(
-        gate,
-        "--gate_samples",
-        "pictures with questions asked before and after; 0 leaves the gate out",
-        type=int,
-        default=64,
-    )
-    add(gate, "--max_new_tokens", "tokens an answer may have in the gate", type=int, default=128)
-    add(gate, "--max_kl", "mean KL divergence a token, in nats, above which the gate fails", type=float, default=0.02)
+    rows = "pictures and questions: hub id, folder, .parquet or .jsonl"
+    add(gate, "--dataset", rows, default="openbmb/RLAIF-V-Dataset")
+    add(gate, "--gate_samples", "how many are asked before and after; 0 skips the gate", type=natural, default=64)
+    add(gate, "--max_new_tokens", "longest answer in the gate, in tokens", type=count, default=128)
+    add(gate, "--max_kl", "mean KL divergence per token, in nats, that fails the gate", type=positive, default=0.02)
     args = parser.parse_args(argv)
-    for name in ("calibration_samples", "max_new_tokens", "max_kl"):
-        if getattr(args, name) <= 0:
-            parser.error(f"--{name} is {getattr(args, name)}; it must be above 0")
-    if args.gate_samples < 0:
-        parser.error(f"--gate_samples is {args.gate_samples}; it must be at least 0")
     name = Path(args.model_path).name
     if args.test_mode:
         if args.model_path == parser.get_default("model_path"):
@@ -77,20 +76,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             args.lora_path = args.lora_path or str(MINIATURE / "adapter")
         if args.dataset == parser.get_default("dataset"):
             args.dataset = str(MINIATURE / "preferences")
-    args.output_dir = args.output_dir or Path("quantized_models") / f"{name}-{SCHEMES[args.scheme]}"
+    args.output_dir = (args.output_dir or Path("quantized_models") / f"{name}-{SCHEMES[args.scheme]}").resolve()
     return args
 
 
 if __name__ == "__main__":
     parse_args()  # answers --help and refuses wrong flags before the heavy imports
     if importlib.util.find_spec("llmcompressor") is None:
-        sys.exit(
-            "error: llmcompressor is not installed; pip install -r requirements/train.txt -r requirements/quantize.txt"
-        )
+        sys.exit("error: llmcompressor is not installed; run pip install -r requirements/quantize.txt")
 
 import hashlib
 import importlib.metadata
-import inspect
 import io
 import json
 import logging
@@ -101,37 +97,35 @@ import shutil
 import signal
 import tempfile
 import time
-from contextlib import nullcontext, suppress
-from dataclasses import replace
-from functools import wraps
+from contextlib import suppress
 from typing import NoReturn
 
-for name, value in {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
-    os.environ.setdefault(name, value)
-
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")  # its progress bars say enough
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a kernel that nothing here needs
 
 import datasets
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from loguru import logger
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from PIL import Image, ImageOps
 from rich.console import Console
-from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import AutoConfig, LlavaNextForConditionalGeneration
-
-# ---------------------------------------------------------------------------- blocks copied from earlier scripts
+from transformers import AutoConfig, CLIPVisionModel, LlavaNextForConditionalGeneration
 
 # Copied from llava_orpo_training.MAIN_PROCESS
 MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # of several processes, the one that prints and writes
-
-
 # Copied from llava_orpo_training.console
 console = Console(stderr=True, quiet=not MAIN_PROCESS)
+
+
+# ---------------------------------------------------------------------------- blocks copied from earlier scripts
 
 
 # Copied from llava_orpo_training.stop
@@ -187,33 +181,6 @@ ORIGINAL_KEYS = {
     r"^model\.mm_projector\.2\.": "model.multi_modal_projector.linear_2.",
     r"^model\.(embed_tokens|layers|norm)\.": r"model.language_model.\1.",
 }
-
-
-# Copied from llava_orpo_training.check_weights
-def check_weights(folder: Path) -> None:
-    """Refuse a checkpoint folder whose weights are pickled, incomplete or broken off; the sentence names the file."""
-    index = folder / "model.safetensors.index.json"
-    try:
-        shards = (
-            sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            if index.exists()
-            else ["model.safetensors"]
-        )
-    except (ValueError, KeyError, TypeError, AttributeError):
-        stop(f"--model_path {folder}: {index.name} is no index of weight files; download it again.")
-    for name in shards:
-        file = folder / name
-        if not file.exists() and not index.exists() and list(folder.glob("*.bin")):
-            stop(f"--model_path {folder} holds pickled weights (.bin), which can run code when they are opened; convert them: "
-                 "python -c \"import glob, torch, safetensors.torch as s; s.save_file({k: v.clone() for f in "
-                 "glob.glob('pytorch_model*.bin') for k, v in torch.load(f, weights_only=True).items()}, 'model.safetensors', "
-                 "{'format': 'pt'})\" in that folder")  # fmt: skip
-        try:
-            with safe_open(file, "pt") as opened:
-                opened.keys()
-        except (OSError, SafetensorError) as error:
-            stop(f"--model_path {folder}: {name} {'is not there' if not file.exists() else f'is broken ({error})'}; "
-                 "download it again.")  # fmt: skip
 
 
 # Copied from llava_orpo_training.read_original
@@ -276,84 +243,6 @@ def read_checkpoint(model_path: str) -> tuple:
     return None, processor, None
 
 
-# Copied from llava_orpo_training.load_llava
-def load_llava(model_path: str, lora_path: str | None = None, device="auto", load_4bit=False, load_8bit=False):
-    """Load a LLaVA-1.6 checkpoint, in the hub's layout or LLaVA's own, and an adapter; return (model, processor).
-
-    The device "auto" is the first of cuda, mps and cpu that is there, and "all" spreads the layers over all GPUs. Weights
-    are float32 on the CPU and bfloat16 on a GPU, or float16 if the GPU lacks it. `load_4bit` keeps the language model in NF4
-    with double quantization, `load_8bit` in LLM.int8. Only safetensors files are read, and no code of a checkpoint is run.
-    """
-    from transformers import BitsAndBytesConfig, LlavaNextForConditionalGeneration
-
-    adapter = read_adapter(lora_path) if lora_path else None  # before the base, whose reading takes minutes
-    config, processor, tower = read_checkpoint(model_path)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    dtype = torch.float32
-    if device != "cpu":
-        has_bf16 = device == "mps" or torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = torch.bfloat16 if has_bf16 else torch.float16
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=load_4bit,
-        load_in_8bit=load_8bit,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head", ".*vision_tower.*", ".*multi_modal_projector.*"],
-    )
-    try:
-        model, report = LlavaNextForConditionalGeneration.from_pretrained(
-            model_path,
-            config=config,
-            key_mapping=ORIGINAL_KEYS if tower else None,
-            dtype=dtype,
-            quantization_config=quantization if load_4bit or load_8bit else None,
-            device_map="auto" if device == "all" else {"": device},
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        if tower:
-            complete_original(model, tower, report["missing_keys"])
-    except Exception as error:
-        stop(f"--model_path {model_path} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}).")
-    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    if missing or unexpected:
-        found = f"missing: {', '.join(missing[:3]) or 'none'}; unexpected: {', '.join(unexpected[:3]) or 'none'}"
-        stop(f"--model_path {model_path}: the weights do not fit config.json ({found}).")
-    if hasattr(model, "ct_decompress_hook"):  # compressed-tensors would wait for a forward of the whole model
-        model.hf_quantizer.compressor.decompress_model(model)
-    if load_4bit and device == "cpu":
-        # bitsandbytes would repack the weights at a forward in eval mode, and then silently compute no gradients
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
-    if adapter:
-        model = load_adapter(model, processor, *adapter)
-    return allow_cache_position(model.eval()), processor
-
-
-# Copied from llava_orpo_training.load_tower
-def load_tower(model, tower: str) -> None:
-    """Take the vision weights from the CLIP checkpoint that the config names, where the checkpoint itself has none."""
-    from transformers import CLIPVisionModel
-
-    weights = CLIPVisionModel.from_pretrained(tower, dtype=model.dtype, use_safetensors=True).state_dict()
-    model.model.vision_tower.load_state_dict(
-        {key.removeprefix("vision_model."): weight for key, weight in weights.items()}
-    )
-
-
-# Copied from llava_orpo_training.allow_cache_position
-def allow_cache_position(model):
-    """Let callers pass `cache_position`, as transformers 4.38 to 4.57 do, to a model whose forward does not know it."""
-    forward = model.forward
-    parameters = inspect.signature(forward).parameters.values()
-    if not any(p.name == "cache_position" or p.kind is p.VAR_KEYWORD for p in parameters):
-        model.forward = wraps(forward)(lambda *args, cache_position=None, **kwargs: forward(*args, **kwargs))
-    return model
-
-
 # Copied from llava_orpo_training.ADAPTER_KEYS
 ADAPTER_KEYS = {
     r"^(base_model\.model\.)+": "",
@@ -363,6 +252,14 @@ ADAPTER_KEYS = {
     r"^(vision_tower|multi_modal_projector|language_model)\.": r"model.\1.",
     r"^model\.vision_tower\.vision_model\.": "model.vision_tower.",
 }
+
+
+# Copied from llava_orpo_training.rename_key
+def rename_key(key: str) -> str:
+    """Return today's name for a layer or weight of an adapter."""
+    for pattern, replacement in ADAPTER_KEYS.items():
+        key = re.sub(pattern, replacement, key)
+    return key
 
 
 # Copied from llava_orpo_training.read_adapter
@@ -389,178 +286,18 @@ def read_adapter(lora_path: str) -> tuple[Path, "LoraConfig"]:
     return folder, config
 
 
-# Copied from llava_orpo_training.load_adapter
-def load_adapter(model, processor, folder: Path, config, trainable: bool = False):
-    """Put a LoRA adapter on the model and return the PeftModel.
+# ---------------------------------------------------------------------------- the checkpoint to start from
 
-    Stops unless every weight is finite and has its layer, every layer that the configuration names has its weights, and the
-    adapter moves the logits of a prompt with a picture.
-    """
-    from peft import get_peft_model, set_peft_model_state_dict
-
-    try:
-        saved = load_file(folder / "adapter_model.safetensors")
-        weights = {f"base_model.model.{rename_key(key)}": weight for key, weight in saved.items()}
-        if not config.exclude_modules and not any("vision_tower" in key for key in weights):
-            config.exclude_modules = r".*vision_tower.*"  # its layers have the same names
-        config.inference_mode, config.base_model_name_or_path = not trainable, None
-        adapted = get_peft_model(model, config)
-        report = set_peft_model_state_dict(adapted, weights)
-    except Exception as error:  # weights of another base or rank, a broken file
-        stop(f"--lora_path {folder} does not fit this base: {' '.join(str(error).split())[:300]}")
-    faults = [f"the model has no layer for {key}" for key in report.unexpected_keys]
-    faults += [f"it lacks {key}" for key in report.missing_keys if "lora_" in key or "modules_to_save" in key]
-    faults += [f"{key} is not finite" for key, weight in weights.items() if not weight.isfinite().all()]
-    if not faults and torch.equal(probe_logits(adapted, processor), probe_logits(adapted, processor, adapter=False)):
-        faults = ["the logits of a prompt are the same with it and without it"]
-    if faults:
-        stop(f"--lora_path {folder} cannot be used on this base: {faults[0]}.")
-    return adapted.eval()
-
-
-# Copied from llava_orpo_training.adapter_folder
-def adapter_folder(lora_path: str) -> Path:
-    """Where an adapter's files lie; from the hub, they are fetched first."""
-    if Path(lora_path).is_dir():
-        return Path(lora_path)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", lora_path):
-        stop(f"--lora_path {lora_path} is no folder, and no hub id, which is owner/name.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(lora_path, allow_patterns=["*.json", "adapter_model.safetensors"]))
-    except Exception as error:
-        stop(f"--lora_path {lora_path} is no folder, and no adapter on the hub ({str(error).splitlines()[0]}).")
-
-
-# Copied from llava_orpo_training.probe_logits
-@torch.no_grad()
-def probe_logits(model, processor, adapter: bool = True) -> torch.Tensor:
-    """Return the logits of a fixed prompt with a picture, (its last 16 tokens, vocabulary), with the adapter on or off."""
-    image = Image.linear_gradient("L").convert("RGB").resize((64, 64))
-    pixels = processor.image_processor(image, return_tensors="pt")
-    with nullcontext() if adapter else model.disable_adapter():
-        output = model.eval()(
-            input_ids=torch.tensor([build_prompt(processor, "Is there a cup?", image.size)], device=model.device),
-            pixel_values=pixels["pixel_values"].to(model.device, model.dtype),
-            image_sizes=pixels["image_sizes"].to(model.device),
-            logits_to_keep=16,
-        )
-    return output.logits[0].float()
-
-
-# Copied from llava_orpo_training.trained_on_nf4
-def trained_on_nf4(lora_path: str) -> bool | None:
-    """Whether an adapter was trained by QLoRA, on a base in NF4; None if nothing beside it says so."""
-    folder = adapter_folder(lora_path)
-    for file in (folder / "arguments.json", folder / "training_summary.json", folder.parent / "arguments.json"):
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            content = json.loads(file.read_text())
-            return str(content.get("arguments", content)["load_4bit"]) == "True"
-    return None
-
-
-# Copied from llava_orpo_training.round_to_nf4
-def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
-    """A weight as QLoRA's training saw it: to NF4 with double quantization, and back."""
-    import bitsandbytes.functional as bnb
-
-    return bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
-
-
-# Copied from llava_orpo_training.merge_adapter
-def merge_adapter(model, processor, lora_path: str, weights: str):
-    """Merge the adapter into the base; `weights` says into which: `trained` (what it was trained on), `nf4` or `base`.
-
-    An adapter trained by QLoRA has learned to correct NF4's rounding, so there `trained` rounds the linear layers as NF4
-    does (dequantized, with double quantization) before it adds the update. Whether it was is noted in the run's
-    arguments.json, beside the adapter or its checkpoint. Prints how far apart the two choices are, in logits.
-    """
-    if getattr(model.get_base_model(), "is_quantized", False):
-        stop("an adapter is merged into whole weights; load the base without --load_4bit and --load_8bit.")
-    noted = trained_on_nf4(lora_path)
-    if not noted and weights != "nf4":
-        why = (
-            "on which it was trained"
-            if noted is False
-            else f"as nothing beside {lora_path} says what it was trained on"
-        )
-        console.print(f"merged into the base's own weights, {why}")
-        return model.merge_and_unload()
-
-    def exchange(module, *_) -> None:  # a layer's rounded weights for the time of its own forward
-        module.whole, module.weight.data = module.weight.data, round_to_nf4(module.weight.data)
-
-    def give_back(module, *_) -> None:
-        module.weight.data = module.__dict__.pop("whole")
-
-    linear = [module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
-              and ".language_model." in name and ".lora_" not in name and ".modules_to_save." not in name]  # fmt: skip
-    on_base = probe_logits(model, processor)
-    hooks = [hook for module in linear for hook in
-             (module.register_forward_pre_hook(exchange), module.register_forward_hook(give_back))]  # fmt: skip
-    on_trained = probe_logits(model, processor)
-    for hook in hooks:
-        hook.remove()
-    if weights != "base":
-        for module in linear:
-            module.weight.data = round_to_nf4(module.weight.data)
-    console.print(f"merged into the {'base weights' if weights == 'base' else 'NF4-rounded weights'}; the other "
-                  f"choice differs by up to {(on_base - on_trained).abs().max():.4f} in a prompt's logits")  # fmt: skip
-    return model.merge_and_unload()
-
-
-# Copied from llava_amber_validation_benchmark_with_lora.digest_checkpoint
-def digest_checkpoint(path: str) -> str:
-    """Return a checkpoint's identity: SHA-256 over its JSON files, tokenizer and 64 slices of each weight file, or a hub
-    id's commit."""
-    folder = Path(path)
-    if not folder.is_dir():
-        from huggingface_hub import hf_hub_download
-
-        with suppress(Exception):  # a wrong id is reported where the model is loaded
-            return Path(hf_hub_download(path, "config.json")).parent.name
-        return path
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix == ".safetensors":
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}".encode())
-            with file.open("rb") as stream:
-                for part in range(64):
-                    stream.seek(part * max(size - 65_536, 0) // 63)
-                    digest.update(stream.read(65_536))
-        elif file.suffix in (".json", ".model") and "training" not in file.name:
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-# Copied from llava_gradio_lora_host.build_chat
-def build_chat(processor, image_size: tuple[int, int], turns: list) -> list[int]:
-    """Return the token ids of a prompt that goes on from earlier turns about the same picture, whose answers end in `</s>`.
-    `turns` are (question, answer), and the last answer is None."""
-    pattern = "[INST] {} [/INST]" if "[INST]" in (processor.chat_template or "[INST]") else "USER: {} ASSISTANT:"
-    encode = partial(processor.tokenizer, add_special_tokens=False, split_special_tokens=True)
-    ids = build_prompt(processor, turns[0][0], image_size)
-    for (_, answer), (question, _) in zip(turns, turns[1:], strict=False):
-        ids += encode(answer).input_ids + [processor.tokenizer.eos_token_id]
-        ids += encode(pattern.format(question)).input_ids
-    return ids
-
-
-# ---------------------------------------------------------------------------- merging, a shard at a time
-
-# any layout's key names -> transformers' module names
-MODULE_KEYS = [*ADAPTER_KEYS, (r"^image_newline$", "model.image_newline")]
 # transformers' module names -> the hub's key layout, the only one that vLLM reads
-HUB_KEYS = [
-    (r"^model\.language_model\.", "language_model.model."),
-    (r"^lm_head\.", "language_model.lm_head."),
-    (r"^model\.vision_tower\.", "vision_tower.vision_model."),
-    (r"^model\.(multi_modal_projector\.|image_newline)", r"\1"),
-]
-# LLaVA's prompt, with BOS, for whoever sends messages: `[INST] <image>\nquestion [/INST] answer</s>[INST] …`. The picture
-# stands first, wherever it comes in the message.
+HUB_KEYS = {
+    r"^model\.language_model\.": "language_model.model.",
+    r"^lm_head\.": "language_model.lm_head.",
+    r"^model\.vision_tower\.": "vision_tower.vision_model.",
+    r"^model\.(multi_modal_projector\.|image_newline)": r"\1",
+}
+SPARE = (".position_ids", ".rotary_emb.inv_freq")  # tensors that older versions saved and that none needs
+# LLaVA's prompt for chat messages, with BOS: `[INST] <image>\nquestion [/INST] answer</s>[INST] ...`. The picture comes
+# first, wherever it stands in the message.
 TEMPLATE = (
     "{{ bos_token }}GAPHEAD{% for message in messages %}{% if message['role'] == 'user' %}BEFORE"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -572,39 +309,55 @@ TEMPLATE = (
 )
 
 
-def rename_key(key: str, patterns: list[tuple[str, str]]) -> str:
-    for pattern, replacement in patterns:
-        key = re.sub(pattern, replacement, key)
-    return key
+def name_module(key: str) -> str:
+    """Return transformers' name for a tensor of a checkpoint in any layout."""
+    return "model.image_newline" if key == "image_newline" else rename_key(key)
 
 
-def list_weights(folder: Path) -> dict[str, str]:
-    """A checkpoint's tensor names, each with the file it is in."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return json.loads(index.read_text())["weight_map"]
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        return dict.fromkeys(file.keys(), "model.safetensors")
+def name_in_hub(name: str) -> str:
+    """Return the hub layout's name for a tensor that has transformers' name."""
+    for pattern, replacement in HUB_KEYS.items():
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
-def add_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
-    """A vocabulary's weight with as many rows more as it lacks, each the mean of all, as load_llava adds them."""
-    mean = weight.float().mean(0).to(weight.dtype)
-    return torch.cat([weight, mean.expand(rows - len(weight), -1)])
+def fill_template(processor) -> str:
+    """Return TEMPLATE with the words of build_prompt, which are Mistral's or Vicuna's.
+
+    Some tokenizers put a space after a special token themselves and some do not. The result is the form that turns a
+    question, an answer and a second question into exactly the tokens that the model was trained and measured with.
+    """
+    before, after, head = "[INST] ", " [/INST]", ""
+    if "[INST]" not in (processor.chat_template or before):
+        head = "A chat between a curious human and an artificial intelligence assistant. "
+        head += "The assistant gives helpful, detailed, and polite answers to the human's questions. "
+        before, after = "USER: ", " ASSISTANT:"
+    tokenizer, image = processor.tokenizer, processor.image_token_id
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    wanted = build_prompt(processor, "Is it?", (64, 64)) + encode(" It is.") + [tokenizer.eos_token_id]
+    wanted += encode(f"{before}And now?{after}")
+    wanted = [token for place, token in enumerate(wanted) if token != image or wanted[place - 1] != image]
+    said = {"user": [{"type": "text", "text": "Is it?"}, {"type": "image"}], "assistant": "It is."}
+    talk = [{"role": role, "content": content} for role, content in [*said.items(), ("user", "And now?")]]
+    for gap in ("", " "):
+        template = TEMPLATE.replace("GAP", gap).replace("HEAD", head).replace("BEFORE", before).replace("AFTER", after)
+        if encode(processor.apply_chat_template(talk, chat_template=template)) == wanted:
+            return template
+    stop("no prompt template gives this tokenizer's prompts; use the transformers version of requirements/train.txt.")
 
 
 def stage_checkpoint(model_path: str, folder: Path):
-    """Put the checkpoint's weights, as links, and the files that go with the new one into `folder`; returns its processor.
-
-    From LLaVA's own format, configuration and processor become transformers'; the prompt template is TEMPLATE.
-    """
+    """Fill `folder` with links to the checkpoint's weights and with the other files that the new checkpoint needs, in
+    the hub's form and with BOS in the prompt template. Returns the processor."""
     config, processor, tower = read_checkpoint(model_path)
     source = Path(model_path)
     if not source.is_dir():
         from huggingface_hub import snapshot_download
 
         source = Path(snapshot_download(model_path, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"]))
-        check_weights(source)
     weights = list_weights(source)
     for name in set(weights.values()):
         (folder / name).symlink_to((source / name).resolve())
@@ -614,8 +367,6 @@ def stage_checkpoint(model_path: str, folder: Path):
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
         if not any("vision_tower" in key for key in weights):
-            from transformers import CLIPVisionModel
-
             vision = CLIPVisionModel.from_pretrained(tower, dtype=torch.bfloat16, use_safetensors=True).state_dict()
             vision = {f"model.vision_tower.{key.removeprefix('vision_model.')}": value for key, value in vision.items()}
             save_file(vision, folder / "vision_tower.safetensors")
@@ -627,136 +378,186 @@ def stage_checkpoint(model_path: str, folder: Path):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
     found = json.loads((folder / "config.json").read_text())
     if "quantization_config" in found:
-        stop(f"--model_path {model_path} is quantized already; give the checkpoint that it was made of.")
+        stop(f"--model_path {model_path} is quantized already; give the checkpoint that it was made from.")
     found.pop("torch_dtype", None)
     (folder / "config.json").write_text(json.dumps(found | {"dtype": "bfloat16"}, indent=2))
-    (folder / "chat_template.json").unlink(missing_ok=True)  # of an older layout
+    (folder / "chat_template.json").unlink(missing_ok=True)  # an older form of the template
     (folder / "chat_template.jinja").write_text(fill_template(processor))
     return processor
 
 
-def fill_template(processor) -> str:
-    """TEMPLATE with the words of build_prompt: Mistral's, or Vicuna's where the processor's template is Vicuna's.
+def list_weights(folder: Path) -> dict[str, str]:
+    """Return a checkpoint's tensor names, each with the file it is in."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return json.loads(index.read_text())["weight_map"]
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return dict.fromkeys(file.keys(), "model.safetensors")
 
-    Some tokenizers put a space after a special token by themselves and some do not: taken is what gives, for a question, an
-    answer and a question more, exactly the tokens that the model was trained and measured with.
-    """
-    before, after, head = "[INST] ", " [/INST]", ""
-    if "[INST]" not in (processor.chat_template or before):
-        head = (
-            "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
-            "detailed, and polite answers to the human's questions. "
-        )
-        before, after = "USER: ", " ASSISTANT:"
-    tokenizer, image = processor.tokenizer, processor.image_token_id
-    said = tokenizer(" It is.", add_special_tokens=False).input_ids
-    wanted = build_chat(processor, (64, 64), "And now?", [("Is it?", said)])
-    wanted = [token for place, token in enumerate(wanted) if token != image or wanted[place - 1] != image]
-    asked = [{"type": "text", "text": "Is it?"}, {"type": "image"}]
-    talk = [
-        {"role": "user", "content": asked},
-        {"role": "assistant", "content": "It is."},
-        {"role": "user", "content": "And now?"},
-    ]
-    for gap in ("", " "):
-        template = TEMPLATE.replace("GAP", gap).replace("HEAD", head).replace("BEFORE", before).replace("AFTER", after)
-        text = processor.apply_chat_template(talk, chat_template=template)
-        if tokenizer(text, add_special_tokens=False).input_ids == wanted:
-            return template
-    stop(
-        "no prompt template gives this tokenizer's prompts; its version of transformers differs from the tested 5.17.0."
-    )
+
+def add_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return a vocabulary's weight with the rows that LLaVA's own format lacks, each the mean of the others, so that its
+    logit is never the greatest."""
+    mean = weight.float().mean(0).to(weight.dtype)
+    return torch.cat([weight, mean.expand(rows - len(weight), -1)])
+
+
+def load_model(folder: Path, device: str) -> LlavaNextForConditionalGeneration:
+    """Load a staged or a new checkpoint, in bfloat16 on a GPU that has it, otherwise in float16, and float32 on the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    has_bf16 = device == "mps" or (device != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False))
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16 if has_bf16 else torch.float16
+    settings = {"dtype": dtype, "device_map": "auto" if device == "all" else {"": device}, "use_safetensors": True}
+    settings |= {"key_mapping": ORIGINAL_KEYS, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = LlavaNextForConditionalGeneration.from_pretrained(folder, **settings)
+    weights = list_weights(folder)
+    for name, *_ in report["mismatched_keys"]:
+        key = next(key for key in weights if name_module(key) == name)
+        with safe_open(folder / weights[key], "pt") as file:
+            model.get_parameter(name).data.copy_(add_rows(file.get_tensor(key), model.config.text_config.vocab_size))
+    if hasattr(model, "ct_decompress_hook"):  # compressed-tensors would wait for a forward of the whole model
+        model.hf_quantizer.compressor.decompress_model(model)
+    return model.eval()
+
+
+def build_skeleton(model_path: str, folder: Path) -> LlavaNextForConditionalGeneration:
+    """Return the staged checkpoint's model without memory for its weights. Stops if the weights do not fit config.json."""
+    with torch.device("meta"):
+        model = LlavaNextForConditionalGeneration(AutoConfig.from_pretrained(folder))
+    places = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    rows, wrong = model.config.text_config.vocab_size, []
+    for key, file in list_weights(folder).items():
+        with safe_open(folder / file, "pt") as opened:
+            shape, wanted = list(opened.get_slice(key).get_shape()), places.pop(name_module(key), None)
+        if wanted and shape[0] == rows - 64 and wanted[0] == rows:  # LLaVA's own format, see add_rows
+            shape[0] = rows
+        if shape != wanted and not key.endswith(SPARE):
+            wrong.append(f"{key} has shape {shape} in place of {wanted}")
+    wrong += [f"{name} is missing" for name in places]
+    if wrong:
+        stop(f"--model_path {model_path}: its weights do not fit its config.json, {len(wrong)} in all: {min(wrong)}.")
+    for module in model.modules():  # one zero stands for a whole matrix, since PEFT does not merge on the meta device
+        for name, weight in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(torch.zeros(()).expand(weight.shape), requires_grad=False))
+    return model
+
+
+def list_rounded(model) -> dict[str, torch.nn.Module]:
+    """Return the linear layers that QLoRA keeps in NF4, which are the language model's, by name."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return {name: module for name, module in layers.items() if ".language_model." in name}
+
+
+# ---------------------------------------------------------------------------- merging, a shard at a time
 
 
 def merges_into_nf4(lora_path: str | None, choice: str) -> bool:
-    """Whether --merge_lora, `choice`, has the base rounded to NF4 before this adapter is merged into it."""
-    return bool(lora_path) and (choice == "nf4" or (choice == "trained" and bool(trained_on_nf4(lora_path))))
+    """Return whether --merge_lora, `choice`, means that the base is rounded to NF4 before this adapter is merged into it.
+
+    An adapter that QLoRA trained has learned to correct the rounding. Its run notes this beside it or its checkpoint.
+    """
+    if not lora_path or choice != "trained":
+        return bool(lora_path) and choice == "nf4"
+    folder = read_adapter(lora_path)[0]
+    for file in (folder / "arguments.json", folder / "training_summary.json", folder.parent / "arguments.json"):
+        with suppress(OSError, ValueError, KeyError):
+            content = json.loads(file.read_text())
+            return str(content.get("arguments", content)["load_4bit"]) == "True"
+    console.print(f"no file beside {lora_path} says that it was trained on NF4; the base's own weights are used")
+    return False
+
+
+def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """Return a weight as QLoRA's training saw it: rounded to NF4 with double quantization (Dettmers et al. 2023)."""
+    import bitsandbytes.functional as bnb
+
+    return bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
+
+
+def attach_adapter(model, lora_path: str) -> tuple:
+    """Put an adapter on a model, which may be build_skeleton's; return (PeftModel, the base's own embedding or head, which
+    PEFT saves beside an update of it). Stops unless every weight is finite and has its layer, and every layer its weights."""
+    folder, config = read_adapter(lora_path)
+    try:
+        saved = load_file(folder / "adapter_model.safetensors")
+        weights = {rename_key(key): weight for key, weight in saved.items()}
+        own = {key.replace(".base_layer", ""): weights.pop(key) for key in list(weights) if ".base_layer." in key}
+        if not config.exclude_modules and not any("vision_tower" in key for key in weights):
+            config.exclude_modules = r".*vision_tower.*"  # its layers have the same names
+        config.inference_mode, config.base_model_name_or_path = True, None
+        adapted = get_peft_model(model, config)
+        report = set_peft_model_state_dict(adapted, {f"base_model.model.{key}": weights[key] for key in weights})
+    except Exception as error:  # weights of another base or rank, a broken file
+        stop(f"--lora_path {lora_path} does not fit this base: {' '.join(str(error).split())[:300]}")
+    faults = [f"the model has no layer for {key}" for key in report.unexpected_keys]
+    faults += [f"it lacks {key}" for key in report.missing_keys if "lora_" in key or "modules_to_save" in key]
+    faults += [f"{key} is not finite" for key, weight in weights.items() if not weight.isfinite().all()]
+    if config.bias != "none":
+        faults = [f"it has trained biases (bias={config.bias!r}), which are not merged"]
+    if faults:
+        stop(f"--lora_path {lora_path} cannot be used on this base: {faults[0]}.")
+    return adapted.eval(), own
 
 
 class Merge:
-    """A compressed-tensors converter that turns a shard of the base into one of base and adapter, in the hub's key layout
-    and in bfloat16. It sees a shard at a time, so that no more than that is in memory.
+    """A compressed-tensors converter that turns a shard of the base into one of base and adapter, in the hub's layout and
+    in bfloat16. Only one shard is in memory at a time. PEFT merges each layer, in float32."""
 
-    Each layer is merged by PEFT, in float32. Raises SystemExit, with the sentence, if weights and configuration differ.
-    """
-
-    def __init__(self, model_path: str, folder: Path, processor, lora_path: str | None, choice: str):
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            self.model = LlavaNextForConditionalGeneration(config)
-        self.rows = config.text_config.vocab_size
-        self.vocabulary = ("model.language_model.embed_tokens", "lm_head")
-        self.lora_path, self.config, self.updates, self.whole = lora_path, None, {}, {}
-        self.nf4 = merges_into_nf4(lora_path, choice)
-        self.modules = dict(self.model.named_modules())
+    def __init__(self, model: LlavaNextForConditionalGeneration, lora_path: str | None, nf4: bool):
+        """`model` is build_skeleton's; `nf4` rounds the language model's linear layers first."""
+        self.rows, self.nf4, self.lora_path = model.config.text_config.vocab_size, nf4, lora_path
+        self.rounded = list_rounded(model) if nf4 else {}
         self.merged, self.changed = set(), set()
-        places, wrong = self.model.state_dict(), []
-        weights = list_weights(folder)
-        for key, file in weights.items():
-            name = rename_key(key, MODULE_KEYS)
-            with safe_open(folder / file, "pt") as opened:
-                shape = list(opened.get_slice(key).get_shape())
-                if name.removesuffix(".weight") in self.vocabulary and name in places:
-                    weight = opened.get_tensor(key)
-                    shape[0] = max(shape[0], self.rows if self.rows - shape[0] == 64 else 0)
-                    self.model.get_submodule(name.removesuffix(".weight")).weight = torch.nn.Parameter(
-                        add_rows(weight, shape[0]), requires_grad=False
-                    )
-            if name in places and shape != list(places[name].shape):
-                wrong.append(f"{key} is {tuple(shape)} in place of {tuple(places[name].shape)}")
-            if name not in places and not self.is_spare(name):
-                wrong.append(f"{key} has no place")
-        wrong += [f"{name} is missing" for name in places.keys() - {rename_key(key, MODULE_KEYS) for key in weights}]
-        if wrong:
-            stop(f"--model_path {model_path}: its weights do not fit its config.json: {min(wrong)}"
-                 f"{f' and {len(wrong) - 1} more' if wrong[1:] else ''}.")  # fmt: skip
+        self.layers, self.whole, self.own = {}, {}, {}  # PEFT's layers, tensors trained as a whole, see attach_adapter
         if lora_path:
-            self.config, weights = read_adapter(self.model, processor, model_path, lora_path)
-            for key, weight in weights.items():
-                module, _, rest = key.removeprefix("base_model.model.").partition(".lora_")
-                if rest:
-                    self.updates.setdefault(module, {})[f"lora_{rest}"] = weight
-                else:
-                    self.whole[module] = weight
-
-    def is_spare(self, name: str) -> bool:
-        """Whether a tensor is one that older versions saved and none needs, such as positions that are counted anyway."""
-        return name.endswith((".position_ids", ".rotary_emb.inv_freq"))
+            adapted, self.own = attach_adapter(model, lora_path)
+            for name, module in adapted.base_model.model.named_modules():
+                if isinstance(module, BaseTunerLayer):
+                    self.layers[name] = module
+                elif isinstance(module, ModulesToSaveWrapper):
+                    trained = module.modules_to_save["default"].named_parameters()
+                    self.whole |= {f"{name}.{part}": weight.data for part, weight in trained}
 
     def process(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return a shard's tensors merged, under the hub's names. Empties `tensors` on the way, to save memory."""
         shard = {}
         for key in list(tensors):
-            tensor, name = tensors.pop(key), rename_key(key, MODULE_KEYS)
-            if self.is_spare(name):
+            tensor, name = tensors.pop(key), name_module(key)
+            if key.endswith(SPARE):
                 continue
             if tensor.is_floating_point() and not tensor.is_meta:
                 tensor = self.merge(name, tensor).to(torch.bfloat16)
-            shard[rename_key(name, HUB_KEYS)] = tensor.contiguous()
+            shard[name_in_hub(name)] = tensor.contiguous()
         return shard
 
-    validate = process  # on the meta device, names only
+    validate = process  # on the meta device, of which only the names count
 
     def update_config(self, config):
         return config
 
-    def update_model_config(self, config: dict) -> dict:
-        return config
+    update_model_config = update_config
 
     def get_dependencies(self, name: str) -> set[str]:
         return set()
 
     def merge(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """A tensor with its update, or what was trained in its place, if there is either."""
+        """Return a tensor with its update, or what was trained in its place, if there is either."""
         module = name.removesuffix(".weight")
-        if module in self.vocabulary:
+        if module in ("model.language_model.embed_tokens", "lm_head"):
             weight = add_rows(weight, self.rows)
-        before, layer = weight.to(torch.bfloat16), self.modules.get(module)
-        if self.nf4 and isinstance(layer, torch.nn.Linear) and ".language_model." in module:
+        before = weight.to(torch.bfloat16)
+        if name in self.own and not torch.equal(self.own[name].to(before), before):
+            stop(f"--lora_path {self.lora_path} was trained on a base with another {name}.")
+        if module in self.rounded:
             weight = round_to_nf4(weight.float())
         if name in self.whole:
             weight = self.whole[name].to(weight.device)
-        elif module in self.updates:
-            weight = self.merge_layer(module, layer, weight)
+        elif module in self.layers:
+            layer = self.layers[module]
+            layer.base_layer.weight.data = weight.float()
+            layer.to(weight.device).merge(safe_merge=True)
+            weight, layer.base_layer.weight.data = layer.base_layer.weight.data, torch.zeros(())
         else:
             return weight
         self.merged.add(name if name in self.whole else module)
@@ -764,309 +565,262 @@ class Merge:
             self.changed.add(module)
         return weight
 
-    def merge_layer(self, module: str, layer: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
-        """PEFT's merge of one layer by itself, in float32."""
-        from peft import get_peft_model, set_peft_model_state_dict
-
-        layer.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
-        config = replace(
-            self.config, task_type=None, target_modules={"layer"}, modules_to_save=None,  # one layer is no language model
-            r=self.config.rank_pattern.get(re.escape(module), self.config.r), rank_pattern={},
-            lora_alpha=self.config.alpha_pattern.get(re.escape(module), self.config.lora_alpha), alpha_pattern={},
-        )  # fmt: skip
-        try:
-            adapted = get_peft_model(torch.nn.ModuleDict({"layer": layer}), config)
-            update = {f"base_model.model.layer.{key}": value for key, value in self.updates[module].items()}
-            report = set_peft_model_state_dict(adapted, update)
-            lost = [key for key in report.missing_keys if "lora_" in key] + report.unexpected_keys
-            if lost:
-                raise ValueError(f"{lost[0]} did not find its place")
-            weight = adapted.merge_and_unload(safe_merge=True)["layer"].weight.data
-        except Exception as error:  # sizes of another base, values that are no numbers
-            stop(f"--lora_path {self.lora_path} cannot be merged into {module} ({type(error).__name__}: "
-                 f"{' '.join(str(error).split())[:200]}).")  # fmt: skip
-        layer.weight = torch.nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
-        return weight
-
-    def prove(self) -> dict:
-        """What was merged, for the report. Stops if a layer of the adapter was not met, or if none changed."""
-        lost = (self.updates.keys() | self.whole.keys()) - self.merged
+    def describe(self) -> dict:
+        """Return what was merged. Stops if a layer of the adapter was not met, or if none changed."""
+        lost = (self.layers.keys() | self.whole.keys()) - self.merged
         if lost:
             stop(f"--lora_path {self.lora_path}: {min(lost)} was not merged.")
-        if self.lora_path and not self.changed:
+        if not self.changed:
             stop(f"--lora_path {self.lora_path} changes no weight by as much as bfloat16 can show.")
-        return {"layers": len(self.merged), "changed": len(self.changed),
-                "into": "NF4-rounded weights" if self.nf4 else "the base's own weights"}  # fmt: skip
+        into = "NF4-rounded weights" if self.nf4 else "the base's own weights"
+        return {"layers": len(self.merged), "changed": len(self.changed), "into": into}
 
 
 # ---------------------------------------------------------------------------- quantizing
 
 
 def list_ignored(names: list[str]) -> list[str]:
-    """--ignore as regular expressions that match in transformers' key layout as well as in vLLM's; with embeddings and norms,
-    as model_free_ptq tells layers by their names alone, and the head, which vLLM wants whole."""
+    """Return --ignore as regular expressions that match in transformers' key layout and in the hub's.
+
+    The head stays whole because vLLM wants it so, embeddings and norms because model_free_ptq knows layers by name only.
+    """
     patterns = [name.removeprefix("re:") if name.startswith("re:") else f"{re.escape(name)}.*" for name in names]
     return ["re:.*(embed|norm|lm_head).*", *(f"re:{'' if name.startswith('.*') else '.*'}{name}" for name in patterns)]
 
 
-def check_layers(args, model) -> None:
-    """Stop if vLLM or transformers would not load what --scheme and --ignore make of the model's layers."""
-    patterns = [pattern.removeprefix("re:") for pattern in list_ignored(args.ignore)]
+def check_layers(model, scheme: str, ignore: list[str]) -> None:
+    """Stop if vLLM or transformers could not load what `scheme` and `ignore` make of the model's linear layers."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    spellings = {name: (name, rename_key(f"{name}.weight", HUB_KEYS).removesuffix(".weight")) for name in layers}
+    spellings = {name: (name, name_in_hub(f"{name}.weight").removesuffix(".weight")) for name in layers}
+    patterns = [pattern.removeprefix("re:") for pattern in list_ignored(ignore)]
+    for given, pattern in zip(ignore, patterns[1:], strict=True):
+        if not any(re.match(pattern, spelling) for both in spellings.values() for spelling in both):
+            stop(f"--ignore {given} matches no layer; names look like {spellings[min(layers)][1]}.")
     quantized = set()
-    for given, pattern in zip([None, *args.ignore], patterns, strict=True):
-        try:
-            if not any(re.match(pattern, spelling) for both in spellings.values() for spelling in both):
-                stop(f"--ignore {given} matches no layer; names look like {spellings[min(layers)][1]}.")
-        except re.error as error:
-            stop(f"--ignore {given} is no regular expression ({error}).")
     for name, both in spellings.items():
-        ignored = {any(re.match(pattern, spelling) for pattern in patterns) for spelling in both}
-        if len(ignored) == 2:
-            stop(f"--ignore matches {' or '.join(both)} by one of its names only; give a part that both have.")
-        if ignored == {False}:
+        matched = [any(re.match(pattern, spelling) for pattern in patterns) for spelling in both]
+        if matched[0] != matched[1]:
+            stop(f"--ignore matches only one of a layer's two names, {' and '.join(both)}; give a part that both have.")
+        if not matched[0]:
             quantized.add(name)
     for name in quantized:
-        size = (layers[name].out_features, layers[name].in_features)
-        if args.scheme == "FP8_BLOCK" and any(side % 128 for side in size):
-            stop(f"--scheme FP8_BLOCK needs sizes that 128 divides, and {name} is {size[0]} x {size[1]}; use FP8_DYNAMIC, or "
-                 "--ignore these layers.")  # fmt: skip
+        if scheme == "FP8_BLOCK" and any(side % 128 for side in layers[name].weight.shape):
+            size = " x ".join(map(str, layers[name].weight.shape))
+            stop(f"--scheme FP8_BLOCK needs sizes that 128 divides, and {name} is {size}; --ignore such layers.")
         parent, _, last = name.rpartition(".")
         for fused in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-            others = {f"{parent}.{other}" for other in fused if last in fused} & layers.keys()
-            if others - quantized:
-                stop(f"--ignore has {min(others - quantized)} and not {name}; vLLM computes {', '.join(fused)} as one, so ignore "
-                     "all of them or none.")  # fmt: skip
+            kept = {f"{parent}.{other}" for other in fused if last in fused} & (layers.keys() - quantized)
+            if kept:
+                stop(f"--ignore has {min(kept)} but not {name}, which vLLM fuses; ignore all of them or none.")
     if not quantized:
         stop("--ignore leaves no layer to quantize.")
 
 
-def read_samples(source: str, count: int, start: int = 0, held_out: bool = True) -> list[tuple[Image.Image, str, str]]:
-    """Up to `count` (picture, question, answer) of a dataset's held-out split, or of train, in which those that the gate takes
-    from it, `start`, are passed over. Rows without a readable picture or a question are left out."""
-    path = Path(source)
-    builder = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.get(path.suffix)
-    if path.is_file() and not builder:
-        stop(f"--dataset {source} ends in {path.suffix or 'nothing'}; a file must be .parquet or .jsonl.")
-    samples, root = [], path.parent if path.is_file() else path
-    try:
-        if path.is_file():
-            splits = datasets.load_dataset(builder, data_files=str(path), streaming=True)
-        else:
-            splits = datasets.load_dataset(source, streaming=True)
-        own = next((name for name in ("test", "validation") if name in splits), None)
-        rows = splits[own if held_out and own else "train"]
-        if rows.features and "image" in rows.features:
-            rows = rows.cast_column("image", datasets.Image(decode=False))
-        for row in rows:
-            picture = row["image"] if isinstance(row["image"], dict) else {"path": row["image"]}
-            with suppress(OSError, TypeError):  # a broken picture
-                image = load_image(picture.get("bytes") or root / picture["path"])
-                if isinstance(row["question"], str) and row["question"].strip():
-                    samples.append((image, row["question"], str(row.get("chosen") or "")))
-            if len(samples) == count + (0 if own else start):
-                break
-    except KeyError as error:
-        stop(f"--dataset {source} has no column or split {error}; it must have RLAIF-V's columns image and question.")
-    except Exception as error:  # files can be broken in more ways than libraries foresee
-        stop(f"--dataset {source} cannot be read ({type(error).__name__}: {(str(error) or 'it is empty').splitlines()[0]}); "
-             "give a hub id, or a folder or file of parquet or jsonl.")  # fmt: skip
-    if len(samples) <= (0 if own else start):
-        stop(f"--dataset {source} has {len(samples)} rows with a picture and a question{'' if own or not start else f', of which the gate takes {start}'}; "
-             "more are needed.")  # fmt: skip
-    return samples if own else samples[start:]
+def quantize(args: argparse.Namespace, stage: Path, folder: Path, merge: Merge, samples: list, processor) -> None:
+    """Write the merged and quantized checkpoint to `folder`. `samples` are for the calibrated schemes."""
+    from compressed_tensors.entrypoints.convert import convert_checkpoint
+    from llmcompressor import model_free_ptq
+
+    device, ignored = None if torch.cuda.is_available() else "cpu", list_ignored(args.ignore)
+    if args.device not in ("auto", "all", "mps"):
+        device = args.device
+    if args.scheme in CALIBRATED:
+        convert_checkpoint(stage, folder / "merged", merge, device=device)
+        calibrate(folder / "merged", folder, args.scheme, ignored, args.device, samples, processor)
+        shutil.rmtree(folder / "merged")
+    elif args.scheme == "BF16":
+        convert_checkpoint(stage, folder, merge, device=device)
+    else:
+        model_free_ptq(stage, folder, scheme=args.scheme, ignore=ignored, converter=merge, device=device)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # safetensors lets nobody but the owner read it
 
 
-def calibrate(merged: Path, folder: Path, args, ignored: list[str], samples: list) -> None:
+def calibrate(merged: Path, folder: Path, scheme: str, ignored: list, device: str, samples: list, processor) -> None:
     """Quantize a merged checkpoint by GPTQ (Frantar et al. 2022), a layer of the language model at a time."""
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
 
-    model, processor = load_llava(str(merged), device=args.device)
-    model = model.to(torch.bfloat16)
-    rows = []
+    model, rows = load_model(merged, device).to(torch.bfloat16), []
     for image, question, answer in samples:
         ids = build_prompt(processor, question, image.size)
         ids += processor.tokenizer(f" {answer}", add_special_tokens=False, split_special_tokens=True).input_ids
         pixels = processor.image_processor(image, return_tensors="pt")
-        rows.append({"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
-                     "pixel_values": pixels["pixel_values"].to(torch.bfloat16), "image_sizes": pixels["image_sizes"]})  # fmt: skip
-    layers = type(model.model.language_model.layers[0]).__name__
-    oneshot(
-        model=model, dataset=torch.utils.data.DataLoader(rows, batch_size=None), sequential_targets=[layers],
-        recipe=GPTQModifier(targets="Linear", scheme=args.scheme, ignore=ignored),
-        num_calibration_samples=len(rows), pipeline="sequential",
-    )  # fmt: skip
+        pixels["pixel_values"] = pixels["pixel_values"].to(torch.bfloat16)
+        rows.append({"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long(), **pixels})
+    recipe = GPTQModifier(targets="Linear", scheme=scheme, ignore=ignored)
+    settings = {"pipeline": "sequential", "sequential_targets": [type(model.model.language_model.layers[0]).__name__]}
+    loader = torch.utils.data.DataLoader(rows, batch_size=None)
+    oneshot(model=model, dataset=loader, recipe=recipe, num_calibration_samples=len(rows), **settings)
     model.save_pretrained(folder, save_compressed=True)
     for file in merged.iterdir():
         if not (folder / file.name).exists() and ".safetensors" not in file.name:
             shutil.copyfile(file, folder / file.name)
     config = json.loads((folder / "config.json").read_text())
-    # llmcompressor writes the ignored layers' names in the hub's layout, which transformers does not find again
+    # llm-compressor writes the names of the ignored layers in the hub's layout, which transformers does not match
     config["quantization_config"]["ignore"] = ignored
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def quantize(args, stage: Path, folder: Path, merge: Merge, samples: list) -> None:
-    """Write the merged and quantized checkpoint to `folder`; `samples` are for the schemes that are calibrated."""
-    from compressed_tensors.entrypoints.convert import convert_checkpoint
-    from llmcompressor import model_free_ptq
-
-    for package in ("llmcompressor", "compressed_tensors"):
-        logger.disable(package)  # their progress bars say enough
-    device = args.device if args.device not in ("auto", "all", "mps") else None if torch.cuda.is_available() else "cpu"
-    ignored = list_ignored(args.ignore)
-    if args.scheme in CALIBRATED:
-        merged = folder / "merged"
-        convert_checkpoint(stage, merged, merge, device=device)
-        calibrate(merged, folder, args, ignored, samples)
-        shutil.rmtree(merged)
-    elif args.scheme == "BF16":
-        convert_checkpoint(stage, folder, merge, device=device)
-    else:
-        model_free_ptq(stage, folder, scheme=args.scheme, ignore=ignored, converter=merge, device=device)
-
-
 # ---------------------------------------------------------------------------- the quality gate
-
 
 GATE_BATCH = 8  # pictures with questions at a time
 
 
-def make_batch(model, processor, samples: list[tuple[Image.Image, str]], answers: list[list[int]]) -> dict:
-    """The model's input for prompts that go on with `answers`, (samples, longest), padded on the left."""
-    rows = [build_prompt(processor, question, image.size) + answer
-            for (image, question), answer in zip(samples, answers, strict=True)]  # fmt: skip
-    longest, pad = max(map(len, rows)), processor.tokenizer.pad_token_id or 0
-    pixels = processor.image_processor([image for image, _ in samples], return_tensors="pt")
-    batch = {
-        "input_ids": torch.tensor([[pad] * (longest - len(row)) + row for row in rows]),
-        "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
-        "pixel_values": pixels["pixel_values"].to(model.dtype),
-        "image_sizes": pixels["image_sizes"],
-    }
-    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+def take_samples(rows, root: Path, count: int) -> list[tuple[Image.Image, str, str]]:
+    """Return up to `count` (picture, question, answer). Rows without a readable picture or a question are left out."""
+    samples = []
+    if rows.features and "image" in rows.features:
+        rows = rows.cast_column("image", datasets.Image(decode=False))
+    for row in rows:
+        picture = row["image"] if isinstance(row["image"], dict) else {"path": row["image"]}
+        with suppress(OSError, TypeError):  # a broken picture, a path that is not text
+            image = load_image(picture.get("bytes") or root / picture["path"])
+            if isinstance(row["question"], str) and row["question"].strip():
+                samples.append((image, row["question"], str(row.get("chosen") or "")))
+        if len(samples) == count:
+            break
+    return samples
+
+
+def read_samples(source: str, gate: int, calibration: int) -> tuple[list, list]:
+    """Return up to `gate` samples for the gate and up to `calibration` to calibrate on, both as take_samples does.
+
+    The gate's come from the test split, if there is one, and the others always from train. No sample is in both.
+    """
+    path, asked, seen = Path(source), [], []
+    if not gate and not calibration:
+        return asked, seen
+    kind = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.get(path.suffix)
+    root = path.parent if kind else path
+    try:
+        files = {"data_files": source} if kind else {}
+        splits = datasets.load_dataset(kind or source, streaming=True, **files)
+        held_out = next((name for name in ("test", "validation") if name in splits), "train")
+        asked = take_samples(splits[held_out], root, gate) if gate else []
+        passed = len(asked) if held_out == "train" else 0
+        if calibration:
+            seen = take_samples(splits["train"], root, passed + calibration)[passed:]
+    except Exception as error:
+        reason = f"{type(error).__name__}: {(str(error) or 'it is empty').splitlines()[0]}"
+        stop(f"--dataset {source} cannot be read ({reason}). It needs the columns image and question, as RLAIF-V has.")
+    if (gate and not asked) or (calibration and not seen):
+        found = f"{len(asked)} rows for the gate and {len(seen)} to calibrate on"
+        stop(f"--dataset {source} has {found}, with a picture and a question; more are needed.")
+    if len(seen) < calibration:
+        console.print(f"--dataset has {len(seen)} rows to calibrate on instead of {calibration}; all of them are used")
+    return asked, seen
+
+
+def make_batch(model, processor, samples: list, answers: list[list[int]]) -> dict:
+    """Return the model's input for prompts followed by `answers`: (samples, longest), padded on the left."""
+    rows = zip(samples, answers, strict=True)
+    rows = [build_prompt(processor, question, image.size) + answer for (image, question, _), answer in rows]
+    batch = processor.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
+    pixels = processor.image_processor([image for image, _, _ in samples], return_tensors="pt").to(model.device)
+    return {**batch, "pixel_values": pixels["pixel_values"].to(model.dtype), "image_sizes": pixels["image_sizes"]}
 
 
 @torch.no_grad()
-def answer_greedily(model, processor, samples: list[tuple[Image.Image, str]], max_new_tokens: int) -> list[list[int]]:
-    """Token ids of the greedy answers, with their end tokens."""
-    batch = make_batch(model, processor, samples, [[]] * len(samples))
-    pad = processor.tokenizer.pad_token_id or 0
-    output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    ends = core.generation_config.eos_token_id
-    ends = set(ends) if isinstance(ends, list) else {ends}
-    answers = []
-    for row in output[:, batch["input_ids"].shape[1] :].tolist():
-        end = next((place for place, token in enumerate(row) if token in ends), len(row))
-        answers.append(row[: end + 1])  # after an end comes padding
-    return answers
+def answer_greedily(model, processor, samples: list, max_new_tokens: int) -> list[list[int]]:
+    """Return the token ids of the greedy answers, with their end tokens."""
+    batch, tokenizer = make_batch(model, processor, samples, [[]] * len(samples)), processor.tokenizer
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    rows = model.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :].tolist()
+    return [row[: row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in rows]
 
 
 @torch.no_grad()
-def score_answers(
-    model, processor, samples: list[tuple[Image.Image, str]], answers: list[list[int]]
-) -> list[torch.Tensor]:
-    """Log-probabilities of all tokens at each place of the answers, (tokens, vocabulary) each, float32, on the CPU."""
+def score_answers(model, processor, samples: list, answers: list[list[int]]) -> list[torch.Tensor]:
+    """Return the log-probabilities of all tokens at each place of each answer, (tokens, vocabulary), float32, on the CPU."""
     batch = make_batch(model, processor, samples, [answer[:-1] for answer in answers])
     logits = model(**batch, logits_to_keep=max(map(len, answers))).logits
     return [row[-len(answer) :].float().log_softmax(-1).cpu() for row, answer in zip(logits, answers, strict=True)]
 
 
 def measure_divergence(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> torch.Tensor:
-    """KL(wanted || found) in nats at each token of all answers, from log-probabilities."""
+    """Return KL(wanted || found) in nats at each token of all answers, from log-probabilities."""
     return torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(wanted, found, strict=True)]).clamp(min=0)
 
 
-def run_gate(args, folder: Path, samples: list) -> dict:
-    """Ask base + adapter and the new checkpoint the same; returns what differs.
+def load_reference(stage: Path, lora_path: str | None, nf4: bool, device: str):
+    """Return the staged base with its adapter, not merged; `nf4` rounds the language model's linear layers first."""
+    model = load_model(stage, device)
+    for module in list_rounded(model).values() if nf4 else []:
+        module.weight.data = round_to_nf4(module.weight.data)
+    return attach_adapter(model, lora_path)[0] if lora_path else model
 
-    Compared are the distributions over the next token along base + adapter's greedy answers, and both greedy answers.
+
+def run_gate(reference: tuple, folder: Path, processor, samples: list, max_new_tokens: int, max_kl: float) -> dict:
+    """Ask load_reference's model and the new checkpoint, one after the other, the same questions; return how they differ.
+
+    Compared are the distributions over the next token along the reference's greedy answers, and the greedy answers. A
+    figure that is not finite is None and fails the gate.
     """
-    merged = merges_into_nf4(args.lora_path, args.merge_lora)
-    model, processor = load_llava(
-        args.model_path, args.lora_path, args.device, merge_lora=args.merge_lora if merged else None
-    )
-    dtype = str(model.dtype).removeprefix("torch.")
-    asked = [sample[:2] for sample in samples]
-    parts = [asked[start : start + GATE_BATCH] for start in range(0, len(asked), GATE_BATCH)]
-    answers, wanted, base = [], [], []
-    for part in tqdm(parts, desc="asking base + adapter" if args.lora_path else "asking the base"):
-        answers.append(answer_greedily(model, processor, part, args.max_new_tokens))
+    model = load_reference(*reference)
+    dtype, adapted = str(model.dtype).removeprefix("torch."), hasattr(model, "disable_adapter")
+    parts = [samples[start : start + GATE_BATCH] for start in range(0, len(samples), GATE_BATCH)]
+    answers, wanted, base, changed, found = [], [], [], 0, []
+    for part in tqdm(parts, desc="asking base + adapter" if adapted else "asking the base"):
+        answers.append(answer_greedily(model, processor, part, max_new_tokens))
         wanted += score_answers(model, processor, part, answers[-1])
-        if args.lora_path and not merged:
+        if adapted:
             with model.disable_adapter():
                 base += score_answers(model, processor, part, answers[-1])
-    del model
-    model, processor = load_llava(str(folder), device=args.device)
-    changed, found = 0, []
+    del model  # both would be too much for many a GPU
+    model = load_model(folder, device=reference[-1])
     for part, old in zip(tqdm(parts, desc="asking the new checkpoint"), answers, strict=True):
-        changed += sum(
-            a != b for a, b in zip(old, answer_greedily(model, processor, part, args.max_new_tokens), strict=True)
-        )
+        new = answer_greedily(model, processor, part, max_new_tokens)
+        changed += sum(a != b for a, b in zip(old, new, strict=True))
         found += score_answers(model, processor, part, old)
     divergence = measure_divergence(wanted, found)
     same = torch.cat([p.argmax(-1) == q.argmax(-1) for p, q in zip(wanted, found, strict=True)])
-    return {
-        "samples": len(samples), "tokens": len(divergence), "precision": dtype,
-        "kl": divergence.mean().item(), "kl_max": divergence.max().item(), "top1_agreement": same.float().mean().item(),
-        "answers_changed": changed,
+    figures = {
+        "kl": divergence.mean().item(),
+        "kl_max": divergence.max().item(),
+        "top1_agreement": same.float().mean().item(),
         "kl_base_alone": measure_divergence(base, found).mean().item() if base else None,
-        "max_kl": args.max_kl, "passed": divergence.mean().item() <= args.max_kl,
-    }  # fmt: skip
+    }
+    figures = {name: None if value is None or not math.isfinite(value) else value for name, value in figures.items()}
+    passed = figures["kl"] is not None and figures["kl"] <= max_kl
+    counts = {"samples": len(samples), "tokens": len(divergence), "precision": dtype, "answers_changed": changed}
+    return counts | figures | {"max_kl": max_kl, "passed": passed}
 
 
 # ---------------------------------------------------------------------------- the run
 
 
 def open_output(output_dir: Path) -> tuple[Path, FileLock]:
-    """The folder to work in, beside --output_dir, whose name it gets when all is done, and its lock. Stops if there is no
-    place for it."""
+    """Return the folder to work in and its lock. It stands beside --output_dir and gets its name when all is done."""
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         stop(f"--output_dir {output_dir} is not empty; name a new folder, or delete it.")
     if output_dir.is_mount():
         stop(f"--output_dir {output_dir} is a mount point; name a folder in it.")
     folder = output_dir.with_name(output_dir.name + ".partial")
     if folder.exists() and not (folder / ".lock").exists():
-        stop(f"{folder} is there, and this script did not make it; move it away, or name another --output_dir.")
+        stop(f"{folder} exists, and this script did not make it; move it away, or name another --output_dir.")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire()
     except Timeout:
-        stop(f"another run is writing {output_dir}; wait for it, or name another --output_dir.")
-    for path in folder.iterdir():  # of a run that was killed
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != ".lock":
-            path.unlink()
+        stop(f"--output_dir {output_dir} is being written by another run; name another folder.")
+    for path in [path for path in folder.iterdir() if path.name != ".lock"]:  # left by a run that was killed
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     return folder, lock
 
 
-def check_room(args, size: int) -> None:
-    """Stop if the disk has too little room for what will be written; `size` is the base's, in bytes."""
-    share = {"BF16": 1, "FP8_DYNAMIC": 0.6, "FP8_BLOCK": 0.6, "W8A8": 1.6, "W4A16": 1.4}[
-        args.scheme
-    ]  # the merged one too
-    free = shutil.disk_usage(args.output_dir.absolute().parent).free
+def check_room(output_dir: Path, scheme: str, size: int) -> None:
+    """Stop if the disk has too little room to quantize a base of `size` bytes."""
+    share = {"BF16": 1, "W8A8": 1.6, "W4A16": 1.4}.get(scheme, 0.6)  # two of them hold the merged checkpoint, too
+    free = shutil.disk_usage(output_dir.parent).free
     if free < share * size:
-        stop(f"--output_dir {args.output_dir} has {free / 1e9:.1f} GB of free disk, {args.scheme} of this base takes about "
-             f"{share * size / 1e9:.1f} GB; make room, or name a folder on another disk.")  # fmt: skip
-
-
-def warn_of_gpu(scheme: str) -> None:
-    """Say it if this machine's GPU has no arithmetic for the scheme; the checkpoint may be for another."""
-    if scheme.startswith("FP8") and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
-        found = ".".join(map(str, torch.cuda.get_device_capability()))
-        console.print(f"{torch.cuda.get_device_name()} has compute capability {found}, FP8 arithmetic needs 8.9: on it, vLLM "
-                      "will take the weights alone in FP8 (Marlin), which saves memory, not time; W8A8 computes in 8 bits "
-                      "from 7.5 on.", soft_wrap=True)  # fmt: skip
+        room = f"{free / 1e9:.1f} GB of free disk, and {scheme} of this base needs {share * size / 1e9:.1f} GB"
+        stop(f"--output_dir {output_dir} has {room}; name a folder on another disk.")
 
 
 def peak_memory() -> int:
-    """The most memory that this process has had, in bytes: the GPU's since the last start, else its own."""
+    """Return the most memory that this process has had, in bytes: the GPU's since the last call, otherwise its own."""
     if not torch.cuda.is_available():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak = torch.cuda.max_memory_allocated()
@@ -1074,85 +828,70 @@ def peak_memory() -> int:
     return peak
 
 
-def print_report(report: dict, output_dir: Path) -> None:
-    sizes, quality = report["size_bytes"], report["quality"]
-    table = Table("", "before", "after", title=f"{output_dir.name}")
-    table.add_row(
-        "weights", f"{sizes['base'] / 1e6:,.1f} MB", f"{sizes['quantized'] / 1e6:,.1f} MB ({sizes['ratio']:.0%})"
-    )
-    if quality:
-        table.add_row("top-1 agreement", "", f"{quality['top1_agreement']:.2%} of {quality['tokens']:,} tokens")
-        table.add_row("KL divergence, nats a token", "", f"{quality['kl']:.5f} (worst {quality['kl_max']:.3f})")
-        if quality["kl_base_alone"] is not None:
-            table.add_row("of the base without adapter from it", "", f"{quality['kl_base_alone']:.5f}")
-        table.add_row("greedy answers that changed", "", f"{quality['answers_changed']} of {quality['samples']}")
-    console.print(table)
-
-
-def make_checkpoint(args, folder: Path, samples: list) -> dict:
-    """Merge and quantize into `folder`; returns what the report says of it."""
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="llava_stage_") as stage:
-        stage = Path(stage)
-        processor = stage_checkpoint(args.model_path, stage)
-        sizes = [file.stat().st_size for file in stage.glob("*.safetensors")]
-        check_room(args, sum(sizes))
-        merge = Merge(args.model_path, stage, processor, args.lora_path, args.merge_lora)
-        if args.scheme != "BF16":
-            check_layers(args, merge.model)
-        before = peak_memory()
-        try:
-            quantize(args, stage, folder, merge, samples)
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:  # of llmcompressor
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            stop(f"--scheme {args.scheme} cannot be applied to {args.model_path} ({type(error).__name__}: "
-                 f"{(str(error) or '?').splitlines()[0][:200]}).")  # fmt: skip
-    for file in folder.glob("*.safetensors"):
-        file.chmod(0o644)  # so that a server under another user can read it
-    quantized = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    found = {
-        "size_bytes": {"base": sum(sizes), "largest_shard": max(sizes), "quantized": quantized, "ratio": quantized / sum(sizes)},
+def make_checkpoint(args: argparse.Namespace, nf4: bool, stage: Path, folder: Path, samples: list, processor) -> dict:
+    """Merge and quantize the staged base into `folder`; return what the report says of it."""
+    started, ignored = time.monotonic(), list_ignored(args.ignore)
+    sizes = [file.stat().st_size for file in stage.glob("*.safetensors")]
+    check_room(args.output_dir, args.scheme, sum(sizes))
+    model = build_skeleton(args.model_path, stage)
+    if args.scheme != "BF16":
+        check_layers(model, args.scheme, args.ignore)
+    merge, before = Merge(model, args.lora_path, nf4), peak_memory()
+    quantize(args, stage, folder, merge, samples, processor)
+    quantized, adapter = sum(file.stat().st_size for file in folder.glob("*.safetensors")), None
+    if args.lora_path:
+        file = read_adapter(args.lora_path)[0] / "adapter_model.safetensors"
+        adapter = {"path": args.lora_path, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), **merge.describe()}
+    sizes = {"base": sum(sizes), "largest_shard": max(sizes), "quantized": quantized, "ratio": quantized / sum(sizes)}
+    packages = ("torch", "transformers", "peft", "llmcompressor", "compressed-tensors")
+    return {
+        "scheme": args.scheme,
+        "ignored": ignored if args.scheme != "BF16" else None,
+        "base": {"path": args.model_path},
+        "adapter": adapter,
+        "size_bytes": sizes,
         "calibration_samples": len(samples),
         "seconds": {"checkpoint": round(time.monotonic() - started, 1)},
         "peak_memory_bytes": {"before": before, "checkpoint": peak_memory()},
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
-        "versions": {name: importlib.metadata.version(name) for name in
-                     ("torch", "transformers", "peft", "llmcompressor", "compressed-tensors")},
-    }  # fmt: skip
-    if args.lora_path:
-        digest = digest_checkpoint(str(adapter_folder(args.lora_path)))
-        found["adapter"] = {"path": args.lora_path, "digest": digest, **merge.prove()}
-    return found
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def print_report(report: dict, output_dir: Path) -> None:
+    """Print what came out, and end with exit code 4 if the gate failed."""
+    sizes, quality = report["size_bytes"], report["quality"]
+    console.print(f"{output_dir}: {sizes['quantized'] / 1e6:,.1f} MB, and the base has {sizes['base'] / 1e6:,.1f} MB")
+    if quality:
+        kl = "not finite" if quality["kl"] is None else f"{quality['kl']:.5f}"
+        verdict = f"KL divergence is {kl} nats per token, and --max_kl {quality['max_kl']}"
+        console.print(f"{quality['top1_agreement']:.2%} of {quality['tokens']:,} tokens are still the most likely ones, and "
+                      f"{quality['answers_changed']} of {quality['samples']} greedy answers changed")  # fmt: skip
+        if not quality["passed"]:
+            stop(f"the gate failed: {verdict}. Use a scheme with more bits, or --ignore more layers.", code=4)
+        console.print(f"the gate passed: {verdict}")
+    serve = f"python llava_gradio_lora_host_quantized.py --model_path {output_dir}"
+    console.print(f"to serve it, in vLLM's environment: {serve}", soft_wrap=True)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    warn_of_gpu(args.scheme)
-    if not args.lora_path:
-        console.print("no --lora_path: the base alone is used")
-    args.output_dir = args.output_dir.resolve()
-    (folder, lock), started = open_output(args.output_dir), time.monotonic()
+    nf4 = merges_into_nf4(args.lora_path, args.merge_lora)
+    folder, lock = open_output(args.output_dir)
     try:
-        asked = read_samples(args.dataset, args.gate_samples) if args.gate_samples else []
-        samples = []
-        if args.scheme in CALIBRATED:
-            samples = read_samples(args.dataset, args.calibration_samples, start=len(asked), held_out=False)
-            if len(samples) < args.calibration_samples:
-                console.print(f"--dataset has {len(samples)} rows to calibrate on, --calibration_samples asks for "
-                              f"{args.calibration_samples}: all of them are used")  # fmt: skip
-        report = {
-            "scheme": args.scheme,
-            "ignored": list_ignored(args.ignore) if args.scheme != "BF16" else None,
-            "adapter": None,
-            **make_checkpoint(args, folder, samples),
-            "base": {"path": args.model_path, "digest": digest_checkpoint(args.model_path)},
-            "dataset": args.dataset if asked or samples else None,
-            "quality": run_gate(args, folder, asked) if asked else None,
-        }
-        report["seconds"]["gate"] = round(time.monotonic() - started - report["seconds"]["checkpoint"], 1)
+        calibration = args.calibration_samples if args.scheme in CALIBRATED else 0
+        asked, seen = read_samples(args.dataset, args.gate_samples, calibration)
+        with tempfile.TemporaryDirectory(prefix="llava_stage_") as stage:
+            processor = stage_checkpoint(args.model_path, Path(stage))
+            report = make_checkpoint(args, nf4, Path(stage), folder, seen, processor)
+            report |= {"dataset": args.dataset if asked or seen else None, "quality": None}
+            started = time.monotonic()
+            if asked:
+                reference = (Path(stage), args.lora_path, nf4, args.device)
+                report["quality"] = run_gate(reference, folder, processor, asked, args.max_new_tokens, args.max_kl)
+        report["seconds"]["gate"] = round(time.monotonic() - started, 1)
         report["peak_memory_bytes"]["gate"] = peak_memory()
-        (folder / "quantization_report.json").write_text(json.dumps(report, indent=1))
+        (folder / "quantization_report.json").write_text(json.dumps(report, indent=1, allow_nan=False))
         lock.release()
         (folder / ".lock").unlink(missing_ok=True)
         with suppress(FileNotFoundError):
@@ -1161,13 +900,6 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print_report(report, args.output_dir)
-    quality = report["quality"]
-    if quality and not quality["passed"]:
-        stop(f"the gate failed: KL divergence is {quality['kl']:.5f}, --max_kl {args.max_kl}; the checkpoint is in "
-             f"{args.output_dir} all the same. A scheme with more bits, or more --ignore, comes closer.", code=4)  # fmt: skip
-    verdict = f"the gate passed: KL divergence {quality['kl']:.5f}, --max_kl {args.max_kl}; " if quality else ""
-    console.print(f"{verdict}in vLLM's environment, serve it: python llava_gradio_lora_host_quantized.py --model_path "
-                  f"{args.output_dir}, or vllm serve {args.output_dir}", soft_wrap=True)  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -1177,8 +909,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         stop("interrupted; nothing was written.", code=130)
     except torch.OutOfMemoryError:
-        stop(
-            "the GPU's memory is full; use --device cpu, or --gate_samples 0 and measure the result with the AMBER script."
-        )
-    except (OSError, SafetensorError) as error:  # a full disk, a folder that cannot be written
+        stop("the GPU's memory is full; use --device cpu, or --gate_samples 0 and the AMBER script on the result.")
+    except (OSError, SafetensorError) as error:  # a full disk, a file of weights that is missing or broken
         stop(f"{error}; nothing was written to --output_dir.")

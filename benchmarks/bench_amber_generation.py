@@ -60,11 +60,11 @@ def main(argv=None):
     shared = {}
     for group in tqdm(amber.group_queries(queries, args.batch_size), desc="one prefill a picture", mininterval=5):
         good, images, pixels, _ = amber.open_group(group, args.image_dir, processor, context)
-        questions = [[query["query"] for query in picture["queries"]] for picture in good]
+        questions = [[query["query"] for query in asked] for asked in good]
         for picture, question, text, _ in amber.answer_questions(
             model, processor, images, pixels, questions, args.max_new_tokens
         ):
-            shared[good[picture]["queries"][question]["id"]] = text
+            shared[good[picture][question]["id"]] = text
     shared_seconds = time.perf_counter() - started
 
     same = sum(single[number] == shared[number] for number in single)

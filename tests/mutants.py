@@ -28,7 +28,9 @@ def read_mutations() -> list[list[str]]:
 def run_test(folder: Path, test: str) -> bool:
     """Return whether a test passes in a copy of the repository."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", test]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     if done.returncode not in (0, 1):  # a test that does not exist catches nothing
         sys.exit(f"error: pytest could not run {test}:\n{done.stdout[-2000:]}")
     return done.returncode == 0
@@ -46,7 +48,9 @@ def main() -> int:
             script = folder / name
             right = script.read_text()
             if right.count(old) != 1:
-                sys.exit(f"error: mutation {number}: {name} has {right.count(old)} places with the text {old!r}, not one.")
+                sys.exit(
+                    f"error: mutation {number}: {name} has {right.count(old)} places with the text {old!r}, not one."
+                )
             script.write_text(right.replace(old, new))
             noticed = not run_test(folder, test)
             script.write_text(right)
