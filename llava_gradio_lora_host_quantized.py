@@ -346,7 +346,8 @@ def is_ready(address: str) -> bool:
 def find_reason(log: Path) -> str:
     """Return the last error that a log names."""
     found = re.findall(r"\b(\w*Error: .+|error: .+)", log.read_text(errors="replace"))
-    return found[-1][:300] if found else "it gave no reason"
+    causes = [line for line in found if "root cause" not in line]  # vLLM's last line says that the cause stands above
+    return causes[-1][:300] if causes else "it gave no reason"
 
 
 # ---------------------------------------------------------------------------- the models of OpenAI-compatible servers
@@ -427,7 +428,7 @@ def find_prompt(client: openai.OpenAI, url: str, model: str) -> dict:
     stop(f"the server at {url} does not give the model the prompt that it was trained with; {way}.")
 
 
-def score_prompt(client: openai.OpenAI, model: str, extra: dict) -> list[float]:
+def score_prompt(client: openai.OpenAI, model: str, extra: dict) -> tuple[float, ...]:
     """Return a model's log-probabilities of the tokens of a fixed prompt with a picture."""
     image = Image.linear_gradient("L").convert("RGB").resize((64, 64))
     reply = client.chat.completions.create(
@@ -436,7 +437,7 @@ def score_prompt(client: openai.OpenAI, model: str, extra: dict) -> list[float]:
         max_completion_tokens=1,
         extra_body=extra | {"prompt_logprobs": 0},
     )
-    return [token["logprob"] for position in reply.prompt_logprobs[1:] for token in position.values()]
+    return tuple(token["logprob"] for position in reply.prompt_logprobs[1:] for token in position.values())
 
 
 class ServedModels:
@@ -455,18 +456,18 @@ class ServedModels:
 
     def list_models(self, url: str, key: str) -> list[tuple[str, int, dict]]:
         """Return a server's models: (id, longest context in tokens, what a request must carry). Stops if one is unfit."""
-        extras, models = {}, []
+        bases, models = {}, []
         try:
             with openai.OpenAI(base_url=f"{url}/v1", api_key=key, timeout=60) as client:
                 for model in client.models.list().data:
-                    parent = getattr(model, "parent", None)  # of an adapter: its base
-                    if parent not in extras:
-                        parent = None
-                        extras[model.id] = find_prompt(client, url, model.id)
-                    elif score_prompt(client, model.id, extras[parent]) == score_prompt(client, parent, extras[parent]):
+                    parent = getattr(model, "parent", None)  # of an adapter: its base, whose prompt it shares
+                    if parent not in bases:
+                        longest = getattr(model, "max_model_len", None) or 2**20
+                        bases[model.id] = longest, find_prompt(client, url, model.id)
+                        parent = model.id
+                    elif len({score_prompt(client, name, bases[parent][1]) for name in (parent, model.id)}) == 1:
                         stop(f"the server at {url} does not apply the adapter {model.id}: it changes no probability.")
-                    longest = getattr(model, "max_model_len", None) or 2**20
-                    models.append((model.id, longest, extras[parent or model.id]))
+                    models.append((model.id, *bases[parent]))
         except openai.AuthenticationError:
             stop(f"the server at {url} wants another key than the one in the environment's OPENAI_API_KEY.")
         except Exception as error:  # whatever else listens there
