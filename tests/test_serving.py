@@ -382,7 +382,7 @@ def test_a_server_is_asked_as_the_model_was_trained(stub, monkeypatch):
         "orpo",
         0.5,
         0.25,
-        1000,
+        100,  # its base's context
     )
     assert [message["role"] for message in asked["messages"]] == ["user", "assistant", "user"]
     picture, question = asked["messages"][0]["content"]
