@@ -749,7 +749,7 @@ def open_group(group: list[list[dict]], image_dir: Path, processor, context: int
                 if length >= context:
                     raise ValueError(f"has a question of {length:,} tokens; the model's context has {context:,}")
                 asked.append(query)
-            except (OSError, ValueError) as error:  # ValueError also at a name that no path can have
+            except (OSError, ValueError) as error:  # a UnicodeError is a ValueError
                 failures.append({"id": query["id"], "image": query["image"], "reason": str(error)})
         if asked:
             good.append(asked)
