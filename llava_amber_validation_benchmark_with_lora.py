@@ -863,9 +863,9 @@ def lock_output(output_file: Path):
         stop(f"another run is writing {output_file}; wait for it, or name another --output_file.")
 
 
-def write_answers(output_file: Path, queries: list[dict], answers: dict[int, dict]) -> None:
+def write_answers(output_file: Path, every_query: list[dict], answers: dict[int, dict]) -> None:
     """Write the answers in AMBER's format, in the order of the query file."""
-    kept = [answers[query["id"]] for query in queries if query["id"] in answers]
+    kept = [answers[query["id"]] for query in every_query if query["id"] in answers]
     rows = [{"id": row["id"], "response": row["response"]} for row in kept]
     write_whole(output_file, json.dumps(rows, indent=1, ensure_ascii=False))
     cut = sum(not row["complete"] for row in kept)
