@@ -115,8 +115,12 @@ def find_wrong_flags(args: argparse.Namespace):
     partly = args.limit or args.skip_evaluation
     yield not answering and partly, "--skip_inference scores a whole file; leave --limit and --skip_evaluation out"
     yield args.clip_model and args.verify == 1, "--clip_model is what --verify checks with; give --verify 4 too"
-    needless = args.lora_path or args.verify > 1 or args.load_4bit or args.load_8bit
-    yield vllm and needless, "vllm takes merged and quantized checkpoints; other flags need --backend transformers"
+    yield vllm and args.lora_path, "--backend vllm takes no --lora_path; merge the adapter with llava_quantize_vllm.py"
+    own = args.verify > 1 or args.load_4bit or args.load_8bit
+    yield (
+        vllm and own,
+        "--verify, --load_4bit and --load_8bit need --backend transformers; vllm takes quantized checkpoints",
+    )
     yield vllm and processes > 1, "--backend vllm starts its own processes; run it without torchrun"
 
 
@@ -487,12 +491,10 @@ def embed_picture(image: Image.Image) -> str:
 
 @dataclass
 class Branch:
-    """A question that is being answered: where it stands in the batch, and the tokens of its answer so far."""
+    """A question that is being answered, and the tokens of its answer so far."""
 
     picture: int
-    question: int  # its number among the picture's questions
-    row: int  # in the batch
-    column: int  # of its last token among the row's newest tokens
+    question: int  # its number among the picture's questions, from 1 on
     length: int  # of its prompt
     dice: random.Random
     tokens: list[int] = field(default_factory=list)
@@ -502,16 +504,16 @@ class Batch:
     """Questions about pictures on their way through the model, which sees each picture once.
 
     A picture and its questions are one row, `picture | question 1 | question 2 | …`, in which every question sees the
-    picture, but no other question: what they share has the owner 0, and each question its number from 1 on. Positions are
-    counted as if each question stood alone. `logits` are those of each branch's next token, (branches, vocabulary), and
-    `owners` those of all tokens so far, (rows, length). `pixels` is the image processor's output for the `images`.
+    picture, but no other question: what they share has the owner 0, and each question its number. Positions are counted as
+    if each question stood alone. `logits` are those of each branch's next token, (branches, vocabulary), and `owners` those
+    of all tokens so far, (rows, length). `pixels` is the image processor's output for the `images`.
     """
 
     def __init__(self, model, processor, images: list, pixels, questions: list[list[str]]):
         self.core = core = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.cache, self.owners, self.branches, rows = None, None, [], []
-        pictures = [picture for picture, asked in enumerate(questions) if asked]
-        for picture in pictures:
+        self.cache, self.owners, self.branches, rows = None, None, [], {}
+        self.pictures = [picture for picture, asked in enumerate(questions) if asked]
+        for picture in self.pictures:
             row, seed = [], zlib.crc32(images[picture].tobytes())
             for number, question in enumerate(questions[picture]):
                 prompt = build_prompt(processor, question, images[picture].size)
@@ -519,14 +521,14 @@ class Batch:
                 row = row or [(prompt[place], 0, place) for place in range(shared)]
                 row += [(prompt[place], number + 1, place) for place in range(shared, len(prompt))]
                 dice = random.Random(f"{seed} {number} {question}")
-                self.branches.append(Branch(picture, number, len(rows), len(row) - 1, len(prompt), dice))
-            rows.append(row)
-        shown = pixels["pixel_values"][pictures].to(core.device, core.dtype)
-        self.run(rows, pixel_values=shown, image_sizes=pixels["image_sizes"][pictures].to(core.device))
+                self.branches.append(Branch(picture, number + 1, len(prompt), dice))
+            rows[picture] = row
+        shown = pixels["pixel_values"][self.pictures].to(core.device, core.dtype)
+        self.run(rows, pixel_values=shown, image_sizes=pixels["image_sizes"][self.pictures].to(core.device))
 
-    def run(self, rows: list[list[tuple[int, int, int]]], **inputs) -> None:
-        """Put rows of (token, owner, position) through the model, after what the cache holds of them."""
-        padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1)
+    def run(self, rows: dict[int, list[tuple[int, int, int]]], **inputs) -> None:
+        """Put each picture's row of (token, owner, position) through the model, after what the cache holds of it."""
+        padded = pad_sequence([torch.tensor(row) for row in rows.values()], batch_first=True, padding_value=-1)
         ids, new, places = padded.to(self.core.device).unbind(-1)
         self.owners = new if self.owners is None else torch.cat([self.owners, new], dim=1)
         seen = (self.owners[:, None, :] == 0) | (self.owners[:, None, :] == new[:, :, None])
@@ -534,21 +536,20 @@ class Batch:
         inputs |= {"past_key_values": self.cache, "use_cache": True}
         output = self.core.model(ids.clamp(0), attention_mask=seen, position_ids=places.clamp(0), **inputs)
         self.cache = output.past_key_values
-        ends = torch.tensor([(branch.row, branch.column) for branch in self.branches], device=self.core.device)
-        self.logits = self.core.lm_head(output.last_hidden_state[ends[:, 0], ends[:, 1]])
+        last = {(i, token[1]): (n, k) for n, (i, row) in enumerate(rows.items()) for k, token in enumerate(row)}
+        index = torch.tensor([last[branch.picture, branch.question] for branch in self.branches]).unbind(1)
+        self.logits = self.core.lm_head(output.last_hidden_state[index])
 
     def add_tokens(self) -> None:
-        """Put the last token of every branch through the model. Rows whose questions are all answered leave the batch."""
-        kept = sorted({branch.row for branch in self.branches})
-        if len(kept) < len(self.owners):
-            index = torch.tensor(kept, device=self.core.device)
-            self.cache.batch_select_indices(index)
-            self.owners = self.owners[index]
-        rows: list[list] = [[] for _ in kept]
+        """Put the last token of every branch through the model. Pictures without branches leave the batch."""
+        rows = defaultdict(list)
         for branch in self.branches:
-            branch.row = kept.index(branch.row)
-            branch.column = len(rows[branch.row])
-            rows[branch.row].append((branch.tokens[-1], branch.question + 1, branch.length + len(branch.tokens) - 1))
+            place = branch.length + len(branch.tokens) - 1
+            rows[branch.picture].append((branch.tokens[-1], branch.question, place))
+        if len(rows) < len(self.pictures):
+            kept = torch.tensor([self.pictures.index(picture) for picture in rows], device=self.core.device)
+            self.cache.batch_select_indices(kept)
+            self.owners, self.pictures = self.owners[kept], list(rows)
         self.run(rows)
 
 
@@ -583,7 +584,7 @@ def answer_questions(
             branch.tokens.append(token)
             if token in ends or len(branch.tokens) == max_new_tokens:
                 text = processor.tokenizer.decode(branch.tokens, skip_special_tokens=True).strip()
-                yield branch.picture, branch.question, text, token in ends
+                yield branch.picture, branch.question - 1, text, token in ends
             else:
                 unfinished.append(branch)
         batch.branches = unfinished
@@ -634,7 +635,7 @@ class Clip:
         try:
             kind = AutoConfig.from_pretrained(model_path, trust_remote_code=False).model_type
             if kind != "clip":
-                raise ValueError(f"its model_type is {kind}, not clip")
+                stop(f"--clip_model {model_path} has the model type {kind}, not clip.")
             self.processor = AutoProcessor.from_pretrained(model_path, backend="pil", trust_remote_code=False)
             self.model = CLIPModel.from_pretrained(model_path, use_safetensors=True).to(device).eval()
         except Exception as error:
@@ -677,7 +678,7 @@ def confirm_objects(model, processor, images: list, pixels, words: list[list[str
     chances = batch.logits.float().softmax(-1)
     yes, no = (chances[:, spelled[answer]].sum(-1) for answer in ("yes", "no"))
     for branch, share in zip(batch.branches, (yes / (yes + no).clamp(min=1e-30)).tolist(), strict=True):
-        found[branch.picture][words[branch.picture][branch.question]] = share
+        found[branch.picture][words[branch.picture][branch.question - 1]] = share
     return found
 
 
@@ -748,7 +749,7 @@ def open_group(group: list[list[dict]], image_dir: Path, processor, context: int
                 if length >= context:
                     raise ValueError(f"has a question of {length:,} tokens; the model's context has {context:,}")
                 asked.append(query)
-            except (OSError, ValueError) as error:  # ValueError also at a name that no path can have
+            except (OSError, ValueError) as error:  # a UnicodeError is a ValueError
                 failures.append({"id": query["id"], "image": query["image"], "reason": str(error)})
         if asked:
             good.append(asked)
@@ -854,15 +855,17 @@ def lock_output(output_file: Path):
     lock = FileLock(output_file.with_name(f".{output_file.name}.lock"), blocking=False)
     try:
         with lock:
-            yield
-            Path(lock.lock_file).unlink()
+            try:
+                yield
+            finally:
+                Path(lock.lock_file).unlink()
     except Timeout:
         stop(f"another run is writing {output_file}; wait for it, or name another --output_file.")
 
 
-def write_answers(output_file: Path, queries: list[dict], answers: dict[int, dict]) -> None:
+def write_answers(output_file: Path, every_query: list[dict], answers: dict[int, dict]) -> None:
     """Write the answers in AMBER's format, in the order of the query file."""
-    kept = [answers[query["id"]] for query in queries if query["id"] in answers]
+    kept = [answers[query["id"]] for query in every_query if query["id"] in answers]
     rows = [{"id": row["id"], "response": row["response"]} for row in kept]
     write_whole(output_file, json.dumps(rows, indent=1, ensure_ascii=False))
     cut = sum(not row["complete"] for row in kept)
