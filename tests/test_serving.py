@@ -410,7 +410,7 @@ def test_what_cannot_be_proved_is_refused_before_the_page(stub, capsys, monkeypa
     assert "--scheme BF16" in refused()
     monkeypatch.setattr(Stub, "mode", "bos")
     monkeypatch.setattr(Stub, "adapter_moves", 0)
-    assert "orpo, that changes nothing" in refused()
+    assert "does not apply the adapter orpo" in refused()
     monkeypatch.setenv("OPENAI_API_KEY", "wrong")
     assert "another key" in refused()
     assert "start it first" in refused("http://127.0.0.1:9")
