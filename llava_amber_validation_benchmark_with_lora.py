@@ -1126,36 +1126,26 @@ def read_answers(path: Path, notes: dict[int, dict]) -> list[dict]:
 CAPTION_COUNTS = ["captions", "clean", "named", "hallucinated", "present", "covered", "traps", "fallen"]
 ANSWER_COUNTS = ["asked", "correct", "positive", "said positive", "true positive"]
 # type of an annotation -> what its question is about; other types are relations, as in the official script
-KINDS = {
-    "generative": "generative",
-    "discriminative-hallucination": "existence",
-    "discriminative-attribute-state": "state",
-    "discriminative-attribute-number": "number",
-    "discriminative-attribute-action": "action",
-    "pope": "pope",
-}
+KINDS = {f"discriminative-attribute-{kind}": kind for kind in ("state", "number", "action")}
+KINDS |= {"discriminative-hallucination": "existence", "generative": "generative", "pope": "pope"}
 # section of yes/no questions -> the kinds of question in it
-SECTION_KINDS = {
-    "discriminative": ["existence", "state", "number", "action", "relation"],
-    "attribute": ["state", "number", "action"],
-    **{kind: [kind] for kind in ("existence", "state", "number", "action", "relation", "pope")},
-}
-COUNTS = CAPTION_COUNTS + [f"{k} {c}" for k in [*SECTION_KINDS["discriminative"], "pope"] for c in ANSWER_COUNTS]
+SECTION_KINDS = {kind: [kind] for kind in ("existence", "state", "number", "action", "relation", "pope")}
+SECTION_KINDS["attribute"] = ["state", "number", "action"]
+SECTION_KINDS["discriminative"] = ["existence", "state", "number", "action", "relation"]
+COUNTS = CAPTION_COUNTS + [f"{k} {c}" for k, part in SECTION_KINDS.items() if part == [k] for c in ANSWER_COUNTS]
 YES_NO = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 
 
 # WordNet's files of things that a picture can show, and words in them that are about pictures
 THINGS = {f"noun.{name}" for name in ("animal", "artifact", "body", "food", "object", "person", "plant", "substance")}
-NO_OBJECTS = set(
-    "image picture photo photograph scene view background foreground side top bottom line shape object".split()
-)
+NO_THINGS = "image picture photo photograph scene view background foreground side top bottom line shape object".split()
 
 
 def find_nouns(kind: str, vocabulary: set[str] | None) -> Callable[[str], list[tuple[str, str]]]:
     """Return a function from a text to its nouns in the vocabulary, in order: (as written, as in the vocabulary).
 
-    `nltk` is AMBER's way: tokens tagged NN*, their WordNet lemma; without a vocabulary, those that WordNet files as things
-    to be seen. `vocabulary` looks words and regular plurals up.
+    `nltk` is AMBER's way: WordNet's lemmas of tokens tagged NN*; without a vocabulary, of things that can be seen.
+    `vocabulary` looks words and regular plurals up.
     """
     if kind == "vocabulary":
         return look_up_nouns(vocabulary)
@@ -1168,7 +1158,7 @@ def find_nouns(kind: str, vocabulary: set[str] | None) -> Callable[[str], list[t
 
         def is_thing(lemma: str) -> bool:
             senses = nltk.corpus.wordnet.synsets(lemma, "n")[:2]
-            return lemma not in NO_OBJECTS and any(sense.lexname() in THINGS for sense in senses)
+            return lemma not in NO_THINGS and any(sense.lexname() in THINGS for sense in senses)
 
         def tag_nouns(text: str) -> list[tuple[str, str]]:
             tagged = nltk.pos_tag(nltk.word_tokenize(text))
@@ -1177,8 +1167,6 @@ def find_nouns(kind: str, vocabulary: set[str] | None) -> Callable[[str], list[t
 
         tag_nouns("Two dogs.")
         return tag_nouns
-    except ImportError:
-        stop("--nouns nltk needs NLTK: pip install -r requirements/eval.txt")
     except LookupError:
         data = "punkt_tab averaged_perceptron_tagger_eng wordnet"
         stop(f"--nouns nltk needs NLTK's data: python -m nltk.downloader {data} (or --nouns vocabulary, not official)")
@@ -1196,22 +1184,21 @@ def look_up_nouns(vocabulary: set[str]) -> Callable[[str], list[tuple[str, str]]
 
 
 def load_similarity(path: Path | None, spacy_model: str, vocabulary: set[str]) -> tuple[dict[str, set[str]], str]:
-    """Return {word: the words it counts as, itself included} and the name of the spaCy model that says so, above a
-    similarity of 0.8. The table is read from `path`, or made there if there is none; without a path, it is kept in the
-    user's cache."""
+    """Return {word: the words it counts as, itself included} and the name of the spaCy model that says so. The table is read
+    from `path`, or made there if there is none; without a path, it is kept in the user's cache."""
     words = sorted(vocabulary)
     if not (path and path.exists()):
         meta = Path(spacy_model, "meta.json")
         try:
-            local = json.loads(meta.read_bytes()) if meta.exists() else {}
-            version = local.get("version") or importlib.metadata.version(spacy_model)
+            local = meta.exists() and json.loads(meta.read_bytes())
+            version = local["version"] if local else importlib.metadata.version(spacy_model)
         except importlib.metadata.PackageNotFoundError:
             stop(f"--spacy_model {spacy_model} is not installed: python -m spacy download {spacy_model}")
         name = f"{meta.parent.resolve().name}-{version}"
-        key = str([name, meta.exists() and meta.resolve(), words])
+        key = str([name, local and meta.resolve(), words])
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_amber"
         path = path or cache / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    if not path.exists():
+    if not path.exists():  # AMBER's words are alike above a similarity of 0.8
         import spacy
 
         nlp = spacy.load(spacy_model)
@@ -1235,12 +1222,10 @@ def load_similarity(path: Path | None, spacy_model: str, vocabulary: set[str]) -
 
 
 def judge_caption(nouns: list[tuple[str, str]], note: dict, relation: dict, safe_words: set[str], alike: dict) -> tuple:
-    """Score a caption's nouns, as find_nouns gives them, by AMBER's rules; return its CAPTION_COUNTS and the nouns that are
-    hallucinated, as written.
+    """Score a caption's nouns by AMBER's rules; return its CAPTION_COUNTS and the hallucinated nouns as written.
 
-    A slot is an entry of the annotation's truth (what is there) or hallu (what people would imagine). A word that is
-    associated with an entry stands for it. Association words come before the entries themselves, and the first match in
-    that order gets the credit, as in AMBER's inference.py.
+    A slot is an entry of the annotation's truth (what is there) or hallu (what people would imagine). A word associated with
+    an entry stands for it. The first match gets the credit, associations before entries, as in AMBER's inference.py.
     """
 
     def first_slot(entries: list[str], wanted: set[str]) -> int | None:
@@ -1266,11 +1251,8 @@ def judge_caption(nouns: list[tuple[str, str]], note: dict, relation: dict, safe
 
 
 def judge_answer(response: str, truth: str, pope: bool) -> list[int]:
-    """Return the ANSWER_COUNTS of a yes/no answer.
-
-    For AMBER, only `Yes` and `No`, to the letter, are answers. For POPE's evaluate.py, an answer means no if `No`, `not` or
-    `no` is a word of the text before the first full stop, and otherwise yes.
-    """
+    """Return the ANSWER_COUNTS of a yes/no answer. For AMBER, only `Yes` and `No`, to the letter, are answers. For POPE's
+    evaluate.py, `No`, `not` or `no` among the words before the first full stop means no, and anything else yes."""
     if pope:
         said = "no" if {"No", "not", "no"} & set(response.split(".")[0].replace(",", "").split(" ")) else "yes"
     else:
@@ -1280,11 +1262,9 @@ def judge_answer(response: str, truth: str, pope: bool) -> list[int]:
 
 
 def count_answers(rows: list[dict], notes: dict, image_of: dict, judge_text: Callable | None) -> list[dict]:
-    """Return the rows with the kind and the picture of the question, the COUNTS of the answer as given (strict) and with
-    yes/no normalised, and for captions, which `judge_text` scores as judge_caption does, the hallucinated words.
-
-    Normalised means that an answer which begins with yes or no, in any case and after any punctuation, is that answer.
-    """
+    """Return the rows with the kind and picture of the question, the COUNTS of the answer as given (strict) and normalised,
+    and the hallucinated words of captions, which `judge_text` scores. Normalised means that an answer which begins with yes
+    or no, in any case and after any punctuation, is that answer."""
     for row in rows:
         note, text = notes[row["id"]], row["response"]
         kind = KINDS.get(note["type"], "relation")
@@ -1303,9 +1283,8 @@ def compute_figures(sums: np.ndarray, official: bool) -> tuple[dict[str, dict], 
     """Return the figures of AMBER and POPE by section, in percent, and the number of answers of each section. `sums` are
     those of COUNTS, of shape (COUNTS,) or (COUNTS, draws).
 
-    AMBER's precision and recall are for the answer No. In its script, which `official` follows, every denominator starts at
-    0.001, and F1 is computed from figures rounded to one decimal. Otherwise nothing is rounded, and 100 % of few answers
-    does not differ from 100 % of many. POPE's figures are for the answer Yes, and are plain.
+    In AMBER's script, which `official` follows, every denominator starts at 0.001, and F1 is computed from figures rounded
+    to one decimal; otherwise nothing is rounded, and 100 % of few answers does not differ from 100 % of many.
     """
     start = 0.001 if official else 1e-9
     count = dict(zip(COUNTS, sums.tolist() if official else sums, strict=True))
@@ -1402,7 +1381,7 @@ def summarize(file: str, rows: list[dict], sections: list[str]) -> dict:
         texts[row["kind"] if row["kind"] in texts else "discriminative"].append(row["response"])
     closed = [text for task, part in texts.items() if task != "generative" for text in part]
     neither = sum(YES_NO.match(text) is None for text in closed)
-    words = {task: [len(text.split()) for text in part] for task, part in texts.items() if part}
+    lengths = {task: [len(text.split()) for text in part] for task, part in texts.items() if part}
     return {
         "file": file,
         "strict": {section: official[section] for section in sections},
@@ -1410,7 +1389,7 @@ def summarize(file: str, rows: list[dict], sections: list[str]) -> dict:
         "amber_score": round(official["amber"]["score"], 2) if "amber" in intervals else None,
         "neither_yes_nor_no": round(100 * neither / len(closed), 2) if closed else None,
         "answers": {task: len(part) for task, part in texts.items()},
-        "mean_words": {task: round(float(np.mean(part)), 1) for task, part in words.items()},
+        "mean_words": {task: round(float(np.mean(part)), 1) for task, part in lengths.items()},
         "intervals": intervals,
     }
 
@@ -1484,13 +1463,11 @@ def print_scores(scores: dict) -> None:
     counts = ", ".join(f"{count:,} of {scores['asked'][task]:,} {task}" for task, count in this["answers"].items())
     lengths = " and ".join(str(words) for words in this["mean_words"].values())
     nouns = f"; nouns: {scores['nouns']}, alike by {scores['spacy_model']}" if scores["spacy_model"] else ""
-    empty = ", ".join(section for section in this["strict"] if section not in this["intervals"])
     neither, by = this["neither_yes_nor_no"], scores["resampled_by"]
     remarks = {
         f"answers: {counts}, of {lengths} words on average{nouns}": True,
         f"compared are the answers that both files have; {left_out:,} are in one file only": left_out,
         f"intervals are by {by}: they are too narrow": by != "picture",
-        f"no answers, so no figures: {empty}": empty,
         f"{neither} % of the answers to yes/no questions begin with neither yes nor no": neither,
     }
     for remark, holds in remarks.items():
@@ -1546,8 +1523,7 @@ repetitions are not judged.</p>
 
 
 def write_gallery(sides: list, image_dir: Path | None, path: Path, limit: int = 24) -> None:
-    """Show the captions whose hallucinations changed most (with one file: that have most), words marked. `sides` are as
-    compare takes them; captions that one of them lacks are not shown."""
+    """Show the captions whose hallucinations changed most (with one file: that have most), with these words marked."""
     captions = [{row["id"]: row for row in rows if row["kind"] == "generative"} for _, _, rows in sides]
     shown = [[side[number] for side in captions] for number in captions[0] if number in captions[-1]]
     both = len(sides) > 1
@@ -1569,8 +1545,8 @@ def write_gallery(sides: list, image_dir: Path | None, path: Path, limit: int = 
 
 
 def evaluate(args, queries: list, notes: dict, sections: list[str], prepared: tuple, failures: list[dict]) -> None:
-    """Score the answers, beside the base's or an earlier run's if asked; write scores.json, and the chart and the gallery if
-    there is something to show; print the figures. `prepared` is of prepare_captions."""
+    """Score the answers, beside the base's or an earlier run's if asked; write scores.json, chart and gallery; print the
+    figures. `prepared` is of prepare_captions."""
     judge_text, spacy_model = prepared
     image_of = {query["id"]: query["image"] for query in queries}
     baseline = name_base_file(args.output_file) if args.compare_base else args.baseline_file
