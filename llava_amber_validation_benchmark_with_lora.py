@@ -1125,17 +1125,16 @@ def read_answers(path: Path, notes: dict[int, dict]) -> list[dict]:
 # what one answer adds to the sums that all figures are made of; an AMBER question is positive if No is right, POPE's if Yes
 CAPTION_COUNTS = ["captions", "clean", "named", "hallucinated", "present", "covered", "traps", "fallen"]
 ANSWER_COUNTS = ["asked", "correct", "positive", "said positive", "true positive"]
-# type of an annotation -> what its question is about; other types are relations, as in the official script
-KINDS = {f"discriminative-attribute-{kind}": kind for kind in ("state", "number", "action")}
-KINDS |= {"discriminative-hallucination": "existence", "generative": "generative", "pope": "pope"}
+QUESTION_KINDS = ["existence", "state", "number", "action", "relation"]
+ATTRIBUTES = ["state", "number", "action"]
+COUNTS = CAPTION_COUNTS + [f"{kind} {count}" for kind in [*QUESTION_KINDS, "pope"] for count in ANSWER_COUNTS]
 # section of yes/no questions -> the kinds of question in it
-SECTION_KINDS = {kind: [kind] for kind in ("existence", "state", "number", "action", "relation", "pope")}
-SECTION_KINDS["attribute"] = ["state", "number", "action"]
-SECTION_KINDS["discriminative"] = ["existence", "state", "number", "action", "relation"]
-COUNTS = CAPTION_COUNTS + [f"{k} {c}" for k, part in SECTION_KINDS.items() if part == [k] for c in ANSWER_COUNTS]
+SECTION_KINDS = {"discriminative": QUESTION_KINDS, "attribute": ATTRIBUTES}
+SECTION_KINDS |= {kind: [kind] for kind in [*QUESTION_KINDS, "pope"]}
+# type of an annotation -> kind of question; other types are relations, as in the official script
+KINDS = {"generative": "generative", "pope": "pope", "discriminative-hallucination": "existence"}
+KINDS |= {f"discriminative-attribute-{kind}": kind for kind in ATTRIBUTES}
 YES_NO = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
-
-
 # WordNet's files of things that a picture can show, and words in them that are about pictures
 THINGS = {f"noun.{name}" for name in ("animal", "artifact", "body", "food", "object", "person", "plant", "substance")}
 NO_THINGS = "image picture photo photograph scene view background foreground side top bottom line shape object".split()
@@ -1395,8 +1394,7 @@ def summarize(file: str, rows: list[dict], sections: list[str]) -> dict:
 
 
 def compare(sides: list[tuple[str, Path, list[dict]]], sections: list[str]) -> dict:
-    """Return the scores of two answer files, each (label, path, rows), on the queries that both answer, and their
-    differences."""
+    """Return the scores of two files' (label, path, rows) on the queries that both answer, and their differences."""
     (first, base_file, base), (second, this_file, this) = sides
     ids = [{row["id"] for row in rows} for rows in (base, this)]
     if not ids[0] & ids[1]:
