@@ -1108,8 +1108,7 @@ def read_vocabulary(args) -> set[str]:
 
 
 def read_answers(path: Path, notes: dict[int, dict]) -> list[dict]:
-    """Return the rows of an answer file in AMBER's format, from here or elsewhere: id and response. A response null to a
-    yes/no question is a wrong answer."""
+    """Return the rows of an answer file, {id, response}; to a yes/no question, null is a wrong answer."""
     rows = read_json(path)
     for row in rows or [None]:
         note = notes.get(row["id"]) if isinstance(row, dict) and "id" in row else None
@@ -1307,21 +1306,19 @@ def compute_figures(sums: np.ndarray, official: bool) -> tuple[dict[str, dict], 
         shares = {"accuracy": (correct, n), "precision": (true, said), "recall": (true, positive)}
         if section == "pope":
             shares |= {"f1": (2 * true, said + positive), "yes": (said, n)}
-            found = {name: shown(100 * (part / np.maximum(whole, 1)), 2) for name, (part, whole) in shares.items()}
+            figures[section] = {name: shown(100 * (a / np.maximum(b, 1)), 2) for name, (a, b) in shares.items()}
         else:
             times = 3 if section == "attribute" else 1  # the sum of three denominators
-            found = {name: percent(*share, times) for name, share in shares.items()}
+            found = figures[section] = {name: percent(*share, times) for name, share in shares.items()}
             p, r = found["precision"] / 100, found["recall"] / 100
             found["f1"] = shown(2 * p * r / (p + r + (0.001 if section == "existence" else 0.0001)) * 100)
-        figures[section] = found
     asked["amber"] = np.minimum(asked["generative"], asked["discriminative"])
     figures["amber"] = {"score": (100 - figures["generative"]["chair"] + figures["discriminative"]["f1"]) / 2}
     return figures, asked
 
 
 def sum_by_image(rows: list[dict]) -> np.ndarray:
-    """Return the strict COUNTS of each picture, (pictures, COUNTS), in the order of their names; an answer whose picture is
-    not known stands for itself."""
+    """Return the strict COUNTS of each picture, (pictures, COUNTS); an answer to an unknown picture stands for itself."""
     names, places = np.unique([row["image"] or str(row["id"]) for row in rows], return_inverse=True)
     sums = np.zeros((len(names), len(COUNTS)), dtype=np.int64)
     np.add.at(sums, places, [row["strict"] for row in rows])
@@ -1586,10 +1583,9 @@ def main(argv: list[str] | None = None) -> None:
     sections = ["pope"] if notes else SECTIONS[args.evaluation_type]
     if notes is None and not (args.skip_evaluation and args.evaluation_type == "a"):
         notes = {note["id"]: note for note in read_json(find_file(args, "annotation_file", "annotations.json"))}
-    prepared = (None, None)
     evaluating = MAIN_PROCESS and not args.skip_evaluation
-    if evaluating and sections != ["pope"]:  # what is missing shows before anything is answered
-        prepared = prepare_captions(args)
+    # before anything is answered, so that what is missing shows at once
+    prepared = prepare_captions(args) if evaluating and sections != ["pope"] else (None, None)
     failures_file = args.output_file.with_name(f"{args.output_file.stem}_failures.json")
     if args.skip_inference:
         failures, answered = read_json(failures_file) if failures_file.exists() else [], True
