@@ -1136,7 +1136,7 @@ KINDS |= {f"discriminative-attribute-{kind}": kind for kind in ATTRIBUTES}
 YES_NO = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 # WordNet's files of things that a picture can show, and words in them that are about pictures
 THINGS = {f"noun.{name}" for name in ("animal", "artifact", "body", "food", "object", "person", "plant", "substance")}
-NO_THINGS = "image picture photo photograph scene view background foreground side top bottom line shape object".split()
+NO_OBJECTS = "image picture photo photograph scene view background foreground side top bottom line shape object".split()
 
 
 def find_nouns(kind: str, vocabulary: set[str] | None) -> Callable[[str], list[tuple[str, str]]]:
@@ -1156,7 +1156,7 @@ def find_nouns(kind: str, vocabulary: set[str] | None) -> Callable[[str], list[t
 
         def is_thing(lemma: str) -> bool:
             senses = nltk.corpus.wordnet.synsets(lemma, "n")[:2]
-            return lemma not in NO_THINGS and any(sense.lexname() in THINGS for sense in senses)
+            return lemma not in NO_OBJECTS and any(sense.lexname() in THINGS for sense in senses)
 
         def tag_nouns(text: str) -> list[tuple[str, str]]:
             tagged = nltk.pos_tag(nltk.word_tokenize(text))
