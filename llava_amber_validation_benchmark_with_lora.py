@@ -3,7 +3,7 @@
 Reads   a LLaVA-NeXT checkpoint (--model_path), an adapter (--lora_path), the benchmark's questions and pictures, and for
         AMBER its annotations.
 Writes  the answers (--output_file, in AMBER's format) and beside them the journal to resume from, scores.json, scores.png
-        and, for captions, gallery.html.
+        and, for captions, gallery.html; or, with --write_pairs, preference pairs made of the model's own answers.
 Needs   pip install -r requirements/train.txt -r requirements/eval.txt
         python -m spacy download en_core_web_lg
         python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet
@@ -12,6 +12,7 @@ Needs   pip install -r requirements/train.txt -r requirements/eval.txt
         --query_file AMBER/data/query/query_all.json --image_dir AMBER/image --output_file amber/results.json
     python llava_amber_validation_benchmark_with_lora.py --lora_path checkpoints/llava-orpo-prod --compare_base \\
         --query_file coco_pope_popular.json --image_dir val2014 --output_file pope_popular/results.json
+    python llava_amber_validation_benchmark_with_lora.py --image_dir my_photos --verify 12 --write_pairs pairs.parquet
     python llava_amber_validation_benchmark_with_lora.py --test_mode --nouns vocabulary --output_file outputs/amber/results.json
 """
 
@@ -78,6 +79,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(data, "--skip_inference", "score the answers in --output_file", action="store_true")
     add(data, "--skip_evaluation", "only answer", action="store_true")
 
+    pairs = parser.add_argument_group("pairs")
+    what = (
+        "in place of scoring, write the best and worst of --verify candidates as preference pairs to this parquet file"
+    )
+    add(pairs, "--write_pairs", what, type=Path)
+    turns = "file with one question per line, which take turns over the pictures (default: Describe this image.)"
+    add(pairs, "--questions", turns, type=Path)
+
     scoring = parser.add_argument_group("scoring")
     add(scoring, "--baseline_file", "answers of an earlier run to compare with", type=Path)
     add(scoring, "--spacy_model", "word vectors that decide which words are alike", default="en_core_web_lg")
@@ -88,11 +97,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.test_mode:
         if args.model_path == parser.get_default("model_path"):
             args.model_path = str(MINIATURE / "model")
-        if not (args.query_file or args.annotation_file):
+        if args.write_pairs:
+            args.relation_file = args.relation_file or MINIATURE / "amber" / "relation.json"
+        elif not (args.query_file or args.annotation_file):
             args.query_file = MINIATURE / "amber" / "query" / "query_all.json"
             if args.spacy_model == parser.get_default("spacy_model"):
                 args.similarity_table = args.similarity_table or MINIATURE / "amber" / "similarity.json"
-        args.image_dir = args.image_dir or MINIATURE / "amber" / "image"
+        if not args.write_pairs:
+            args.image_dir = args.image_dir or MINIATURE / "amber" / "image"
+    if args.write_pairs:
+        args.output_file, args.skip_evaluation = args.write_pairs, True
     for wrong, message in find_wrong_flags(args):
         if wrong:
             parser.error(message)
@@ -105,8 +119,19 @@ def find_wrong_flags(args: argparse.Namespace):
     answering, vllm, out = not args.skip_inference, args.backend == "vllm", args.output_file
     processes, rank = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0")
     yield processes == 1 and rank != "0", f"RANK is {rank} without WORLD_SIZE; unset it, or use torchrun"
-    yield answering and not (args.query_file and args.image_dir), "--query_file and --image_dir are needed to answer"
-    yield not (args.query_file or args.annotation_file), "--query_file or --annotation_file is needed to score"
+    if args.write_pairs:
+        words = args.nouns == "nltk" or args.query_file or args.relation_file
+        yield not args.image_dir, "--write_pairs needs the pictures: give --image_dir"
+        yield args.verify == 1, "--write_pairs compares candidates; give --verify 12 too"
+        yield args.compare_base or args.clip_model, "--write_pairs takes neither --compare_base nor --clip_model"
+        yield not words, "--nouns vocabulary needs the words to look up; give --relation_file"
+    else:
+        yield args.questions, "--questions goes with --write_pairs"
+        yield (
+            answering and not (args.query_file and args.image_dir),
+            "--query_file and --image_dir are needed to answer",
+        )
+        yield not (args.query_file or args.annotation_file), "--query_file or --annotation_file is needed to score"
     yield answering and args.image_dir and not args.image_dir.is_dir(), f"--image_dir {args.image_dir} is no folder"
     yield out.is_dir(), f"--output_file {out} is a folder; name a file in it"
     yield out.name == "scores.json", "scores.json is where the scores go; give the answers another name"
@@ -144,6 +169,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial, wraps
+from itertools import permutations
 from typing import NoReturn
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -714,6 +740,123 @@ def verify_answers(model, processor, images, pixels, questions, max_new_tokens, 
         yield picture, number, *answers[choose_candidate(objects[picture, number], confirmed[picture], fits)]
 
 
+# ---------------------------------------------------------------------------- pairs of its own answers (--write_pairs)
+
+PAIR_TEMPERATURE = 0.9  # at which the candidates of a pair are drawn
+DENIED_COSTS = 1.5  # what an object that is not there costs, where one that is there earns 1
+LENGTH_COSTS = 0.15  # what it costs a pair that one of its answers names an object more than the other
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def ask_folder(image_dir: Path, questions_file: Path | None) -> list[dict]:
+    """Return a query for each picture of a folder, as read_queries does; the questions of the file take turns."""
+    questions = ["Describe this image."]
+    if questions_file:
+        lines = questions_file.read_text(encoding="utf-8").splitlines()
+        questions = [line.strip() for line in lines if line.strip()] or stop(f"--questions {questions_file} is empty.")
+    names = sorted(str(path.relative_to(image_dir)) for path in image_dir.rglob("*") if path.suffix.lower() in PICTURES)
+    if not names:
+        stop(f"--image_dir {image_dir} has no pictures ({', '.join(PICTURES)}).")
+    return [{"id": i, "image": name, "query": questions[i % len(questions)]} for i, name in enumerate(names)]
+
+
+def weigh_objects(objects: list[list[str]], confirmed: dict[str, float]) -> dict[str, float]:
+    """Return {object: how likely it is in the picture} from two witnesses, whose odds are multiplied: `confirmed`, which is
+    the probability of the model's Yes when it is asked, and the share of the candidates that name the object (`objects`
+    has each one's). benchmarks/README.md has the errors of each and of both."""
+    counts = Counter(word for named in objects for word in set(named))
+    belief = {}
+    for word in sorted(counts):
+        share = (counts[word] + 0.5) / (len(objects) + 1)
+        for_it, against = confirmed[word] * share, (1 - confirmed[word]) * (1 - share)
+        belief[word] = for_it / (for_it + against)
+    return belief
+
+
+def make_pair(texts: list[str], find: Callable, confirmed: dict[str, float]) -> dict | None:
+    """Return the two candidates that differ most in what they are worth, with what was found out about their objects; None
+    if they do not differ by one object.
+
+    Each object that a candidate names counts once, for or against it by how likely it is there. A pair whose candidates
+    name equally many is preferred, because from shorter chosen answers the model learns to say less.
+    """
+    found = [find(text) for text in texts]
+    objects = [[word for _, word in nouns] for nouns in found]
+    belief = weigh_objects(objects, confirmed)
+    value = {word: chance - DENIED_COSTS * (1 - chance) for word, chance in belief.items()}
+    worth = [sum(value[word] for word in sorted(set(named))) for named in objects]
+
+    def compare(pair: tuple[int, int]) -> float:
+        best, worst = pair
+        return worth[best] - worth[worst] - LENGTH_COSTS * abs(len(objects[best]) - len(objects[worst]))
+
+    best, worst = max(permutations(range(len(texts)), 2), key=compare)
+    if worth[best] - worth[worst] < 1:
+        return None
+    sides = {"chosen": best, "rejected": worst}
+    counts = Counter(word for named in objects for word in set(named))
+    checks = {word: {"yes": confirmed[word], "named_by": counts[word], "belief": belief[word]} for word in belief}
+    doubted = {side: [written for written, word in found[n] if belief[word] <= 0.5] for side, n in sides.items()}
+    details = {"candidates": len(texts), "worth": {side: worth[n] for side, n in sides.items()}, "objects": checks}
+    return {"chosen": texts[best], "rejected": texts[worst], **details, "doubted": doubted}
+
+
+def pair_answers(model, processor, images, pixels, questions, max_new_tokens, *, candidates, find) -> Iterator:
+    """Yield (picture, question, pair, True) for every question about every picture, where answer_questions yields answers;
+    the pair is make_pair's. Candidates that were cut off at `max_new_tokens` are left out."""
+    drawn = draw_candidates(model, processor, images, pixels, questions, candidates, max_new_tokens, PAIR_TEMPERATURE)
+    texts = {key: [text for text, complete in answers if complete] for key, answers in drawn.items()}
+    words = [set() for _ in images]
+    for (picture, _), answers in texts.items():
+        words[picture] |= {word for text in answers for _, word in find(text)}
+    confirmed = confirm_objects(model, processor, images, pixels, [sorted(part) for part in words])
+    for (picture, number), answers in texts.items():
+        yield picture, number, make_pair(answers, find, confirmed[picture]) if len(answers) > 1 else None, True
+
+
+def write_pairs(output_file: Path, queries: list[dict], answers: dict[int, dict], image_dir: Path) -> None:
+    """Write the pairs as parquet in RLAIF-V's columns, with the pictures' bytes and a column of what was asked and answered
+    about each object (JSON), and beside it a page of those that differ most."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    names = "ds_name question chosen rejected origin_dataset origin_split idx image_path checks".split()
+    columns = {name: datasets.Value("string") for name in names} | {"image": datasets.Image()}
+    schema = datasets.Features(columns).arrow_schema
+    made = [(query, pair) for query in queries if (pair := answers.get(query["id"], {}).get("response"))]
+
+    def make_row(query: dict, pair: dict) -> dict:
+        return {
+            "ds_name": "own answers",
+            "image": {"bytes": find_picture(image_dir, query["image"]).read_bytes(), "path": query["image"]},
+            "question": query["query"],
+            "chosen": pair["chosen"],
+            "rejected": pair["rejected"],
+            "origin_dataset": image_dir.absolute().name,
+            "origin_split": json.dumps({"type": "self_alignment"}),
+            "idx": str(query["id"]),
+            "image_path": query["image"],
+            "checks": json.dumps({name: pair[name] for name in ("candidates", "worth", "objects")}),
+        }
+
+    partial_file = output_file.with_name(f"{output_file.name}.{os.getpid()}.partial")
+    with parquet.ParquetWriter(partial_file, schema) as writer:
+        for start in range(0, len(made), 100):  # pictures are in memory a hundred at a time
+            rows = [make_row(query, pair) for query, pair in made[start : start + 100]]
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    os.replace(partial_file, output_file)
+    sides = []
+    for side in ("chosen", "rejected"):
+        rows = [(query["image"], pair[side], pair["doubted"][side]) for query, pair in made]
+        rows = [dict(zip(("image", "response", "wrong"), row, strict=True)) for row in rows]
+        sides.append((side, None, [{"id": number, "kind": "generative", **row} for number, row in enumerate(rows)]))
+    page = output_file.with_suffix(".html")
+    write_gallery(sides, image_dir, page, "Objects that the model's own answers make unlikely are marked.")
+    asked = sum(query["id"] in answers for query in queries)
+    console.print(f"{len(made):,} pairs of {asked:,} questions in {output_file}; look at {page}", markup=False)
+
+
 # ---------------------------------------------------------------------------- answering a benchmark
 
 
@@ -830,22 +973,26 @@ def make_answerer(args, processor) -> tuple:
     if args.verify == 1:
         return partial(answer_questions, model, processor, max_new_tokens=args.max_new_tokens), model
     find = find_nouns(args.nouns, read_vocabulary(args) if args.nouns == "vocabulary" else None)
+    if args.write_pairs:
+        answer = partial(pair_answers, model, processor, max_new_tokens=args.max_new_tokens)
+        return partial(answer, candidates=args.verify, find=find), model
     clip = Clip(args.clip_model, model.device) if args.clip_model else None
     answer = partial(verify_answers, model, processor, max_new_tokens=args.max_new_tokens)
     return partial(answer, candidates=args.verify, find=find, clip=clip), model
 
 
-def describe_run(args, processor) -> dict:
+def describe_run(args, queries: list[dict], processor) -> dict:
     """Return the settings on which answers depend, the adapter apart."""
     prompt = json.dumps(build_prompt(processor, "Is it?", (64, 64))).encode()
     names = ("max_new_tokens", "load_4bit", "load_8bit", "backend", "device", "verify", "clip_model")
     return {
         **{name: getattr(args, name) for name in names},
         "nouns": args.nouns if args.verify > 1 else None,
+        "pairs": bool(args.write_pairs),
         "image_dir": os.path.abspath(args.image_dir),
         "model": digest_checkpoint(args.model_path),
         "prompt": hashlib.sha256(prompt).hexdigest()[:16],
-        "queries": hashlib.sha256(args.query_file.read_bytes()).hexdigest()[:16],
+        "queries": hashlib.sha256(json.dumps(queries).encode()).hexdigest()[:16],
     }
 
 
@@ -883,7 +1030,8 @@ def answer_benchmark(args, every_query: list[dict], queries: list[dict]) -> list
     config, processor, _ = read_checkpoint(args.model_path)
     context = (config or AutoConfig.from_pretrained(args.model_path)).text_config.max_position_embeddings
     open_pictures = partial(open_group, image_dir=args.image_dir, processor=processor, context=context)
-    settings = describe_run(args, processor)
+    settings = describe_run(args, every_query, processor)
+    write = partial(write_pairs, image_dir=args.image_dir) if args.write_pairs else write_answers
     runs = {name_base_file(args.output_file): settings | {"adapter": None}} if args.compare_base else {}
     runs[args.output_file] = settings | {"adapter": digest_checkpoint(args.lora_path) if args.lora_path else None}
     groups, failures, answer = group_queries(queries, args.batch_size), {}, None
@@ -900,7 +1048,7 @@ def answer_benchmark(args, every_query: list[dict], queries: list[dict]) -> list
                     failed = fill_journal(state, output_file, groups, answers, fingerprint, answer, open_pictures)
                 failures |= {failure["id"]: failure for failure in gather_object(failed)}
             if MAIN_PROCESS:
-                write_answers(output_file, every_query, read_journals(output_file, fingerprint))
+                write(output_file, every_query, read_journals(output_file, fingerprint))
     return list(failures.values())
 
 
@@ -954,7 +1102,8 @@ def select_queries(queries: list[dict], notes: dict | None, sections: list[str],
 
 def find_file(args, flag: str, name: str) -> Path:
     """Return the file given by its flag, or the one that AMBER has beside the query file or one folder up."""
-    given, near = getattr(args, flag), (args.query_file or args.annotation_file).absolute().parent
+    given = getattr(args, flag)
+    near = (args.query_file or args.annotation_file or given).absolute().parent
     places = [given] if given else [near / name, near.parent / name]
     path = next((path for path in places if path.is_file()), None)
     return path or stop(f"--{flag} is needed to score: AMBER's {name} is not at {' or '.join(map(str, places))}.")
@@ -1360,15 +1509,14 @@ def draw_scores(scores: dict, path: Path) -> None:
 
 
 GALLERY = jinja2.Template(
-    """<!doctype html><meta charset="utf-8"><title>AMBER captions</title>
+    """<!doctype html><meta charset="utf-8"><title>Captions</title>
 <style>body{font:15px/1.45 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
 section{display:grid;grid-template-columns:15rem 1fr;gap:1.5rem;border-top:1px solid #ddd;padding:1.5rem 0}
 img{width:100%;border-radius:6px}mark{background:#f8c9c4;padding:0 .15em;border-radius:3px}h2{font-size:.9rem;color:#555;
 margin:0 0 .2rem}p{margin:0 0 1rem}@media(max-width:45rem){section{grid-template-columns:1fr}}</style>
-<h1>{{ heading }}</h1><p>Words for things that are not in the picture, by AMBER's annotation, are marked. Colours, numbers and
-repetitions are not judged.</p>
+<h1>{{ heading }}</h1><p>{{ note }} Colours, numbers and repetitions are not judged.</p>
 {% for picture in pictures %}<section><img src="{{ picture.address }}" alt="{{ picture.image }}"><div>
-{% for label, pieces, count in picture.captions %}<h2>{{ label }}: {{ count }} hallucinated</h2><p>
+{% for label, pieces, count in picture.captions %}<h2>{{ label }}: {{ count }} marked</h2><p>
 {% for piece in pieces %}{% if loop.index0 is odd %}<mark>{{ piece }}</mark>{% else %}{{ piece }}{% endif %}{% endfor %}</p>
 {% endfor %}</div></section>
 {% endfor %}""",
@@ -1376,8 +1524,9 @@ repetitions are not judged.</p>
 )
 
 
-def write_gallery(sides: list, image_dir: Path | None, path: Path, limit: int = 24) -> None:
-    """Show the captions whose hallucinations changed most (with one file: that have most), with these words marked."""
+def write_gallery(sides: list, image_dir: Path | None, path: Path, note: str, limit: int = 24) -> None:
+    """Show the captions whose marked words changed most (with one file: that have most), under a note that says which words
+    are marked."""
     captions = [{row["id"]: row for row in rows if row["kind"] == "generative"} for _, _, rows in sides]
     shown = [[side[number] for side in captions] for number in captions[0] if number in captions[-1]]
     both = len(sides) > 1
@@ -1395,7 +1544,7 @@ def write_gallery(sides: list, image_dir: Path | None, path: Path, limit: int = 
             texts.append((label, pieces, len(row["wrong"])))
         pictures.append({"image": image, "address": address, "captions": texts})
     heading = f"The {len(pictures)} captions that {'changed most' if both else 'hallucinate most'}, of {len(shown)}"
-    write_whole(path, GALLERY.render(pictures=pictures, heading=heading))
+    write_whole(path, GALLERY.render(pictures=pictures, heading=heading, note=note))
 
 
 def evaluate(args, queries: list, notes: dict, sections: list[str], prepared: tuple, failures: list[dict]) -> None:
@@ -1431,7 +1580,8 @@ def evaluate(args, queries: list, notes: dict, sections: list[str], prepared: tu
     print_scores(scores)
     if scores["intervals"]:
         draw_scores(scores, folder / "scores.png")
-    write_gallery(sides, args.image_dir, folder / "gallery.html")
+    note = "Words for things that are not in the picture, by AMBER's annotation, are marked."
+    write_gallery(sides, args.image_dir, folder / "gallery.html", note)
     written = [name for name in ("scores.json", "scores.png", "gallery.html") if (folder / name).exists()]
     console.print(f"{escape(str(folder))} has {', '.join(written)}")
 
@@ -1439,6 +1589,8 @@ def evaluate(args, queries: list, notes: dict, sections: list[str], prepared: tu
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     queries, notes = read_queries(args.query_file) if args.query_file else ([], None)
+    if args.write_pairs and not args.query_file:
+        queries = ask_folder(args.image_dir, args.questions)
     sections = ["pope"] if notes else SECTIONS[args.evaluation_type]
     if notes is None and not (args.skip_evaluation and args.evaluation_type == "a"):
         notes = {note["id"]: note for note in read_json(find_file(args, "annotation_file", "annotations.json"))}
