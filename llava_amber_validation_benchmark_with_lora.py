@@ -1,16 +1,17 @@
-"""Answer AMBER's questions with LLaVA-1.6, with or without an adapter, and score the answers as AMBER's own script does.
+"""Answer AMBER's or POPE's questions with LLaVA-1.6, with or without an adapter, and score them as the official scripts do.
 
-Reads   a LLaVA-NeXT checkpoint (--model_path), an adapter (--lora_path), AMBER's queries, pictures and annotations.
-Writes  the answers (--output_file, AMBER's format) and, beside them, the journal to resume from, scores.json, scores.png
-        and gallery.html.
+Reads   a LLaVA-NeXT checkpoint (--model_path), an adapter (--lora_path), the benchmark's questions and pictures, and for
+        AMBER its annotations.
+Writes  the answers (--output_file, in AMBER's format) and beside them the journal to resume from, scores.json, scores.png
+        and, for captions, gallery.html.
 Needs   pip install -r requirements/train.txt -r requirements/eval.txt
         python -m spacy download en_core_web_lg
         python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet
 
     python llava_amber_validation_benchmark_with_lora.py --lora_path checkpoints/llava-orpo-prod --compare_base \\
         --query_file AMBER/data/query/query_all.json --image_dir AMBER/image --output_file amber/results.json
-    python llava_amber_validation_benchmark_with_lora.py --skip_inference --output_file amber/results.json \\
-        --query_file AMBER/data/query/query_all.json
+    python llava_amber_validation_benchmark_with_lora.py --lora_path checkpoints/llava-orpo-prod --compare_base \\
+        --query_file coco_pope_popular.json --image_dir val2014 --output_file pope_popular/results.json
     python llava_amber_validation_benchmark_with_lora.py --test_mode --nouns vocabulary --output_file outputs/amber/results.json
 """
 
@@ -34,125 +35,113 @@ SECTIONS["a"] = [*SECTIONS["g"], *SECTIONS["d"]]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [--flag value ...] (--help lists the flags)",
+    )
 
     def add(group, flag, help, **options):
         shown = options.get("default")
         group.add_argument(flag, help=help + (f" (default: {shown})" if shown is not None else ""), **options)
 
+    def count(text: str) -> int:
+        if int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return int(text)
+
     model = parser.add_argument_group("model")
     add(model, "--model_path", "base model: hub id or folder", default="llava-hf/llava-v1.6-mistral-7b-hf")
-    add(model, "--lora_path", "adapter folder")
+    add(model, "--lora_path", "adapter: hub id or folder")
     add(model, "--compare_base", "answer with the adapter off too, and compare", action="store_true")
-    add(model, "--merge_lora", "merge the adapter first, into the weights it was trained on (after QLoRA: rounded to NF4), "
-        "NF4-rounded ones, or the base's own; alone: trained", choices=["trained", "nf4", "base"], nargs="?", const="trained")  # fmt: skip
     add(
         model,
         "--device",
-        "auto (cuda, then mps, then cpu), all (layers spread over the GPUs), or cuda:1, cpu …",
+        "auto (cuda, then mps, then cpu), all (layers spread over the GPUs), or a name",
         default="auto",
     )
     bits = model.add_mutually_exclusive_group()
-    add(bits, "--load_4bit", "QLoRA: base weights in NF4 with double quantization", action="store_true")
+    add(bits, "--load_4bit", "base weights in NF4 with double quantization", action="store_true")
     add(bits, "--load_8bit", "base weights in 8 bits (LLM.int8)", action="store_true")
-    add(model, "--backend", "what generates; vllm takes a merged or quantized checkpoint", default="transformers",
-        choices=["transformers", "vllm"])  # fmt: skip
+    engines = ["transformers", "vllm"]
+    add(model, "--backend", "vllm takes a merged or quantized checkpoint", choices=engines, default="transformers")
     add(
-        model,
-        "--batch_size",
-        "pictures answered together, each with all its questions (default: 8; vllm: 64)",
-        type=int,
+        model, "--batch_size", "pictures answered together, with all their questions (default: 8; vllm: 64)", type=count
     )
-    add(model, "--max_new_tokens", "tokens an answer may have; answers cut off are counted", type=int, default=1024)
-    add(model, "--verify", "candidates drawn for an answer that names objects; the one that a check confirms best is kept: "
-        "--clip_model's, or the model's own yes/no answers", type=int, default=1)  # fmt: skip
-    add(model, "--clip_model", "CLIP checkpoint that --verify checks with: hub id or folder")
-    add(
-        model,
-        "--test_mode",
-        "use the embedded miniature where model and benchmark are not given (without NLTK's data: --nouns vocabulary)",
-        action="store_true",
-    )
+    add(model, "--max_new_tokens", "tokens an answer may have", type=count, default=1024)
+    add(model, "--verify", "number of candidates for an answer that names objects, of which the one is kept whose objects "
+        "the model (or --clip_model) confirms best", type=count, default=1)  # fmt: skip
+    add(model, "--clip_model", "CLIP checkpoint to check with instead of the model: hub id or folder")
+    add(model, "--test_mode", "use the embedded miniature as model and benchmark, if not given", action="store_true")
 
     data = parser.add_argument_group("benchmark")
-    add(data, "--query_file", "AMBER's queries, for example data/query/query_all.json", type=Path)
-    add(data, "--image_dir", "folder of AMBER's pictures", type=Path)
-    add(data, "--output_file", "where the answers go", type=Path, default=Path("results.json"))
-    for flag, name in (
-        ("annotation", "annotations.json"),
-        ("relation", "relation.json"),
-        ("safe_words", "safe_words.txt"),
-    ):
+    add(data, "--query_file", "AMBER's queries (data/query/query_all.json), or a file of POPE or RePOPE", type=Path)
+    add(data, "--image_dir", "folder of the pictures", type=Path)
+    add(data, "--output_file", "file for the answers", type=Path, default=Path("results.json"))
+    for flag, name in {
+        "annotation": "annotations.json",
+        "relation": "relation.json",
+        "safe_words": "safe_words.txt",
+    }.items():
         add(data, f"--{flag}_file", f"AMBER's {name} (default: beside the query file, or one folder up)", type=Path)
     add(data, "--evaluation_type", "a all, g generative, d discriminative: de existence, da attribute, dr relation",
         default="a", choices=list(SECTIONS))  # fmt: skip
-    add(data, "--limit", "only the first N pictures, with all their questions", type=int)
-    add(data, "--skip_inference", "score the answers in --output_file as they are", action="store_true")
+    add(data, "--limit", "only the first N pictures, with all their questions", type=count)
+    add(data, "--skip_inference", "score the answers in --output_file", action="store_true")
     add(data, "--skip_evaluation", "only answer", action="store_true")
 
     scoring = parser.add_argument_group("scoring")
-    add(scoring, "--baseline_file", "answers to compare with, from any earlier run", type=Path)
+    add(scoring, "--baseline_file", "answers of an earlier run to compare with", type=Path)
     add(scoring, "--spacy_model", "word vectors that decide which words are alike", default="en_core_web_lg")
-    add(
-        scoring,
-        "--similarity_table",
-        "use this table in place of a spaCy model; made and saved there if absent",
-        type=Path,
-    )
-    add(scoring, "--nouns", "nltk: AMBER's way; vocabulary: look its words up, needs no data, is not official",
-        default="nltk", choices=["nltk", "vocabulary"])  # fmt: skip
+    add(scoring, "--similarity_table", "read this table of alike words, or write it if there is none", type=Path)
+    add(scoring, "--nouns", "how nouns are found: nltk is AMBER's way; vocabulary looks up its words without NLTK's data, "
+        "which is not official", default="nltk", choices=["nltk", "vocabulary"])  # fmt: skip
     args = parser.parse_args(argv)
-    for name in ("batch_size", "max_new_tokens", "limit", "verify"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            parser.error(f"--{name} is {getattr(args, name)}; it must be above 0")
     if args.test_mode:
         if args.model_path == parser.get_default("model_path"):
             args.model_path = str(MINIATURE / "model")
         if args.query_file is None and args.annotation_file is None:
             args.query_file = MINIATURE / "amber" / "query" / "query_all.json"
-            args.image_dir = args.image_dir or MINIATURE / "amber" / "image"
             if args.spacy_model == parser.get_default("spacy_model"):
                 args.similarity_table = args.similarity_table or MINIATURE / "amber" / "similarity.json"
-    if args.compare_base and not args.lora_path and not args.skip_inference:
-        parser.error("--compare_base needs --lora_path: without an adapter there is nothing to compare")
-    if args.skip_inference and (args.limit or args.skip_evaluation):
-        parser.error("--skip_inference scores a file as it is: --limit and --skip_evaluation do not go with it")
-    if "scores.json" in (args.output_file.name, args.baseline_file and args.baseline_file.name):
-        parser.error("scores.json is where the scores go; give the answers another name")
-    if args.compare_base and args.baseline_file:
-        parser.error("--compare_base and --baseline_file both name what to compare with; give one")
-    if not args.skip_inference and not (args.query_file and args.image_dir):
-        parser.error(
-            "--query_file and --image_dir are needed to answer; --skip_inference scores answers that are there"
-        )
-    if args.query_file and not args.query_file.is_file():
-        parser.error(
-            f"--query_file {args.query_file} is no file; name AMBER's queries, such as data/query/query_all.json"
-        )
-    if not (args.query_file or args.annotation_file):
-        parser.error("--query_file or --annotation_file is needed: AMBER's annotations lie beside one of them")
-    if args.merge_lora and (args.compare_base or not args.lora_path or args.load_4bit or args.load_8bit):
-        parser.error("--merge_lora needs --lora_path, and excludes --compare_base, --load_4bit and --load_8bit")
-    if args.backend == "vllm" and args.lora_path:
-        parser.error("--backend vllm takes no --lora_path; merge the adapter first and give the merged --model_path")
-    if args.clip_model and args.verify == 1:
-        parser.error("--clip_model is what --verify checks with; give --verify 4 too")
-    if args.backend == "vllm" and args.verify > 1:
-        parser.error("--verify is for --backend transformers")
-    if args.backend == "vllm" and (args.load_4bit or args.load_8bit):
-        parser.error("--backend vllm takes a quantized checkpoint as it is; leave --load_4bit and --load_8bit out")
-    if args.backend == "vllm" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        parser.error("--backend vllm starts its own processes; run it without torchrun")
-    if not args.skip_inference and not args.image_dir.is_dir():
-        parser.error(f"--image_dir {args.image_dir} is no folder; name the one with AMBER's pictures")
-    if args.output_file.is_dir():
-        parser.error(f"--output_file {args.output_file} is a folder; name a file in it")
-    if args.skip_inference and not args.output_file.is_file():
-        parser.error(
-            f"--output_file {args.output_file} is no file; with --skip_inference it names the answers to score"
-        )
+        args.image_dir = args.image_dir or MINIATURE / "amber" / "image"
+    for wrong, message in find_wrong_flags(args):
+        if wrong:
+            parser.error(message)
     args.batch_size = args.batch_size or (64 if args.backend == "vllm" else 8)
     return args
+
+
+def find_wrong_flags(args: argparse.Namespace):
+    """Yield pairs of a test that flags must not pass together, and what to say if they do."""
+    answering, vllm = not args.skip_inference, args.backend == "vllm"
+    processes, rank = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0")
+    yield args.compare_base and not args.lora_path and answering, "--compare_base needs --lora_path"
+    yield args.compare_base and args.baseline_file, "--compare_base and --baseline_file exclude each other; give one"
+    yield (
+        args.skip_inference and (args.limit or args.skip_evaluation),
+        ("--limit and --skip_evaluation do not go with --skip_inference, which scores all answers of a file"),
+    )
+    yield (
+        "scores.json" in (args.output_file.name, args.baseline_file and args.baseline_file.name),
+        ("scores.json is where the scores go; give the answers another name"),
+    )
+    yield answering and not (args.query_file and args.image_dir), "--query_file and --image_dir are needed to answer"
+    yield not (args.query_file or args.annotation_file), "--query_file or --annotation_file is needed to score"
+    for flag in ("query_file", "baseline_file") + ("output_file",) * args.skip_inference:
+        path = getattr(args, flag)
+        yield path and not path.is_file(), f"--{flag} {path} is no file"
+    yield answering and args.image_dir and not args.image_dir.is_dir(), f"--image_dir {args.image_dir} is no folder"
+    yield args.output_file.is_dir(), f"--output_file {args.output_file} is a folder; name a file in it"
+    yield vllm and args.lora_path, "--backend vllm takes no --lora_path; merge the adapter with llava_quantize_vllm.py"
+    yield vllm and args.verify > 1, "--verify needs --backend transformers"
+    yield vllm and (args.load_4bit or args.load_8bit), "--backend vllm loads quantized checkpoints without --load_4bit"
+    yield vllm and processes > 1, "--backend vllm starts its own processes; run it without torchrun"
+    yield args.clip_model and args.verify == 1, "--clip_model is what --verify checks with; give --verify 4 too"
+    yield (
+        rank != "0" and processes == 1,
+        f"RANK is {rank} in the environment without WORLD_SIZE; unset it or use torchrun",
+    )
 
 
 if __name__ == "__main__":
@@ -172,25 +161,25 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import NoReturn
 
-for name, value in {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
-    os.environ.setdefault(name, value)
-
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a kernel that nothing here needs
 
 import jinja2
 import matplotlib
 import numpy as np
 import torch
+from peft import LoraConfig
 from PIL import Image, ImageOps
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -198,7 +187,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 # Copied from llava_orpo_training.MAIN_PROCESS
-MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # of several under torchrun, the one that prints and writes
+MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # of several processes, the one that prints and writes
 # Copied from llava_orpo_training.console
 console = Console(stderr=True, quiet=not MAIN_PROCESS)
 
@@ -213,10 +202,21 @@ def stop(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
+# Copied from llava_orpo_training.write_whole
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 # Copied from llava_orpo_training.load_image
 def load_image(source: str | Path | bytes) -> Image.Image:
-    """Open a picture from a path or from a file's bytes: upright (EXIF), RGB, what is transparent on white; of several
-    frames the first. Raises OSError if it is none."""
+    """Open a picture from a path or from a file's bytes, turned upright (EXIF) and in RGB, with white where it is
+    transparent. Raises OSError if it is not a picture."""
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
         if image.mode[0] in "IF":  # 16 or 32 bits a pixel, of which convert() would clip all above 255
@@ -227,22 +227,22 @@ def load_image(source: str | Path | bytes) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except Exception as error:  # a broken file makes Pillow's parsers raise almost anything
+    except Exception as error:  # Pillow's parsers raise almost anything on a broken file
         raise OSError(str(error)) from error
 
 
 # Copied from llava_orpo_training.build_prompt
 def build_prompt(processor, question: str, image_size: tuple[int, int]) -> list[int]:
-    """Token ids of LLaVA-1.6's prompt, BOS first: `[INST] <image>\\n{question} [/INST]`, or Vicuna's where the processor's
-    chat template is Vicuna's.
+    """Return the token ids of LLaVA-1.6's prompt, BOS first: `[INST] <image>\\n{question} [/INST]`, or Vicuna's form where
+    the processor's chat template is Vicuna's.
 
-    `image_size` is the picture's (width, height) in pixels: it decides how many image tokens stand for it. The text on
-    either side of them is tokenized by itself, as the original code does, and the question as plain text: `<image>` or
-    `</s>` inside it are no special tokens.
+    `image_size` is the picture's (width, height) in pixels, which decides how many image tokens stand for it. The text
+    before and after them is tokenized separately, as in the original code, and the question as plain text, so that
+    `<image>` or `</s>` inside it are not special tokens.
     """
     tokenizer = processor.tokenizer
-    height_width = (image_size[1], image_size[0])
-    num_image_tokens = processor._get_num_multimodal_tokens(image_sizes=[height_width])["num_image_tokens"][0]
+    width, height = image_size
+    num_image_tokens = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"][0]
     before, after = "[INST] ", " [/INST]"
     if "[INST]" not in (processor.chat_template or before):
         before = (
@@ -264,201 +264,145 @@ ORIGINAL_KEYS = {
 }
 
 
-# Copied from llava_orpo_training.check_weights
-def check_weights(folder: Path) -> None:
-    """Refuse a checkpoint folder whose weights are pickled, incomplete or broken off; the sentence names the file."""
-    index = folder / "model.safetensors.index.json"
-    try:
-        shards = (
-            sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            if index.exists()
-            else ["model.safetensors"]
-        )
-    except (ValueError, KeyError, TypeError, AttributeError):
-        stop(f"--model_path {folder}: {index.name} is no index of weight files; download it again.")
-    for name in shards:
-        file = folder / name
-        if not file.exists() and not index.exists() and list(folder.glob("*.bin")):
-            stop(f"--model_path {folder} holds pickled weights (.bin), which can run code when they are opened; convert them: "
-                 "python -c \"import glob, torch, safetensors.torch as s; s.save_file({k: v.clone() for f in "
-                 "glob.glob('pytorch_model*.bin') for k, v in torch.load(f, weights_only=True).items()}, 'model.safetensors', "
-                 "{'format': 'pt'})\" in that folder")  # fmt: skip
-        try:
-            with safe_open(file, "pt") as opened:
-                opened.keys()
-        except (OSError, SafetensorError) as error:
-            stop(f"--model_path {folder}: {name} {'is not there' if not file.exists() else f'is broken ({error})'}; "
-                 "download it again.")  # fmt: skip
-
-
 # Copied from llava_orpo_training.read_original
 def read_original(model_path: str, original: dict) -> tuple:
-    """What a checkpoint in LLaVA's own format needs to be read by transformers: (config, processor, vision weights).
+    """Return what transformers needs to read a checkpoint in LLaVA's own format: (config, processor, vision tower's name).
 
     `original` is its config.json. The vocabulary gets 64 more rows, `<image>` and `<pad>` first, as in the hub's converted
-    checkpoints. The vision weights are None if they are in the checkpoint, else the model that mm_vision_tower names.
+    checkpoints.
     """
-    from transformers import AutoConfig, CLIPVisionConfig, LlamaTokenizer, LlavaNextConfig, LlavaNextProcessor
+    from transformers import AutoConfig, LlamaTokenizer, LlavaNextConfig, LlavaNextProcessor
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-    wanted = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "mm_projector_type": "mlp2x_gelu",
-              "mm_vision_select_feature": "patch", "mm_use_im_start_end": False, "vocab_size": 32000}  # fmt: skip
+    wanted = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "vocab_size": 32000}
     for name, value in wanted.items():
-        if original.get(name, value) != value or (isinstance(value, str) and name not in original):
-            stop(f"--model_path {model_path} has {name} {original.get(name)!r} in its config.json, LLaVA-1.6 has {value!r}; "
-                 "this reads LLaVA-1.6 only.")  # fmt: skip
-    tower, layer = original["mm_vision_tower"], original["mm_vision_select_layer"]
-    vision = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-                              image_size=336, patch_size=14, projection_dim=768)  # fmt: skip
-    if tower != "openai/clip-vit-large-patch14-336":  # the one of all published checkpoints, spelled out above
+        if original.get(name) != value:
+            stop(
+                f"--model_path {model_path} has {name} {original.get(name)!r}, and LLaVA-1.6, which this reads, {value!r}."
+            )
+    tower = original["mm_vision_tower"]
+    vision = LlavaNextConfig().vision_config  # this is openai/clip-vit-large-patch14-336, which all published ones name
+    if tower != "openai/clip-vit-large-patch14-336":
         vision = AutoConfig.from_pretrained(tower, trust_remote_code=False)
         vision = getattr(vision, "vision_config", vision)
-    ours = ("mm_", "image_", "tokenizer_", "unfreeze_", "tune_", "use_mm_", "freeze_")
-    text = {
-        name: value
-        for name, value in original.items()
-        if not name.startswith(ours) and name not in ("architectures", "auto_map")
-    }
+    llava = ("mm_", "image_", "tokenizer_", "unfreeze_", "tune_", "use_mm_", "freeze_", "architectures", "auto_map")
+    text = {name: value for name, value in original.items() if not name.startswith(llava)}
     text["model_type"] = "mistral" if original["model_type"] == "llava_mistral" else "llama"
-    pinpoints = original["image_grid_pinpoints"]
-    pinpoints = [
-        [height, width] for width, height in (json.loads(pinpoints) if isinstance(pinpoints, str) else pinpoints)
-    ]
+    grid = original["image_grid_pinpoints"]  # of (width, height), in some checkpoints written as text
+    grid = [[height, width] for width, height in (json.loads(grid) if isinstance(grid, str) else grid)]
     tokenizer = LlamaTokenizer.from_pretrained(model_path, add_bos_token=True, legacy=True, padding_side="left")
-    rows = original["vocab_size"]
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    if tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]) != [rows, rows + 1]:
-        stop(
-            f"--model_path {model_path} has {len(tokenizer) - 2} tokens in its tokenizer and {rows} rows in config.json."
-        )
-    config = LlavaNextConfig(
-        vision_config=vision.to_dict(), text_config=text, image_token_index=rows, image_grid_pinpoints=pinpoints,
-        vision_feature_layer=layer, tie_word_embeddings=False,
-    )  # fmt: skip
+    if len(tokenizer) != original["vocab_size"] + 2:
+        stop(f"--model_path {model_path} has {len(tokenizer) - 2:,} tokens in its tokenizer and not 32,000.")
+    config = LlavaNextConfig(vision_config=vision.to_dict(), text_config=text, image_grid_pinpoints=grid)
+    config.vision_feature_layer = original["mm_vision_select_layer"]
     side = vision.image_size
-    images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_grid_pinpoints=pinpoints
-    )
-    template = "[INST] <image>\n{{ messages[0]['content'][-1]['text'] }} [/INST]"
-    if text["model_type"] == "llama":
-        template = "USER: <image>\n{{ messages[0]['content'][-1]['text'] }} ASSISTANT:"
+    images = LlavaNextImageProcessorPil(size={"shortest_edge": side}, crop_size=side, image_grid_pinpoints=grid)
+    before, after = ("[INST] ", " [/INST]") if text["model_type"] == "mistral" else ("USER: ", " ASSISTANT:")
+    template = before + "<image>\n{{ messages[0]['content'][-1]['text'] }}" + after
     processor = LlavaNextProcessor(
-        images, tokenizer, patch_size=vision.patch_size, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=template,
-    )  # fmt: skip
+        images, tokenizer, vision.patch_size, "default", template, num_additional_image_tokens=1
+    )
     return config, processor, tower
 
 
 # Copied from llava_orpo_training.read_checkpoint
 def read_checkpoint(model_path: str) -> tuple:
-    """A checkpoint's (config, processor, tower), without its weights. In the hub's layout config and tower are None; in
-    LLaVA's own format see read_original. Stops with one sentence if it cannot be LLaVA-1.6."""
+    """Return a checkpoint's (config, processor, vision tower's name) without its weights. Config and tower are None in the
+    hub's layout; for LLaVA's own format see read_original. Stops if it is not LLaVA-1.6."""
     from transformers import AutoProcessor, PreTrainedConfig
 
-    if Path(model_path).is_dir():
-        check_weights(Path(model_path))
-    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model_path):
-        stop(f"--model_path {model_path} is no folder, and no hub id, which is owner/name.")
     try:
         found = PreTrainedConfig.get_config_dict(model_path)[0]
-        kind = found.get("model_type")
+        kind = found.get("model_type", "unknown")
         if kind in ("llava_mistral", "llava_llama", "llava") and "mm_vision_tower" in found:
             return read_original(model_path, found)
         if kind != "llava_next":
-            stop(f"--model_path {model_path} {f'is a {kind} checkpoint' if found else 'has no config.json'}; this reads LLaVA-1.6: "
-                 "llava_next, or llava_mistral and llava_llama in LLaVA's own format.")  # fmt: skip
+            stop(f"--model_path {model_path} has a config.json of model type {kind}; this script reads LLaVA-1.6 only.")
         processor = AutoProcessor.from_pretrained(model_path, backend="pil", trust_remote_code=False)
-        if re.search("im_start|start_header", processor.chat_template or ""):
-            stop(
-                f"--model_path {model_path} has a prompt template of another language model; this knows Mistral's and Vicuna's."
-            )
-        return None, processor, None
-    except Exception as error:  # configurations can be wrong in more ways than libraries foresee
-        stop(f"--model_path {model_path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}). "
-             "Give a hub id or a folder with a LLaVA-1.6 checkpoint in safetensors.")  # fmt: skip
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        stop(f"--model_path {model_path} cannot be read ({reason}). Give a hub id or a folder with LLaVA-1.6.")
+    if re.search("im_start|start_header", processor.chat_template or ""):
+        stop(f"--model_path {model_path} has a prompt template that is neither Mistral's nor Vicuna's.")
+    return None, processor, None
 
 
 # Copied from llava_orpo_training.load_llava
-def load_llava(
-    model_path: str, lora_path: str | None = None, device="auto", load_4bit=False, load_8bit=False, merge_lora=None
-):
-    """Load a LLaVA-1.6 checkpoint, in the hub's layout or LLaVA's own, and an adapter; returns (model, processor).
+def load_llava(model_path: str, lora_path: str | None = None, device="auto", load_4bit=False, load_8bit=False):
+    """Load a LLaVA-1.6 checkpoint, in the hub's layout or LLaVA's own, and an adapter; return (model, processor).
 
-    `device` auto is cuda, then mps, then cpu; all spreads the layers over the GPUs there are. Weights are bfloat16 on a
-    GPU that has it (else float16) and float32 on the CPU. `load_4bit` keeps the language model in NF4 with double
-    quantization, `load_8bit` in LLM.int8; vision tower, projector and head stay whole. `merge_lora`: see merge_adapter.
-    Nothing but safetensors is read and no code of a checkpoint is run.
+    `device` auto is cuda, then mps, then cpu; all spreads the layers over the GPUs. Weights are bfloat16 on a GPU that has
+    it (else float16) and float32 on the CPU. `load_4bit` keeps the language model in NF4 with double quantization,
+    `load_8bit` in LLM.int8. Only safetensors files are read, and no code of a checkpoint is run.
     """
     from transformers import BitsAndBytesConfig, LlavaNextForConditionalGeneration
-    from transformers.conversion_mapping import get_model_conversion_mapping
 
+    adapter = read_adapter(lora_path) if lora_path else None  # first, since the base takes minutes
+    config, processor, tower = read_checkpoint(model_path)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.float32
     if device != "cpu":
-        dtype = torch.bfloat16 if device == "mps" or torch.cuda.is_bf16_supported() else torch.float16
-    quantization = None
-    if load_4bit or load_8bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=load_4bit,
-            load_in_8bit=load_8bit,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["lm_head", ".*vision_tower.*", ".*multi_modal_projector.*"],
-        )
-    config, processor, tower = read_checkpoint(model_path)
+        has_bfloat16 = device == "mps" or torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if has_bfloat16 else torch.float16
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=load_4bit,
+        load_in_8bit=load_8bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head", ".*vision_tower.*", ".*multi_modal_projector.*"],
+    )
     try:
         model, report = LlavaNextForConditionalGeneration.from_pretrained(
-            model_path, config=config, key_mapping=ORIGINAL_KEYS if tower else None, dtype=dtype,
-            quantization_config=quantization, device_map="auto" if device == "all" else {"": device}, use_safetensors=True,
-            output_loading_info=True, ignore_mismatched_sizes=True,
-        )  # fmt: skip
-        missing = sorted(report["missing_keys"])
-        vision = {key for key in model.state_dict() if "vision_tower" in key}
-        if tower and vision <= set(missing):  # a part of a tower is no tower: it stays missing
-            load_tower(model, tower)
-            missing = [key for key in missing if key not in vision]
-    except Exception as error:
-        stop(
-            f"--model_path {model_path} cannot be loaded ({type(error).__name__}: {(str(error) or '?').splitlines()[0]})."
+            model_path,
+            config=config,
+            key_mapping=ORIGINAL_KEYS if tower else None,
+            dtype=dtype,
+            quantization_config=quantization if load_4bit or load_8bit else None,
+            device_map="auto" if device == "all" else {"": device},
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    wrong = [f"{key} is missing" for key in missing]
+        if tower:
+            complete_original(model, tower, report["missing_keys"])
+    except Exception as error:
+        stop(f"--model_path {model_path} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}).")
+    wrong = [f"{key} is missing" for key in sorted(report["missing_keys"])]
     wrong += [f"{key} has no place" for key in sorted(report["unexpected_keys"])]
-    wrong += [f"{key} is {tuple(a)} in place of {tuple(b)}" for key, a, b in sorted(report["mismatched_keys"])]
     if wrong:
-        stop(f"--model_path {model_path}: its weights do not fit its config.json: {wrong[0]}"
-             f"{f' and {len(wrong) - 1} more' if wrong[1:] else ''}.")  # fmt: skip
-    if hasattr(model, "ct_decompress_hook"):  # a quantized one, which else waits for a forward of the model as a whole
+        stop(f"--model_path {model_path}: its weights do not fit its config.json, {len(wrong)} in all: {wrong[0]}.")
+    if hasattr(model, "ct_decompress_hook"):  # compressed-tensors would wait for a forward of the whole model
         model.hf_quantizer.compressor.decompress_model(model)
-    if tower:
-        model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)  # saved in the hub's layout
-        # 64 rows more, each the mean of all others: its logit is the mean logit, and so never the greatest
-        model.resize_token_embeddings(config.text_config.vocab_size + 64, mean_resizing=False)
-        for weight in (model.get_input_embeddings().weight, model.lm_head.weight):
-            weight.data[-64:] = weight.data[:-64].float().mean(0).to(weight.dtype)
     if load_4bit and device == "cpu":
         # bitsandbytes repacks weights on their first eval-mode forward; afterwards backward silently gives no gradient
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
-    if lora_path:
-        model = load_adapter(model.eval(), processor, model_path, lora_path)
-    if lora_path and merge_lora:
-        model = merge_adapter(model, processor, lora_path, merge_lora)
+    if adapter:
+        model = load_adapter(model, processor, *adapter)
     return allow_cache_position(model.eval()), processor
 
 
-# Copied from llava_orpo_training.load_tower
-def load_tower(model, tower: str) -> None:
-    """Take the vision weights from the CLIP checkpoint that the config names, where the checkpoint itself has none."""
+# Copied from llava_orpo_training.complete_original
+def complete_original(model, tower: str, missing: set[str]) -> None:
+    """Give a model what a checkpoint in LLaVA's own format may lack: the vision weights, if all are missing, from the
+    tower's own checkpoint, and the 64 new rows of the vocabulary."""
     from transformers import CLIPVisionModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
 
-    weights = CLIPVisionModel.from_pretrained(tower, dtype=model.dtype, use_safetensors=True).state_dict()
-    model.model.vision_tower.load_state_dict(
-        {key.removeprefix("vision_model."): weight for key, weight in weights.items()}
-    )
+    vision = {key for key in model.state_dict() if "vision_tower" in key}
+    if vision <= missing:
+        weights = CLIPVisionModel.from_pretrained(tower, dtype=model.dtype, use_safetensors=True).state_dict()
+        model.model.vision_tower.load_state_dict({k.removeprefix("vision_model."): w for k, w in weights.items()})
+        missing -= vision
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)  # saved in the hub's layout
+    model.resize_token_embeddings(model.config.text_config.vocab_size + 64, mean_resizing=False)
+    for weight in (model.get_input_embeddings().weight, model.lm_head.weight):
+        # a new row is the mean of all others: its logit is their mean, and so never the greatest
+        weight.data[-64:] = weight.data[:-64].float().mean(0).to(weight.dtype)
 
 
 # Copied from llava_orpo_training.allow_cache_position
@@ -472,341 +416,161 @@ def allow_cache_position(model):
 
 
 # Copied from llava_orpo_training.ADAPTER_KEYS
-ADAPTER_KEYS = [
-    (r"^(base_model\.model\.)+", ""),
-    (r"\.(base_layer|modules_to_save)\.", "."),
-    *ORIGINAL_KEYS.items(),
-    (r"^language_model\.model\.", "model.language_model."),
-    (r"^language_model\.lm_head\.", "lm_head."),
-    (r"^(vision_tower|multi_modal_projector|language_model)\.", r"model.\1."),
-    (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
-]
+ADAPTER_KEYS = {
+    r"^(base_model\.model\.)+": "",
+    **ORIGINAL_KEYS,
+    r"^language_model\.model\.": "model.language_model.",
+    r"^language_model\.lm_head": "lm_head",
+    r"^(vision_tower|multi_modal_projector|language_model)\.": r"model.\1.",
+    r"^model\.vision_tower\.vision_model\.": "model.vision_tower.",
+}
+
+
+# Copied from llava_orpo_training.rename_key
+def rename_key(key: str) -> str:
+    """Return today's name for a layer or weight of an adapter."""
+    for pattern, replacement in ADAPTER_KEYS.items():
+        key = re.sub(pattern, replacement, key)
+    return key
 
 
 # Copied from llava_orpo_training.read_adapter
-def read_adapter(model, processor, model_path: str, lora_path: str) -> tuple:
-    """Read a LoRA adapter for a model: (its LoraConfig, its weights by PEFT's names for this model). Stops with the reason
-    if they do not belong together.
+def read_adapter(lora_path: str) -> tuple[Path, "LoraConfig"]:
+    """Return a LoRA adapter's folder, fetched first if it is a hub id, and its configuration, with current names."""
+    from huggingface_hub import snapshot_download
+    from peft import PeftConfig
 
-    Keys of other layouts (older PEFT and transformers, LLaVA's own) are renamed. Embedding or head weights of another
-    number of rows are used as far as the model's own vocabulary goes. Every weight of the file finds its layer, and no
-    layer that the configuration names is left out. Of the model, only embedding and head need values.
-    """
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import check_target_module_exists
-    from peft.utils.other import get_pattern_key
-
-    def refuse(reason: str) -> NoReturn:
-        stop(f"--lora_path {lora_path} cannot be used on {model_path}: {reason}.")
-
-    folder = adapter_folder(lora_path)
-    file = folder / "adapter_model.safetensors"
-    if not file.exists():
-        pickled = (folder / "adapter_model.bin").exists()
-        refuse("its weights are pickled (adapter_model.bin), which can run code when opened; convert them: python -c "
-               "\"import torch, safetensors.torch as s; s.save_file(torch.load('adapter_model.bin', weights_only=True), "
-               "'adapter_model.safetensors')\" in that folder" if pickled else "there is no adapter_model.safetensors in it")  # fmt: skip
-    if (folder / "non_lora_trainables.bin").exists():
-        refuse("LLaVA's own training left more trained weights in non_lora_trainables.bin, which are not read; merge it with "
-               "that code first")  # fmt: skip
+    folder = Path(lora_path)
     try:
-        config = LoraConfig.from_pretrained(folder)
-        saved = load_file(file)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(lora_path, allow_patterns=["*.json", "adapter_model.safetensors"]))
+        config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:
-        refuse(f"it cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})")
+        stop(f"--lora_path {lora_path} is no adapter: {str(error).splitlines()[0]} Give a hub id or a folder.")
     if config.peft_type != "LORA":
-        refuse(f"it is a {config.peft_type} adapter, this reads LoRA")
-    if isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian":
-        refuse(f"it was made with init_lora_weights={config.init_lora_weights!r}, which changes the base's weights too; convert "
-               "it with PEFT's path_initial_model_for_weight_conversion")  # fmt: skip
-    modules = dict(model.named_modules())
-    vocabulary = {name for name, module in modules.items() if module in (model.get_input_embeddings(), model.lm_head)}
-    rows, known = model.get_input_embeddings().weight.shape[0], processor.image_token_id
-    lora, whole, weights, ranks, alphas = set(), set(), {}, {}, {}
-    for key, weight in saved.items():
-        name = key
-        for pattern, replacement in ADAPTER_KEYS:
-            name = re.sub(pattern, replacement, name)
-        module, is_lora = re.split(r"\.lora_|\.(?:weight|bias)$", name)[0], ".lora_" in name
-        if module not in modules:
-            refuse(f"it has weights for {key}, and the model no layer of that name")
-        if not weight.isfinite().all():
-            refuse(f"{key} is not finite")
-        if name.endswith(".bias") and config.bias != "none":
-            refuse(f"it trained biases too (bias={config.bias!r}), which are not read")
-        if ".base_layer." in key and torch.equal(weight[:known].float(), modules[module].weight[:known].float().cpu()):
-            continue  # PEFT saves the base's own embedding beside an update of it
-        if module in vocabulary and weight.shape[0] != rows and (not is_lora or "lora_B" in name):
-            if weight.shape[0] < known:
-                refuse(f"{key} has {weight.shape[0]:,} rows, fewer than the vocabulary's {known:,}")
-            # rows that the base's tokens have come from the adapter, all others from the base
-            mine = (
-                weight.new_zeros(rows, weight.shape[1])
-                if is_lora
-                else modules[module].weight.detach().to(weight).clone()
-            )
-            mine[:known] = weight[:known]
-            console.print(f"{key} has {weight.shape[0]:,} rows, the base's vocabulary {known:,}: "
-                          f"the first {known:,} are used, {weight.shape[0] - known:,} left out")  # fmt: skip
-            weight = mine
-        if not is_lora and weight.shape != (own := getattr(modules[module], name.split(".")[-1])).shape:
-            refuse(f"{key} is {tuple(weight.shape)}, the model's layer {tuple(own.shape)}")
-        (lora if is_lora else whole).add(module)
-        weights[f"base_model.model.{name}"] = weight
-        if is_lora:  # patterns are written for the names that the adapter was saved with
-            before = re.sub(r"^(base_model\.model\.)+", "", key).split(".lora_")[0]
-            ranks[module] = config.rank_pattern.get(get_pattern_key(config.rank_pattern, before), config.r)
-            alphas[module] = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, before), config.lora_alpha)
-    if not lora or lora & whole:
-        refuse(
-            f"its file holds {f'both an update of {min(lora & whole)} and other weights for it' if lora else 'no LoRA weights'}"
-        )
-    for module in sorted(modules):
-        part = next(
-            (part for part in ("language_model", "multi_modal_projector", "vision_tower") if f".{part}." in module),
-            None,
-        )
-        spellings = {module, module.removeprefix("model."), re.sub(r"^model\.language_model\.", "model.", module),
-                     re.sub(r"^model\.language_model\.", "language_model.model.", module)}  # fmt: skip
-        if (isinstance(modules[module], torch.nn.Linear) and module not in lora and config.target_modules != "all-linear"
-                and any(f".{part}." in other for other in lora)
-                and any(check_target_module_exists(config, spelling) for spelling in spellings)):  # fmt: skip
-            refuse(f"it has no weights for {module}, which its configuration names; the file is incomplete")
-    for name in config.modules_to_save or []:
-        if not any(module.split(".")[-1] == name.split(".")[-1] for module in lora | whole):
-            refuse(f"it has no weights for {name}, which its configuration names; the file is incomplete")
-    config.target_modules, config.exclude_modules, config.layers_to_transform, config.layers_pattern = (
-        lora,
-        None,
-        None,
-        None,
-    )
-    config.rank_pattern = {re.escape(module): rank for module, rank in ranks.items() if rank != config.r}
-    config.alpha_pattern = {re.escape(module): alpha for module, alpha in alphas.items() if alpha != config.lora_alpha}
-    config.modules_to_save, config.inference_mode, config.init_lora_weights = sorted(whole) or None, True, True
-    named, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT would warn of any other path
-    if named and Path(str(named)).name != Path(model_path).name:
-        console.print(f"the adapter names {named} as its base, it is used on {model_path}")
-    return config, weights
+        stop(f"--lora_path {lora_path} is a {config.peft_type} adapter; this script reads LoRA.")
+    if (folder / "non_lora_trainables.bin").exists():
+        stop(f"--lora_path {lora_path} has more weights in non_lora_trainables.bin; merge it with LLaVA's own code.")
+    if not (folder / "adapter_model.safetensors").exists():
+        stop(f"--lora_path {lora_path} has no adapter_model.safetensors; convert its adapter_model.bin, if it has one.")
+    config.rank_pattern = {rename_key(name): rank for name, rank in config.rank_pattern.items()}
+    config.alpha_pattern = {rename_key(name): alpha for name, alpha in config.alpha_pattern.items()}
+    return folder, config
 
 
 # Copied from llava_orpo_training.load_adapter
-def load_adapter(model, processor, model_path: str, lora_path: str):
-    """Put a LoRA adapter on the model and prove that it is there; returns the PeftModel. Stops with the reason if not.
+def load_adapter(model, processor, folder: Path, config, trainable: bool = False):
+    """Put a LoRA adapter on the model and return the PeftModel.
 
-    Proved are: what read_adapter sees to, every weight arrives, and the logits of a prompt move.
+    Stops unless every weight is finite and finds its layer, every layer of the configuration finds its weights, and the
+    logits of a prompt with a picture move.
     """
     from peft import get_peft_model, set_peft_model_state_dict
 
     def refuse(reason: str) -> NoReturn:
-        stop(f"--lora_path {lora_path} cannot be used on {model_path}: {reason}.")
+        stop(f"--lora_path {folder} cannot be used on this base: {reason}.")
 
-    config, weights = read_adapter(model, processor, model_path, lora_path)
     try:
+        saved = load_file(folder / "adapter_model.safetensors")
+        weights = {f"base_model.model.{rename_key(key)}": weight for key, weight in saved.items()}
+        if not config.exclude_modules and not any("vision_tower" in key for key in weights):
+            config.exclude_modules = r".*vision_tower.*"  # it has layers of the same names
+        config.inference_mode, config.base_model_name_or_path = not trainable, None
         adapted = get_peft_model(model, config)
         report = set_peft_model_state_dict(adapted, weights)
-    except Exception as error:  # sizes of another base or another rank, values that are no numbers
-        refuse(f"it does not fit ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
-    lost = [key for key in report.missing_keys if "lora_" in key or "modules_to_save" in key] + report.unexpected_keys
-    if lost:
-        refuse(f"{lost[0]} did not find its place")
-    if not (probe_logits(adapted, processor) - probe_logits(adapted, processor, adapter=False)).abs().max() > 0:
+    except Exception as error:  # another base's sizes, another rank, a broken file
+        refuse(f"it does not fit ({type(error).__name__}: {' '.join(str(error).split())[:300]})")
+    missing = [key for key in report.missing_keys if "lora_" in key or "modules_to_save" in key]
+    infinite = [key for key, weight in weights.items() if not weight.isfinite().all()]
+    if report.unexpected_keys:
+        refuse(f"it has weights for {report.unexpected_keys[0]}, and the model no layer of that name")
+    if missing:
+        refuse(f"the file is incomplete: it has no {missing[0]}, which its configuration names")
+    if infinite:
+        refuse(f"{infinite[0]} is not finite")
+    if torch.equal(probe_logits(adapted, processor), probe_logits(adapted, processor, adapter=False)):
         refuse("it changes nothing: the logits of a prompt are the same with it and without it")
     return adapted.eval()
-
-
-# Copied from llava_orpo_training.adapter_folder
-def adapter_folder(lora_path: str) -> Path:
-    """Where an adapter's files lie; from the hub, they are fetched first."""
-    if Path(lora_path).is_dir():
-        return Path(lora_path)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", lora_path):
-        stop(f"--lora_path {lora_path} is no folder, and no hub id, which is owner/name.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(lora_path, allow_patterns=["*.json", "adapter_model.safetensors"]))
-    except Exception as error:
-        stop(f"--lora_path {lora_path} is no folder, and no adapter on the hub ({str(error).splitlines()[0]}).")
 
 
 # Copied from llava_orpo_training.probe_logits
 @torch.no_grad()
 def probe_logits(model, processor, adapter: bool = True) -> torch.Tensor:
-    """Logits of a fixed prompt with a picture, (its last 16 tokens, vocabulary), float32, with the adapter on or off."""
+    """Return the logits of a fixed prompt with a picture, (its last 16 tokens, vocabulary), with the adapter on or off."""
     image = Image.linear_gradient("L").convert("RGB").resize((64, 64))
     pixels = processor.image_processor(image, return_tensors="pt")
     with nullcontext() if adapter else model.disable_adapter():
-        return (
-            model.eval()(
-                input_ids=torch.tensor([build_prompt(processor, "Is there a cup?", image.size)], device=model.device),
-                pixel_values=pixels["pixel_values"].to(model.device, model.dtype),
-                image_sizes=pixels["image_sizes"].to(model.device),
-                logits_to_keep=16,
-            )
-            .logits[0]
-            .float()
+        output = model.eval()(
+            input_ids=torch.tensor([build_prompt(processor, "Is there a cup?", image.size)], device=model.device),
+            pixel_values=pixels["pixel_values"].to(model.device, model.dtype),
+            image_sizes=pixels["image_sizes"].to(model.device),
+            logits_to_keep=16,
         )
-
-
-# Copied from llava_orpo_training.trained_on_nf4
-def trained_on_nf4(lora_path: str) -> bool | None:
-    """Whether an adapter was trained by QLoRA, on a base in NF4; None if nothing beside it says so."""
-    folder = adapter_folder(lora_path)
-    for file in (folder / "arguments.json", folder / "training_summary.json", folder.parent / "arguments.json"):
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            content = json.loads(file.read_text())
-            return str(content.get("arguments", content)["load_4bit"]) == "True"
-    return None
-
-
-# Copied from llava_orpo_training.round_to_nf4
-def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
-    """A weight as QLoRA's training saw it: to NF4 with double quantization, and back."""
-    import bitsandbytes.functional as bnb
-
-    return bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
-
-
-# Copied from llava_orpo_training.merge_adapter
-def merge_adapter(model, processor, lora_path: str, weights: str):
-    """Merge the adapter into the base; `weights` says into which: `trained` (what it was trained on), `nf4` or `base`.
-
-    An adapter trained by QLoRA has learned to correct NF4's rounding, so there `trained` rounds the linear layers as NF4
-    does (dequantized, with double quantization) before it adds the update. Whether it was is noted in the run's
-    arguments.json, beside the adapter or its checkpoint. Prints how far apart the two choices are, in logits.
-    """
-    if getattr(model.get_base_model(), "is_quantized", False):
-        stop("an adapter is merged into whole weights; load the base without --load_4bit and --load_8bit.")
-    noted = trained_on_nf4(lora_path)
-    if not noted and weights != "nf4":
-        why = (
-            "on which it was trained"
-            if noted is False
-            else f"as nothing beside {lora_path} says what it was trained on"
-        )
-        console.print(f"merged into the base's own weights, {why}")
-        return model.merge_and_unload()
-
-    def exchange(module, *_) -> None:  # a layer's rounded weights for the time of its own forward
-        module.whole, module.weight.data = module.weight.data, round_to_nf4(module.weight.data)
-
-    def give_back(module, *_) -> None:
-        module.weight.data = module.__dict__.pop("whole")
-
-    linear = [module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
-              and ".language_model." in name and ".lora_" not in name and ".modules_to_save." not in name]  # fmt: skip
-    on_base = probe_logits(model, processor)
-    hooks = [hook for module in linear for hook in
-             (module.register_forward_pre_hook(exchange), module.register_forward_hook(give_back))]  # fmt: skip
-    on_trained = probe_logits(model, processor)
-    for hook in hooks:
-        hook.remove()
-    if weights != "base":
-        for module in linear:
-            module.weight.data = round_to_nf4(module.weight.data)
-    console.print(f"merged into the {'base weights' if weights == 'base' else 'NF4-rounded weights'}; the other "
-                  f"choice differs by up to {(on_base - on_trained).abs().max():.4f} in a prompt's logits")  # fmt: skip
-    return model.merge_and_unload()
-
-
-# Copied from llava_orpo_training.write_whole
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    return output.logits[0].float()
 
 
 # Copied from llava_orpo_training.embed_picture
 def embed_picture(image: Image.Image) -> str:
-    """A picture as an address that an HTML page can carry inside it."""
-    buffer = io.BytesIO()
-    ImageOps.contain(image, (448, 448)).save(buffer, "PNG")
+    """Return a picture, at most 448 pixels wide and high, as an address that an HTML page can carry inside it."""
+    image, buffer = image.copy(), io.BytesIO()
+    image.thumbnail((448, 448))
+    image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-# Copied from llava_orpo_training.read_jsonl
-def read_jsonl(path: Path) -> list[dict]:
-    """The file's lines up to the first that is no JSON, such as one whose writing was cut short; none if no file."""
-    rows = []
-    with suppress(FileNotFoundError, ValueError):
-        rows.extend(json.loads(line) for line in path.read_text().splitlines())
-    return rows
 
 
 # ---------------------------------------------------------------------------- answers
 
 
-def pick_tokens(logits: torch.Tensor, temperatures: list[float], top_ps: list[float], dice: list) -> list[int]:
-    """The next token of each row of `logits` (rows, vocabulary): the likeliest where the temperature is 0, else one drawn
-    from the smallest set of tokens whose probabilities sum to top-p (nucleus sampling, Holtzman et al. 2020, section 3.1).
+@dataclass
+class Branch:
+    """A question that is being answered: its place, its position and column in the row, and the tokens so far."""
 
-    Each row has its own `random.Random`, so what is drawn for it does not depend on the other rows.
+    row: int  # in the batch
+    picture: int
+    question: int  # its number among the picture's questions
+    position: int  # of the next token, counted from the row's picture on
+    column: int  # of its last token in the model's latest output
+    dice: random.Random
+    tokens: list[int] = field(default_factory=list)
+
+
+def lay_out_row(processor, image: Image.Image, questions: list[str]) -> tuple[list, list, list, list[int]]:
+    """Lay a picture and its questions out as one row, `picture | question 1 | question 2 | …`.
+
+    Returns token ids, owners (0 for what all questions see, else the question's number from 1 on), positions (each
+    question's follow the picture's), and the column of each question's last token.
     """
-    tokens = logits.argmax(-1).tolist()
-    hot = [row for row, temperature in enumerate(temperatures) if temperature > 0]
-    if hot:
-        heat, top_p, throw = (
-            torch.tensor([[value] for value in values], device=logits.device)
-            for values in (
-                [temperatures[row] for row in hot],
-                [top_ps[row] for row in hot],
-                [dice[row].random() for row in hot],
-            )
-        )
-        chances, order = (logits[hot].float() / heat).softmax(-1).sort(descending=True)
-        reach = chances.cumsum(-1)
-        nucleus = torch.where(reach - chances < top_p, chances, 0).sum(-1, keepdim=True)
-        place = torch.searchsorted(reach, throw * nucleus).clamp(max=reach.shape[-1] - 1)
-        for row, token in zip(hot, order.gather(-1, place)[:, 0].tolist(), strict=True):
-            tokens[row] = token
-    return tokens
+    prompts = [build_prompt(processor, question, image.size) for question in questions]
+    shared = len(prompts[0]) - prompts[0][::-1].index(processor.image_token_id)
+    ids, owners, positions, columns = prompts[0][:shared], [0] * shared, list(range(shared)), []
+    for number, prompt in enumerate(prompts, 1):
+        ids = ids + prompt[shared:]
+        owners += [number] * (len(prompt) - shared)
+        positions += range(shared, len(prompt))
+        columns.append(len(ids) - 1)
+    return ids, owners, positions, columns
 
 
-@torch.inference_mode()
-def answer_questions(
-    model, processor, images: list, pixels, questions: list[list[str]], max_new_tokens: int, temperature: float = 0
-) -> Iterator:
-    """Answer every question about every picture; yields (picture, question, answer, complete) as each one ends.
+def prefill(core, processor, images: list, pixels, questions: list[list[str]]) -> tuple:
+    """Put every picture with its questions through the model once; return (output, owners, branches).
 
-    A picture and its questions are one row, `picture | question 1 | question 2 | …`: all questions see the picture, none
-    sees another, and each one's positions follow the picture's. So a picture goes through the model once, whatever is
-    asked about it; generation adds a token to every unfinished question of every row at a time. `pixels` is the image
-    processor's output for the `images`. Temperature 0 is greedy; above it, an answer depends on its picture, its question
-    and its place among the picture's questions alone.
+    All questions of a row see its picture, and none sees another. `pixels` is the image processor's output for the
+    `images`; pictures without questions are left out. Owners have the shape (rows, length) and are -1 for padding.
     """
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    ends = core.generation_config.eos_token_id
-    ends = set(ends) if isinstance(ends, list) else {ends}
-    rows, branches = [], []  # a branch: row, picture, question, next position, column of its last token, tokens so far
     pictures = [picture for picture, asked in enumerate(questions) if asked]
+    rows, branches = [], []
     for row, picture in enumerate(pictures):
-        image, asked = images[picture], questions[picture]
-        prompts = [build_prompt(processor, question, image.size) for question in asked]
-        shared = len(prompts[0]) - prompts[0][::-1].index(processor.image_token_id)
-        seed = zlib.crc32(image.tobytes())
-        ids, owners, positions = list(prompts[0][:shared]), [0] * shared, list(range(shared))
-        for number, prompt in enumerate(prompts):
-            ids += prompt[shared:]
-            owners += [number + 1] * (len(prompt) - shared)
-            positions += range(shared, len(prompt))
-            branches.append({"row": row, "picture": picture, "question": number, "position": len(prompt),
-                             "column": len(ids) - 1, "tokens": [],
-                             "dice": random.Random(f"{seed} {number} {asked[number]}")})  # fmt: skip
-        rows.append((ids, owners, positions))
-    if not rows:
-        return
+        rows.append(lay_out_row(processor, images[picture], questions[picture]))
+        seed = zlib.crc32(images[picture].tobytes())
+        for number, (question, column) in enumerate(zip(questions[picture], rows[-1][3], strict=True)):
+            dice = random.Random(f"{seed} {number} {question}")
+            branches.append(Branch(row, picture, number, rows[-1][2][column] + 1, column, dice))
     longest = max(len(row[0]) for row in rows)
     for branch in branches:
-        branch["column"] += longest - len(rows[branch["row"]][0])
-    pads = (processor.tokenizer.pad_token_id, -1, 0)
+        branch.column += longest - len(rows[branch.row][0])
     ids, owners, positions = (
         torch.tensor([[pad] * (longest - len(row[part])) + row[part] for row in rows], device=core.device)
-        for part, pad in enumerate(pads)
+        for part, pad in enumerate((processor.tokenizer.pad_token_id, -1, 0))
     )
     causal = torch.ones(longest, longest, dtype=torch.bool, device=core.device).tril()
     visible = causal & ((owners[:, None, :] == 0) | (owners[:, :, None] == owners[:, None, :]))
@@ -818,48 +582,133 @@ def answer_questions(
         image_sizes=pixels["image_sizes"][pictures].to(core.device),
         use_cache=True,
     )
+    return output, owners, branches
+
+
+def add_tokens(core, cache, owners: torch.Tensor, branches: list[Branch], pad_token_id: int) -> tuple:
+    """Put the last token of every branch through the model; return (output, owners). Rows whose questions are all answered
+    leave the batch."""
+    kept = sorted({branch.row for branch in branches})
+    if len(kept) < len(owners):
+        index = torch.tensor(kept, device=core.device)
+        cache.batch_select_indices(index)
+        owners = owners[index]
+    width = Counter(branch.row for branch in branches).most_common(1)[0][1]
+    new = [[[pad] * width for _ in kept] for pad in (pad_token_id, -1, 0)]
+    filled = Counter()
+    for branch in branches:
+        branch.row = row = kept.index(branch.row)
+        branch.column = filled[row]
+        filled[row] += 1
+        for part, value in zip(new, (branch.tokens[-1], branch.question + 1, branch.position), strict=True):
+            part[row][branch.column] = value
+        branch.position += 1
+    ids, new_owners, positions = (torch.tensor(part, device=core.device) for part in new)
+    owners = torch.cat([owners, new_owners], dim=1)
+    visible = (owners[:, None, :] == 0) | (new_owners[:, :, None] == owners[:, None, :])
+    output = core.model(
+        input_ids=ids,
+        attention_mask=visible[:, None],
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return output, owners
+
+
+def next_logits(core, output, branches: list[Branch]) -> torch.Tensor:
+    """Return the logits of each branch's next token, (branches, vocabulary)."""
+    places = torch.tensor([[branch.row, branch.column] for branch in branches], device=core.device)
+    return core.lm_head(output.last_hidden_state[places[:, 0], places[:, 1]])
+
+
+def pick_tokens(logits: torch.Tensor, temperature: float, dice: list[random.Random]) -> list[int]:
+    """Return the next token of each row of `logits` (rows, vocabulary): the likeliest at temperature 0, else a drawn one.
+    Each row has its own `dice`, so that what is drawn for it does not depend on the others."""
+    if not temperature:
+        return logits.argmax(-1).tolist()
+    chances, order = (logits.float() / temperature).softmax(-1).sort(descending=True)
+    reach = chances.cumsum(-1)
+    throws = torch.tensor([[die.random()] for die in dice], device=logits.device)
+    places = torch.searchsorted(reach, throws * reach[:, -1:]).clamp(max=reach.shape[-1] - 1)
+    return order.gather(-1, places)[:, 0].tolist()
+
+
+@torch.inference_mode()
+def answer_questions(
+    model, processor, images: list, pixels, questions: list[list[str]], max_new_tokens: int, temperature: float = 0
+) -> Iterator:
+    """Answer every question about every picture; yields (picture, question, answer, complete) as each one ends.
+
+    A picture goes through the model once, whatever is asked about it (see prefill), and generation adds a token to every
+    unfinished question at a time. Temperature 0 is greedy; above it, an answer depends only on its picture, its question,
+    and its place among the picture's questions. `complete` is False for an answer cut off at `max_new_tokens`.
+    """
+    if not any(questions):
+        return
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    ends = core.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    output, owners, branches = prefill(core, processor, images, pixels, questions)
     cache = output.past_key_values
     while True:
-        places = torch.tensor([[branch["row"], branch["column"]] for branch in branches], device=core.device)
-        logits = core.lm_head(output.last_hidden_state[places[:, 0], places[:, 1]])
-        count = len(branches)
-        tokens = pick_tokens(logits, [temperature] * count, [1.0] * count, [branch["dice"] for branch in branches])
+        logits = next_logits(core, output, branches)
         unfinished = []
-        for branch, token in zip(branches, tokens, strict=True):
-            branch["tokens"].append(token)
-            if token in ends or len(branch["tokens"]) == max_new_tokens:
-                text = processor.tokenizer.decode(branch["tokens"], skip_special_tokens=True).strip()
-                yield branch["picture"], branch["question"], text, token in ends
+        for branch, token in zip(
+            branches, pick_tokens(logits, temperature, [branch.dice for branch in branches]), strict=True
+        ):
+            branch.tokens.append(token)
+            if token in ends or len(branch.tokens) == max_new_tokens:
+                text = processor.tokenizer.decode(branch.tokens, skip_special_tokens=True).strip()
+                yield branch.picture, branch.question, text, token in ends
             else:
                 unfinished.append(branch)
         branches = unfinished
         if not branches:
             return
-        kept = sorted({branch["row"] for branch in branches})
-        if len(kept) < len(owners):  # a picture whose questions are all answered leaves the batch
-            index = torch.tensor(kept, device=core.device)
-            cache.batch_select_indices(index)
-            owners = owners[index]
-        width = Counter(branch["row"] for branch in branches).most_common(1)[0][1]
-        ids, new_owners, positions = ([[pad] * width for _ in kept] for pad in pads)
-        filled = Counter()
-        for branch in branches:
-            branch["row"] = row = kept.index(branch["row"])
-            branch["column"] = column = filled[row]
-            filled[row] += 1
-            ids[row][column], new_owners[row][column] = branch["tokens"][-1], branch["question"] + 1
-            positions[row][column] = branch["position"]
-            branch["position"] += 1
-        ids, new_owners, positions = (torch.tensor(part, device=core.device) for part in (ids, new_owners, positions))
-        owners = torch.cat([owners, new_owners], dim=1)
-        visible = (owners[:, None, :] == 0) | (new_owners[:, :, None] == owners[:, None, :])
-        output = core.model(
-            input_ids=ids,
-            attention_mask=visible[:, None],
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
+        output, owners = add_tokens(core, cache, owners, branches, processor.tokenizer.pad_token_id)
+
+
+def start_vllm(model_path: str, processor, max_new_tokens: int) -> Callable:
+    """Start vLLM on a merged or quantized checkpoint; return a function that answers as answer_questions does.
+
+    The questions of a picture follow one another, so that prefix caching computes the picture once. Prompts are token ids
+    with BOS, in which vLLM puts the picture's tokens in place of the one `<image>`.
+    """
+    try:
+        from vllm import LLM, SamplingParams
+    except ImportError as error:
+        stop(
+            f"--backend vllm cannot be imported ({error}); install requirements/vllm.txt into an environment of its own."
         )
+    on_cpu = not torch.cuda.is_available()  # for trying, where a quick start counts for more
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM's own choice is half of the memory
+    engine = LLM(
+        model=model_path,
+        enable_prefix_caching=True,
+        limit_mm_per_prompt={"image": 1},
+        enforce_eager=on_cpu,
+        skip_mm_profiling=on_cpu,
+    )
+    greedy = SamplingParams(temperature=0, max_tokens=max_new_tokens)
+
+    def answer(images: list, pixels, questions: list[list[str]]) -> Iterator:
+        asked = [(i, j, question) for i, part in enumerate(questions) for j, question in enumerate(part)]
+        prompts = []
+        for i, _, question in asked:
+            ids = build_prompt(processor, question, images[i].size)
+            first = ids.index(processor.image_token_id)
+            ids = ids[: first + 1] + [token for token in ids[first:] if token != processor.image_token_id]
+            prompts.append({"prompt_token_ids": ids, "multi_modal_data": {"image": images[i]}})
+        for (i, j, _), output in zip(asked, engine.generate(prompts, greedy, use_tqdm=False), strict=True):
+            yield i, j, output.outputs[0].text.strip(), output.outputs[0].finish_reason == "stop"
+
+    return answer
+
+
+# ---------------------------------------------------------------------------- checked answers (--verify)
+
+VERIFY_TEMPERATURE = 0.7  # at which --verify draws candidates beside the greedy answer
 
 
 class Clip:
@@ -873,126 +722,111 @@ class Clip:
             if kind != "clip":
                 raise ValueError(f"its model_type is {kind}, not clip")
             self.processor = AutoProcessor.from_pretrained(model_path, backend="pil", trust_remote_code=False)
-            self.model, report = CLIPModel.from_pretrained(model_path, use_safetensors=True, output_loading_info=True)
-            if report["missing_keys"]:
-                raise ValueError(f"it lacks {sorted(report['missing_keys'])[0]}")
-        except Exception as error:  # configurations can be wrong in more ways than libraries foresee
-            stop(f"--clip_model {model_path} cannot be loaded ({type(error).__name__}: {(str(error) or '?').splitlines()[0]}); "
-                 "give a hub id or a folder with a CLIP checkpoint, such as openai/clip-vit-large-patch14-336.")  # fmt: skip
-        self.model = self.model.to(device).eval()
+            self.model = CLIPModel.from_pretrained(model_path, use_safetensors=True).to(device).eval()
+        except Exception as error:
+            stop(f"--clip_model {model_path} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}).")
 
     @torch.inference_mode()
     def compare(self, image: Image.Image, texts: list[str]) -> list[float]:
-        """Cosine similarity of the picture and each text; of a text beyond CLIP's 77 tokens, the head is read."""
+        """Return the cosine similarity of the picture and each text, of which CLIP reads the first 77 tokens."""
         inputs = self.processor(images=image, text=texts, return_tensors="pt", padding=True, truncation=True)
         output = self.model(**inputs.to(self.model.device))
         return (output.text_embeds @ output.image_embeds[0]).tolist()  # both have length 1
 
 
-def find_doubtful(
-    model, processor, images: list, pixels, words: list[list[str]], clip: Clip | None = None
-) -> list[set]:
-    """Those of each picture's `words` that a check does not confirm to be in it.
+def draw_candidates(
+    model,
+    processor,
+    images: list,
+    pixels,
+    questions: list[list[str]],
+    count: int,
+    max_new_tokens: int,
+    temperature: float,
+) -> dict[tuple[int, int], list[tuple[str, bool]]]:
+    """Draw `count` answers to every question about every picture; return {(picture, question): [(answer, complete), …]}."""
+    drawn: dict = {}
+    asked = [[question for question in part for _ in range(count)] for part in questions]
+    for picture, place, text, complete in answer_questions(
+        model, processor, images, pixels, asked, max_new_tokens, temperature
+    ):
+        drawn.setdefault((picture, place // count), []).append((text, complete))
+    return drawn
 
-    With CLIP, a word is confirmed if "a photo of a …" fits the picture better than "a photo"; else if the model answers
-    "Is there a … in this image?" with Yes.
+
+@torch.inference_mode()
+def confirm_objects(model, processor, images: list, pixels, words: list[list[str]]) -> list[dict[str, float]]:
+    """Return, for each picture, {word: probability} of the model's own answer Yes to "Is there a … in this image?".
+
+    The probability is that of Yes among Yes and No in any spelling that is one token. All words about a picture take one
+    forward pass.
     """
-    named = [[f"{'an' if word[0] in 'aeiou' else 'a'} {word}" for word in part] for part in words]
-    doubtful = [set() for _ in words]
-    if clip:
-        for picture, (image, part) in enumerate(zip(images, words, strict=True)):
-            plain, *fits = clip.compare(image, ["a photo", *[f"a photo of {name}" for name in named[picture]]])
-            doubtful[picture] = {word for word, fit in zip(part, fits, strict=True) if fit <= plain}
-    elif any(words):
-        questions = [[f"Is there {name} in this image?" for name in part] for part in named]
-        for picture, number, text, _ in answer_questions(model, processor, images, pixels, questions, 2):
-            if not text.lower().startswith("yes"):
-                doubtful[picture].add(words[picture][number])
-    return doubtful
+    if not any(words):
+        return [{} for _ in words]
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    spelled: dict[str, list[int]] = {"yes": [], "no": []}
+    for token, number in processor.tokenizer.get_vocab().items():
+        spelled.get(token.strip("▁ ").lower(), []).append(number)
+    questions = [
+        [f"Is there {'an' if word[0] in 'aeiou' else 'a'} {word} in this image?" for word in part] for part in words
+    ]
+    output, _, branches = prefill(core, processor, images, pixels, questions)
+    chances = next_logits(core, output, branches).float().softmax(-1)
+    yes, no = (chances[:, spelled[answer]].sum(-1) for answer in ("yes", "no"))
+    found: list[dict] = [{} for _ in words]
+    for branch, share in zip(branches, (yes / (yes + no).clamp(min=1e-30)).tolist(), strict=True):
+        found[branch.picture][words[branch.picture][branch.question]] = share
+    return found
 
 
-def choose_candidate(objects: list[list[str]], doubtful: set, fits: list[float] | None = None) -> int:
-    """The candidate that its check confirms best: the one that CLIP finds to fit the picture best, or by the objects that
-    each one names, the one with the fewest doubtful ones, then with the most confirmed ones; the first of equals."""
+def choose_candidate(objects: list[list[str]], confirmed: dict[str, float], fits: list[float] | None = None) -> int:
+    """Return the number of the candidate that its check confirms best: the one that CLIP finds to fit the picture best, or
+    the one whose `objects` have the fewest doubtful and then the most confirmed ones; the first of equals."""
     if fits:
         return max(range(len(fits)), key=fits.__getitem__)
-    wrong = [len(set(named) & doubtful) for named in objects]
-    right = [len(set(named) - doubtful) for named in objects]
+    wrong = [sum(confirmed[word] <= 0.5 for word in set(named)) for named in objects]
+    right = [len(set(named)) - doubtful for named, doubtful in zip(objects, wrong, strict=True)]
     return min(range(len(objects)), key=lambda number: (wrong[number], -right[number]))
-
-
-VERIFY_TEMPERATURE = 0.7  # at which --verify draws candidates beside the greedy answer
 
 
 def verify_answers(
     model, processor, images: list, pixels, questions: list[list[str]], max_new_tokens: int, *,
     candidates: int, find: Callable, clip: Clip | None,
 ) -> Iterator:  # fmt: skip
-    """Answer as answer_questions does; in place of a greedy answer that names objects, the best of `candidates` is given:
+    """Answer as answer_questions does, but in place of a greedy answer that names objects give the best of `candidates`:
     itself and others drawn at VERIFY_TEMPERATURE, checked by CLIP or by the model's own yes/no answers."""
-    drawn: dict = {}
-    open_ended = [[] for _ in images]  # the questions of each picture that are checked; "Yes" names no object
+    texts: dict = {}
     for picture, number, text, complete in answer_questions(
         model, processor, images, pixels, questions, max_new_tokens
     ):
         if find(text):
-            open_ended[picture].append(number)
-            drawn[picture, number] = [(text, complete)]
-        else:
+            texts[picture, number] = [(text, complete)]
+        else:  # "Yes" names no object
             yield picture, number, text, complete
-    if not drawn:
-        return
-    open_ended = [sorted(part) for part in open_ended]  # they came in the order in which they ended
-    asked = [[questions[picture][number] for number in part for _ in range(candidates - 1)]
-             for picture, part in enumerate(open_ended)]  # fmt: skip
-    for picture, place, text, complete in answer_questions(
-        model, processor, images, pixels, asked, max_new_tokens, VERIFY_TEMPERATURE
-    ):
-        drawn[picture, open_ended[picture][place // (candidates - 1)]].append((text, complete))
-    objects = {key: [[word for _, word in find(text)] for text, _ in texts] for key, texts in drawn.items()}
-    words = [sorted({word for number in part for named in objects[picture, number] for word in named})
-             for picture, part in enumerate(open_ended)]  # fmt: skip
-    doubtful = [set()] * len(images) if clip else find_doubtful(model, processor, images, pixels, words)
-    for (picture, number), texts in drawn.items():
-        fits = clip.compare(images[picture], [text for text, _ in texts]) if clip else None
-        yield picture, number, *texts[choose_candidate(objects[picture, number], doubtful[picture], fits)]
+    checked = [
+        [number for number in range(len(part)) if (picture, number) in texts] for picture, part in enumerate(questions)
+    ]
+    asked = [[questions[picture][number] for number in part] for picture, part in enumerate(checked)]
+    drawn = draw_candidates(model, processor, images, pixels, asked, candidates - 1, max_new_tokens, VERIFY_TEMPERATURE)
+    for (picture, place), more in drawn.items():
+        texts[picture, checked[picture][place]] += more
+    objects = {key: [[word for _, word in find(text)] for text, _ in answers] for key, answers in texts.items()}
+    words: list[set] = [set() for _ in images]
+    for (picture, _), named in objects.items():
+        words[picture] |= {word for part in named for word in part}
+    confirmed = [{}] * len(images)
+    if not clip:
+        confirmed = confirm_objects(model, processor, images, pixels, [sorted(part) for part in words])
+    for (picture, number), answers in texts.items():
+        fits = clip.compare(images[picture], [text for text, _ in answers]) if clip else None
+        yield picture, number, *answers[choose_candidate(objects[picture, number], confirmed[picture], fits)]
 
 
-def start_vllm(model_path: str, processor, max_new_tokens: int) -> Callable:
-    """Start vLLM on a merged or quantized checkpoint; returns a function that answers as answer_questions does.
-
-    The questions of a picture follow one another, so that prefix caching computes the picture once. Prompts are token
-    ids with BOS; vLLM itself puts the picture's tokens in place of the one `<image>`.
-    """
-    try:
-        from vllm import LLM, SamplingParams
-    except ImportError as error:
-        stop(
-            f"--backend vllm cannot be loaded ({error}); install it into an environment of its own: pip install -r requirements/vllm.txt"
-        )
-    on_cpu = not torch.cuda.is_available()  # for trying, where starting soon counts for more
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM's own choice is half of the memory
-    engine = LLM(model=model_path, enable_prefix_caching=True, limit_mm_per_prompt={"image": 1}, enforce_eager=on_cpu,
-                 skip_mm_profiling=on_cpu)  # fmt: skip
-    greedy = SamplingParams(temperature=0, max_tokens=max_new_tokens)
-    image_token = processor.image_token_id
-
-    def answer(images: list, pixels, questions: list[list[str]]) -> Iterator:
-        asked = [(i, j, question) for i, part in enumerate(questions) for j, question in enumerate(part)]
-        prompts = []
-        for i, _, question in asked:
-            ids = build_prompt(processor, question, images[i].size)
-            first = ids.index(image_token)
-            ids = ids[:first] + [image_token] + [token for token in ids[first:] if token != image_token]
-            prompts.append({"prompt_token_ids": ids, "multi_modal_data": {"image": images[i]}})
-        for (i, j, _), output in zip(asked, engine.generate(prompts, greedy, use_tqdm=False), strict=True):
-            yield i, j, output.outputs[0].text.strip(), output.outputs[0].finish_reason == "stop"
-
-    return answer
+# ---------------------------------------------------------------------------- answering a benchmark
 
 
 def find_picture(image_dir: Path, name: str) -> Path:
-    """The path of a query's picture. Raises OSError if it lies outside `image_dir`, as written, or is no file."""
+    """Return the path of a query's picture. Raises OSError if it lies outside `image_dir` or is not there."""
     folder = os.path.abspath(image_dir)
     path = Path(os.path.abspath(os.path.join(folder, name)))
     if not path.is_relative_to(folder):
@@ -1002,24 +836,39 @@ def find_picture(image_dir: Path, name: str) -> Path:
     return path
 
 
-def open_group(group: list[dict], image_dir: Path, processor) -> tuple[list[dict], list, dict | None, list[dict]]:
-    """Open the pictures of a group; returns what can be asked, its images, their pixels, and the failures."""
+def check_prompt(processor, question: str, image: Image.Image, context: int) -> None:
+    """Raise ValueError if a question cannot be asked: it is not Unicode, or its prompt is longer than the model's context."""
+    try:
+        length = len(build_prompt(processor, question, image.size))
+    except (UnicodeError, TypeError) as error:
+        raise ValueError("has a question that is not valid Unicode") from error
+    if length >= context:
+        raise ValueError(f"has a question whose prompt has {length:,} tokens; the model's context has {context:,}")
+
+
+def open_group(
+    group: list[dict], image_dir: Path, processor, context: int
+) -> tuple[list[dict], list, dict | None, list[dict]]:
+    """Open the pictures of a group; return what can be asked of it, its images, their pixels, and the failures."""
     good, images, failures = [], [], []
     for picture in group:
-        try:
-            images.append(load_image(find_picture(image_dir, picture["image"])))
-            good.append(picture)
-        except (OSError, ValueError) as error:  # ValueError: a name that no path can have
-            failures += [
-                {"id": query["id"], "image": picture["image"], "reason": str(error)} for query in picture["queries"]
-            ]
-    pixels = processor.image_processor(images, return_tensors="pt") if images else None
-    return good, images, pixels, failures
+        asked = []
+        for query in picture["queries"]:
+            try:
+                image = asked and images[-1] or load_image(find_picture(image_dir, picture["image"]))
+                check_prompt(processor, query["query"], image, context)
+                images += [] if asked else [image]
+                asked.append(query)
+            except (OSError, ValueError) as error:  # ValueError: also a name that no path can have
+                failures.append({"id": query["id"], "image": picture["image"], "reason": str(error)})
+        if asked:
+            good.append({**picture, "queries": asked})
+    return good, images, processor.image_processor(images, return_tensors="pt") if images else None, failures
 
 
 def group_queries(queries: list[dict], size: int) -> list[list[dict]]:
-    """The queries by picture, `size` pictures a group. What is in a group never depends on what is already answered, so
-    that a resumed run computes in the same batches as an unbroken one."""
+    """Return the queries by picture, `size` pictures a group. What is in a group does not depend on what is already
+    answered, so that a resumed run computes in the same batches as an unbroken one."""
     pictures: dict[str, list] = {}
     for query in queries:
         pictures.setdefault(query["image"], []).append(query)
@@ -1028,7 +877,8 @@ def group_queries(queries: list[dict], size: int) -> list[list[dict]]:
 
 
 def digest_checkpoint(path: str) -> str:
-    """Identity of a checkpoint: SHA-256 over its JSON files, tokenizer and 64 slices of each weight file; a hub id's commit."""
+    """Return a checkpoint's identity: SHA-256 over its JSON files, tokenizer and 64 slices of each weight file, or a hub
+    id's commit."""
     folder = Path(path)
     if not folder.is_dir():
         from huggingface_hub import hf_hub_download
@@ -1050,207 +900,252 @@ def digest_checkpoint(path: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def journals_of(output_file: Path) -> list[Path]:
+def list_journals(output_file: Path) -> list[Path]:
     return sorted(output_file.parent.glob(f"{glob.escape(output_file.name)}.journal-*.jsonl"))
 
 
+def read_journal(path: Path) -> list[dict]:
+    """Return a journal's rows, the first of which has the run's fingerprint; none if there is no file. Damaged lines, such
+    as one whose writing was cut short, are left out, so that their questions are asked again."""
+    rows, damaged = [], 0
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line.decode("ascii")))
+        except ValueError:
+            damaged += 1
+    if damaged:
+        console.print(f"{escape(str(path))}: {damaged} damaged lines are left out, and their questions asked again")
+    return rows
+
+
 def read_journals(output_file: Path, fingerprint: dict) -> dict[int, dict]:
-    """Answers of an earlier, unfinished run, by query id. Stops if they were given under other settings."""
+    """Return the answers of an earlier, unfinished run by query id. Stops if they were given under other settings."""
     answers = {}
-    for path in journals_of(output_file):
-        first, *lines = read_jsonl(path) or [{"fingerprint": fingerprint}]
-        if not isinstance(first, dict) or "fingerprint" not in first:
-            stop(f"{path} is no journal of this script: its first line has no fingerprint; move it away.")
-        before = first["fingerprint"]
-        changed = [f"{name} was {before.get(name)}, is {fingerprint[name]}" for name in fingerprint
-                   if before.get(name) != fingerprint[name]]  # fmt: skip
+    for path in list_journals(output_file):
+        rows = read_journal(path)
+        if not rows:
+            continue
+        before = rows[0].get("fingerprint")
+        if before is None:
+            stop(f"{path} is damaged: its first line does not say with which settings it was written; move it away.")
+        changed = [
+            f"{name} was {before.get(name)}, is {value}"
+            for name, value in fingerprint.items()
+            if before.get(name) != value
+        ]
         if changed:
             stop(
                 f"{path} holds answers of another run ({'; '.join(changed)}); name another --output_file or delete it."
             )
-        answers |= {line["id"]: line for line in lines}
+        answers |= {row["id"]: row for row in rows[1:]}
     return answers
 
 
 def fill_journal(
-    state, args, output_file: Path, groups: list, answers: dict, fingerprint: dict, answer: Callable, processor
-) -> list:
-    """Answer what is left of this process's groups, each answer into its journal as it arrives; returns the failures."""
+    state, output_file: Path, groups: list, answers: dict, fingerprint: dict, answer: Callable, open_pictures: Callable
+) -> list[dict]:
+    """Answer what is left of this process's groups, each answer into its journal as it arrives; return the failures."""
     journal = output_file.with_name(f"{output_file.name}.journal-{state.process_index}.jsonl")
     mine = groups[state.process_index :: state.num_processes]
+
+    def count(part: list) -> int:
+        return sum(len(picture["queries"]) for group in part for picture in group)
+
     todo = [
         group for group in mine if any(query["id"] not in answers for picture in group for query in picture["queries"])
     ]
-    lines = [{"fingerprint": fingerprint}, *read_jsonl(journal)[1:]]
-    write_whole(journal, "".join(json.dumps(line) + "\n" for line in lines))  # without a line that was cut off
+    rows = [{"fingerprint": fingerprint}, *read_journal(journal)[1:]]
+    write_whole(journal, "".join(json.dumps(row) + "\n" for row in rows))  # without damaged lines
     failures = []
-    loader = torch.utils.data.DataLoader(
-        todo, batch_size=None, num_workers=2 * torch.cuda.is_available(),
-        collate_fn=partial(open_group, image_dir=args.image_dir, processor=processor),
-    )  # fmt: skip
-    total = sum(len(picture["queries"]) for group in mine for picture in group)
-    left = sum(len(picture["queries"]) for group in todo for picture in group)
-    with journal.open("a") as file, tqdm(
-        total=total, initial=total - left, desc=output_file.stem, unit="answer", disable=not MAIN_PROCESS
-    ) as bar:  # fmt: skip
+    workers = 2 * torch.cuda.is_available()
+    loader = torch.utils.data.DataLoader(todo, batch_size=None, num_workers=workers, collate_fn=open_pictures)
+    progress = tqdm(
+        total=count(mine),
+        initial=count(mine) - count(todo),
+        desc=output_file.stem,
+        unit="answer",
+        disable=not MAIN_PROCESS,
+    )
+    with journal.open("a") as file, progress as bar:
         for good, images, pixels, failed in loader:
             failures += failed
             bar.update(len(failed))
             questions = [[query["query"] for query in picture["queries"]] for picture in good]
             for picture, question, text, complete in answer(images, pixels, questions) if good else ():
-                query = good[picture]["queries"][question]
-                if query["id"] not in answers:
-                    answers[query["id"]] = {"id": query["id"], "response": text, "complete": complete}
-                    file.write(json.dumps(answers[query["id"]]) + "\n")
+                number = good[picture]["queries"][question]["id"]
+                if number not in answers:
+                    answers[number] = {"id": number, "response": text, "complete": complete}
+                    file.write(json.dumps(answers[number]) + "\n")
                     file.flush()
                 bar.update()
     return failures
 
 
 def make_answerer(args, processor) -> tuple:
-    """Load what answers; returns a function of (images, pixels, questions), and the model if it runs in this process."""
+    """Load what answers; return a function of (images, pixels, questions), and the model if it runs in this process."""
     if args.backend == "vllm":
         return start_vllm(args.model_path, processor, args.max_new_tokens), None
     device = args.device
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"  # under torchrun, a GPU a process
-    model, processor = load_llava(
-        args.model_path, args.lora_path, device, args.load_4bit, args.load_8bit, args.merge_lora
-    )
+    model, processor = load_llava(args.model_path, args.lora_path, device, args.load_4bit, args.load_8bit)
     if args.verify == 1:
         return partial(answer_questions, model, processor, max_new_tokens=args.max_new_tokens), model
-    vocabulary = None
-    if args.nouns == "vocabulary":
-        relation = read_words(args, {})[0]
-        vocabulary = set(relation).union(*relation.values())
-    find = find_nouns(args.nouns, vocabulary)
+    find = find_nouns(args.nouns, read_vocabulary(args) if args.nouns == "vocabulary" else None)
     clip = Clip(args.clip_model, model.device) if args.clip_model else None
-    return partial(verify_answers, model, processor, max_new_tokens=args.max_new_tokens, candidates=args.verify,
-                   find=find, clip=clip), model  # fmt: skip
+    answer = partial(verify_answers, model, processor, max_new_tokens=args.max_new_tokens)
+    return partial(answer, candidates=args.verify, find=find, clip=clip), model
 
 
-def answer_benchmark(args, every_query: list[dict], queries: list[dict]) -> list[dict]:
-    """Answer `queries`, without the adapter too if asked; returns the failures.
-
-    Written are the answers to all of `every_query` that the journals have: a smaller --limit loses nothing.
-    """
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-    from filelock import FileLock, Timeout
-
-    state = PartialState(cpu=not torch.cuda.is_available())
-    processor = read_checkpoint(args.model_path)[1]
+def describe_run(args, processor) -> dict:
+    """Return the settings on which answers depend, the adapter apart."""
     prompt = build_prompt(processor, "Is it?", (64, 64))
-    settings = {
+    return {
         "model": digest_checkpoint(args.model_path),
         "prompt": hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16],
         "queries": hashlib.sha256(args.query_file.read_bytes()).hexdigest()[:16],
         "image_dir": os.path.abspath(args.image_dir),
         "max_new_tokens": args.max_new_tokens,
         "precision": "4 bit" if args.load_4bit else "8 bit" if args.load_8bit else "whole",
-        "merged": args.merge_lora,
         "backend": f"{args.backend} on {args.device}",
         "verify": args.verify,
         "clip": digest_checkpoint(args.clip_model) if args.clip_model else None,
         "nouns": args.nouns if args.verify > 1 else None,
     }
-    adapter = digest_checkpoint(args.lora_path) if args.lora_path else None
-    passes = [(args.output_file, settings | {"adapter": adapter})]
-    if args.compare_base:
-        passes.insert(0, (base_file(args.output_file), settings | {"adapter": None}))
-    groups = group_queries(queries, args.batch_size)
-    args.output_file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(args.output_file.with_name(f".{args.output_file.name}.lock"))
+
+
+@contextmanager
+def lock_output(output_file: Path):
+    """Keep a second run from writing the same answers."""
+    from filelock import FileLock, Timeout
+
+    output_file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output_file.with_name(f".{output_file.name}.lock"), timeout=0)
+    if not MAIN_PROCESS:
+        yield
+        return
     try:
-        if MAIN_PROCESS:
-            lock.acquire(timeout=0)
+        lock.acquire()
     except Timeout:
-        stop(f"another run is writing {args.output_file}; wait for it, or name another --output_file.")
+        stop(f"another run is writing {output_file}; wait for it, or name another --output_file.")
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def write_answers(output_file: Path, every_query: list[dict], answers: dict[int, dict]) -> None:
+    """Write the answers in AMBER's format, in the order of the query file."""
+    kept = [answers[query["id"]] for query in every_query if query["id"] in answers]
+    rows = [{"id": row["id"], "response": row["response"]} for row in kept]
+    write_whole(output_file, json.dumps(rows, indent=1, ensure_ascii=False))
+    cut = sum(not row["complete"] for row in kept)
+    note = f"; {cut:,} cut off at --max_new_tokens" if cut else ""
+    console.print(f"{len(rows):,} answers in {escape(str(output_file))}{note}")
+
+
+def answer_benchmark(args, every_query: list[dict], queries: list[dict]) -> list[dict]:
+    """Answer `queries`, without the adapter too if asked, and return the failures. The answers to all of `every_query` that
+    the journals have are written, so that a smaller --limit loses nothing."""
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+    from transformers import AutoConfig
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    config, processor, _ = read_checkpoint(args.model_path)
+    context = (config or AutoConfig.from_pretrained(args.model_path)).text_config.max_position_embeddings
+    open_pictures = partial(open_group, image_dir=args.image_dir, processor=processor, context=context)
+    settings = describe_run(args, processor)
+    passes = [(args.output_file, settings | {"adapter": digest_checkpoint(args.lora_path) if args.lora_path else None})]
+    if args.compare_base:
+        passes.insert(0, (name_base_file(args.output_file), settings | {"adapter": None}))
+    groups = group_queries(queries, args.batch_size)
     answer, failures, earlier = None, [], []
-    for output_file, fingerprint in passes:
-        if output_file.exists() and not journals_of(output_file):
-            stop(f"--output_file {output_file} is there, without a journal to go on from; score it with --skip_inference, "
-                 "or name another file.")  # fmt: skip
-        earlier.append(read_journals(output_file, fingerprint))
-    state.wait_for_everyone()  # nobody writes before everybody has read
-    for (output_file, fingerprint), answers in zip(passes, earlier, strict=True):
-        failed = []
-        if any(query["id"] not in answers for query in queries):
-            if answer is None:
-                answer, model = make_answerer(args, processor)
-            off = args.lora_path and not fingerprint["adapter"]
-            with model.disable_adapter() if off else nullcontext():
-                failed = fill_journal(state, args, output_file, groups, answers, fingerprint, answer, processor)
-            failed = gather_object(failed)
-            state.wait_for_everyone()
-        if MAIN_PROCESS:
-            answers = read_journals(output_file, fingerprint)
-            lost = {query["id"] for query in queries} - answers.keys() - {failure["id"] for failure in failed}
-            if lost:
+    with lock_output(args.output_file):
+        for output_file, fingerprint in passes:
+            if output_file.exists() and not list_journals(output_file):
                 stop(
-                    f"{len(lost)} answers are neither in the journals of {output_file} nor failures; give the command again."
+                    f"--output_file {output_file} exists without a journal; score it with --skip_inference or name another."
                 )
-            kept = [answers[query["id"]] for query in every_query if query["id"] in answers]
-            results = [{"id": line["id"], "response": line["response"]} for line in kept]
-            write_whole(output_file, json.dumps(results, indent=1, ensure_ascii=False))
-            cut = sum(not line["complete"] for line in kept)
-            console.print(
-                f"{len(results):,} answers in {output_file}{f'; {cut:,} cut off at --max_new_tokens' if cut else ''}"
-            )
-        failures += failed
-    lock.release()
+            earlier.append(read_journals(output_file, fingerprint))
+        state.wait_for_everyone()  # nobody writes before everybody has read
+        for (output_file, fingerprint), answers in zip(passes, earlier, strict=True):
+            if any(query["id"] not in answers for query in queries):
+                if answer is None:
+                    answer, model = make_answerer(args, processor)
+                off = args.lora_path and not fingerprint["adapter"]
+                with model.disable_adapter() if off else nullcontext():
+                    failed = fill_journal(state, output_file, groups, answers, fingerprint, answer, open_pictures)
+                failures += gather_object(failed)
+                state.wait_for_everyone()
+            if MAIN_PROCESS:
+                write_answers(output_file, every_query, read_journals(output_file, fingerprint))
     return list({failure["id"]: failure for failure in failures}.values())
 
 
-def base_file(output_file: Path) -> Path:
-    """Where --compare_base puts the answers given with the adapter off."""
+def name_base_file(output_file: Path) -> Path:
+    """Return where --compare_base puts the answers given with the adapter off."""
     return output_file.with_name(f"{output_file.stem}_base{output_file.suffix}")
 
 
-# ---------------------------------------------------------------------------- AMBER's files
+# ---------------------------------------------------------------------------- the benchmarks' files
 
 
 def read_json(path: Path, flag: str, kind: type = list):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        stop(f"{flag} {path} cannot be read: {error}. Give a JSON file in AMBER's format.")
+        stop(f"{flag} {path} cannot be read: {error}.")
     if not isinstance(content, kind) or not content:
-        what = f"a {type(content).__name__}" if content else "nothing"
-        stop(f"{flag} {path} holds {what}; AMBER's format is a {kind.__name__} there.")
+        found = f"a JSON {type(content).__name__}" if content else "nothing"
+        stop(f"{flag} {path} holds {found}, where a {kind.__name__} is expected.")
     return content
 
 
-def read_queries(path: Path) -> list[dict]:
-    """AMBER's queries: id, image, query."""
-    queries = read_json(path, "--query_file")
+def read_queries(path: Path) -> tuple[list[dict], dict[int, dict] | None]:
+    """Return a file's questions as {id, image, query}, and for a file of POPE's their annotations; None for AMBER's.
+
+    AMBER's files are a JSON list; POPE's have one JSON object a line, with question_id, image, text and label.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
+        pope = "label" in rows[0]
+        if pope:
+            rows = [
+                {"id": row["question_id"], "image": row["image"], "query": row["text"], "truth": row["label"]}
+                for row in rows
+            ]
+    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
+        stop(f"--query_file {path} holds neither AMBER's nor POPE's questions ({type(error).__name__}: {error}).")
     kinds = {"id": int, "image": str, "query": str}
-    for number, query in enumerate(queries):
-        if not isinstance(query, dict) or any(not isinstance(query.get(key), kind) for key, kind in kinds.items()):
-            stop(f"--query_file {path}: entry {number} is {json.dumps(query)[:80]}; it must have an id (a whole number), an "
-                 "image and a query (texts).")  # fmt: skip
-    twice = [number for number, count in Counter(query["id"] for query in queries).items() if count > 1]
+    for number, row in enumerate(rows):
+        good = isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in kinds.items())
+        if not good or row.get("truth", "no") not in ("yes", "no"):
+            stop(f"--query_file {path}: entry {number} is no question: {json.dumps(row)[:80]}.")
+    twice = [number for number, count in Counter(row["id"] for row in rows).items() if count > 1]
     if twice:
         stop(f"--query_file {path} has the id {twice[0]} twice; ids must differ.")
-    return queries
+    notes = {row["id"]: {"id": row["id"], "type": "pope", "truth": row["truth"]} for row in rows} if pope else None
+    return rows, notes
 
 
-def select_queries(args, queries: list[dict], notes: dict | None) -> list[dict]:
-    """The queries that --evaluation_type and --limit leave, in the file's order."""
+def select_queries(queries: list[dict], notes: dict | None, sections: list[str], limit: int | None) -> list[dict]:
+    """Return the queries of the `sections` about the first `limit` pictures, in the file's order."""
     if notes is not None:
         unknown = [query["id"] for query in queries if query["id"] not in notes]
         if unknown:
             stop(f"--annotation_file has no entry for query {unknown[0]}; it belongs to other queries.")
-        sections = SECTIONS[args.evaluation_type]
         queries = [query for query in queries if section_of(notes[query["id"]]["type"]) in sections]
     if not queries:
-        stop(f"--query_file {args.query_file} has no query of --evaluation_type {args.evaluation_type}.")
-    images = set(list(dict.fromkeys(query["image"] for query in queries))[: args.limit])
+        stop("--query_file has no query of this --evaluation_type.")
+    images = set(list(dict.fromkeys(query["image"] for query in queries))[:limit])
     return [query for query in queries if query["image"] in images]
 
 
 def find_file(args, flag: str, name: str) -> Path:
-    """The file given by its flag, else the one of AMBER's own layout: beside the query file or one folder up."""
+    """Return the file given by its flag, or the one that AMBER has beside the query file or one folder up."""
     given = getattr(args, flag)
     near = (args.query_file or args.annotation_file).absolute().parent
     places = [given] if given else [near / name, near.parent / name]
@@ -1265,49 +1160,43 @@ def read_annotations(args) -> dict[int, dict]:
     notes = {}
     for number, note in enumerate(read_json(path, "--annotation_file")):
         try:
-            good = (
-                note["truth"] in ("yes", "no")
-                if note["type"] != "generative"
-                else note["truth"] + note["hallu"] is not None
-            )
-            notes[note["id"]] = note
-        except (TypeError, KeyError):
-            good = False
-        if not good:
-            stop(
-                f"--annotation_file {path}: entry {number} is {json.dumps(note)[:80]}; it must have id, type and truth."
-            )
+            wanted = (str,) if note["type"] != "generative" else (list,)
+            if not isinstance(note["truth"], wanted) or (wanted == (str,) and note["truth"] not in ("yes", "no")):
+                raise ValueError
+            notes[note["id"]] = note if wanted == (str,) else {**note, "hallu": note["hallu"] + []}
+        except (TypeError, KeyError, ValueError):
+            stop(f"--annotation_file {path}: entry {number} is no annotation of AMBER's: {json.dumps(note)[:80]}.")
     return notes
 
 
+def read_vocabulary(args) -> set[str]:
+    """Return all words that AMBER's scoring knows."""
+    relation = read_json(find_file(args, "relation_file", "relation.json"), "--relation_file", dict)
+    return set(relation).union(*relation.values())
+
+
 def read_words(args, notes: dict[int, dict]) -> tuple[dict[str, list[str]], set[str]]:
-    """AMBER's associations, word -> the words that stand for it, and the words that are always safe."""
+    """Return AMBER's associations, {word: words that stand for it}, and the words that are always safe."""
     path = find_file(args, "relation_file", "relation.json")
     relation = read_json(path, "--relation_file", dict)
-    for note in notes.values():
-        for word in note["truth"] + note["hallu"] if note["type"] == "generative" else ():
-            if word not in relation:
-                stop(
-                    f"--relation_file {path} lacks {word!r} of annotation {note['id']}; it belongs to other annotations."
-                )
-    path = find_file(args, "safe_words_file", "safe_words.txt")
-    try:
-        return relation, set(path.read_text(encoding="utf-8").split("\n"))
-    except (OSError, ValueError) as error:
-        stop(f"--safe_words_file {path} cannot be read: {error}. Give a text file with a word a line.")
+    known = (word for note in notes.values() if note["type"] == "generative" for word in note["truth"] + note["hallu"])
+    missing = next((word for word in known if word not in relation), None)
+    if missing:
+        stop(f"--relation_file {path} lacks {missing!r} of the annotations; it belongs to other ones.")
+    return relation, set(find_file(args, "safe_words_file", "safe_words.txt").read_text(encoding="utf-8").split("\n"))
 
 
 def read_answers(path: Path, notes: dict[int, dict]) -> list[dict]:
-    """An answer file in AMBER's format, from here or elsewhere: a list of id and response. No response (null) to a
+    """Return the rows of an answer file in AMBER's format, from here or elsewhere: id and response. A response null to a
     yes/no question is a wrong answer."""
     rows = read_json(path, "the answer file")
     for number, row in enumerate(rows):
-        known = isinstance(row, dict) and isinstance(row.get("id"), int) and row["id"] in notes
-        if known and row.get("response") is None and notes[row["id"]]["type"] != "generative" and "response" in row:
+        note = notes.get(row.get("id")) if isinstance(row, dict) and isinstance(row.get("id"), int) else None
+        if note and note["type"] != "generative" and row.get("response", "") is None:
             row["response"] = ""
-        if not known or not isinstance(row.get("response"), str):
-            stop(f"the answer file {path}: entry {number} is {json.dumps(row)[:80]}; it must have the id of an annotation "
-                 "and a response (text).")  # fmt: skip
+        if not note or not isinstance(row.get("response"), str):
+            stop(f"the answer file {path}: entry {number} must have the id of an annotation and a response, and is "
+                 f"{json.dumps(row)[:80]}.")  # fmt: skip
     return rows
 
 
@@ -1317,21 +1206,24 @@ SIMILAR = 0.8  # above this, spaCy's similarity makes two words one
 # what one answer adds to the sums that all figures are made of
 CAPTION_COUNTS = ["captions", "clean", "named", "hallucinated", "present", "covered", "traps", "fallen"]
 ANSWER_COUNTS = ["asked", "correct", "no_true", "no_said", "no_right"]
+POPE_COUNTS = ["asked", "correct", "yes_true", "yes_said", "yes_right"]
 KINDS = ["existence", "state", "number", "action", "relation"]
 COUNTS = CAPTION_COUNTS + [f"{kind} {count}" for kind in KINDS for count in ANSWER_COUNTS]
+COUNTS += [f"pope {count}" for count in POPE_COUNTS]
 # section -> the counts that say how many answers it has; amber, whose one figure is the AMBER score, needs both tasks
 SECTION_COUNTS = {
     "generative": ["captions"],
     "discriminative": [f"{kind} asked" for kind in KINDS],
     "attribute": ["state asked", "number asked", "action asked"],
-    **{kind: [f"{kind} asked"] for kind in KINDS},
+    **{kind: [f"{kind} asked"] for kind in [*KINDS, "pope"]},
 }
 YES_NO = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 
 
 def section_of(kind: str) -> str:
-    """The section that a type of annotations.json is scored in; as in the official script, unknown ones are relations."""
+    """Return the section that a type of annotation is scored in; unknown ones are relations, as in the official script."""
     return {
+        "pope": "pope",
         "generative": "generative",
         "discriminative-hallucination": "existence",
         "discriminative-attribute-state": "state",
@@ -1348,24 +1240,13 @@ NO_OBJECTS = set(
 
 
 def find_nouns(kind: str, vocabulary: set[str] | None) -> Callable[[str], list[tuple[str, str]]]:
-    """A function from a text to its nouns in the vocabulary, in order: (as written, as in the vocabulary).
+    """Return a function from a text to its nouns in the vocabulary, in order: (as written, as in the vocabulary).
 
     `nltk` is AMBER's way: tokens tagged NN*, their WordNet lemma; without a vocabulary, those that WordNet files as things
     to be seen. `vocabulary` looks words and regular plurals up.
     """
     if kind == "vocabulary":
-        plurals = {"child": "children", "mouse": "mice", "goose": "geese"}
-        endings = [
-            (r"man$", "men"),
-            (r"(?<=[lra])f$|(?<=i)fe$", "ves"),
-            (r"([^aeiou])y$", r"\1ies"),
-            (r"([sxzo]|[cs]h)$", r"\1es"),
-            (r"$", "s"),
-        ]
-        for word in vocabulary - plurals.keys():
-            plurals[word] = next(re.sub(ending, plural, word) for ending, plural in endings if re.search(ending, word))
-        forms = {plurals[word]: word for word in vocabulary} | {word: word for word in vocabulary}
-        return lambda text: [(word, forms[word]) for word in re.findall(r"\w+(?:-\w+)*", text) if word in forms]
+        return look_up_nouns(vocabulary)
     try:
         import nltk
 
@@ -1373,16 +1254,14 @@ def find_nouns(kind: str, vocabulary: set[str] | None) -> Callable[[str], list[t
         nltk.corpus.reader.wordnet.WordNetCorpusReader.map_wn = lambda *_: None
         lemmatizer = nltk.stem.WordNetLemmatizer()
 
-        def tag_nouns(text: str) -> list[tuple[str, str]]:
-            tagged = nltk.pos_tag(nltk.word_tokenize(text))
-            nouns = [(word, lemmatizer.lemmatize(word)) for word, tag in tagged if tag.startswith("NN")]
-            if vocabulary is not None:
-                return [(word, lemma) for word, lemma in nouns if lemma in vocabulary]
-            return [(word, lemma) for word, lemma in nouns if is_thing(lemma)]
-
         def is_thing(lemma: str) -> bool:
             senses = nltk.corpus.wordnet.synsets(lemma, "n")[:2]
             return lemma not in NO_OBJECTS and any(sense.lexname() in THINGS for sense in senses)
+
+        def tag_nouns(text: str) -> list[tuple[str, str]]:
+            tagged = nltk.pos_tag(nltk.word_tokenize(text))
+            nouns = [(word, lemmatizer.lemmatize(word)) for word, tag in tagged if tag.startswith("NN")]
+            return [(word, lemma) for word, lemma in nouns if (lemma in vocabulary if vocabulary else is_thing(lemma))]
 
         tag_nouns("Two dogs.")
         return tag_nouns
@@ -1390,11 +1269,28 @@ def find_nouns(kind: str, vocabulary: set[str] | None) -> Callable[[str], list[t
         stop("--nouns nltk needs NLTK: pip install -r requirements/eval.txt")
     except LookupError:
         stop("--nouns nltk needs NLTK's data: python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet "
-             "(or, without them and not official, --nouns vocabulary)")  # fmt: skip
+             "(without them, --nouns vocabulary gives figures that are not official)")  # fmt: skip
+
+
+def look_up_nouns(vocabulary: set[str]) -> Callable[[str], list[tuple[str, str]]]:
+    """Return a function as find_nouns does, which knows the vocabulary's words and their plurals, and no grammar."""
+    plurals = {"child": "children", "mouse": "mice", "goose": "geese"}
+    endings = {
+        r"man$": "men",
+        r"(?<=[lra])f$|(?<=i)fe$": "ves",
+        r"([^aeiou])y$": r"\1ies",
+        r"([sxzo]|[cs]h)$": r"\1es",
+        r"$": "s",
+    }
+    for word in vocabulary - plurals.keys():
+        ending = next(ending for ending in endings if re.search(ending, word))
+        plurals[word] = re.sub(ending, endings[ending], word)
+    forms = {plurals[word]: word for word in vocabulary} | {word: word for word in vocabulary}
+    return lambda text: [(word, forms[word]) for word in re.findall(r"\w+(?:-\w+)*", text) if word in forms]
 
 
 def identify_vectors(spacy_model: str) -> tuple[str, str]:
-    """A spaCy model's name with version, and a digest that tells it from others of that name."""
+    """Return a spaCy model's name with its version, and a digest that tells it from others of that name."""
     folder = Path(spacy_model)
     try:
         if folder.is_dir():
@@ -1411,61 +1307,59 @@ def identify_vectors(spacy_model: str) -> tuple[str, str]:
 
 
 def make_similarity_table(spacy_model: str, name: str, vocabulary: list[str]) -> dict:
-    """All pairs of the vocabulary that spaCy finds more similar than SIMILAR, from one run of the pipeline a word."""
-    try:
-        import spacy
+    """Return all pairs of the vocabulary that spaCy finds more similar than SIMILAR, from one run of the pipeline a word."""
+    import spacy
 
-        nlp = spacy.load(spacy_model)
-    except (ImportError, OSError, ValueError, TypeError, AttributeError) as error:
-        stop(f"--spacy_model {spacy_model} cannot be loaded: {str(error).splitlines()[0]}")
+    nlp = spacy.load(spacy_model)
     if not nlp.vocab.vectors.n_keys:
         console.print(f"{name} has no word vectors; its similarities are not those that AMBER means")
     words = [nlp(word) for word in vocabulary]
-    with warnings.catch_warnings(action="ignore"):  # words without a vector: similar to none
+    with warnings.catch_warnings(action="ignore"):  # words without a vector are similar to none
         pairs = [(a.text, b.text, a.similarity(b)) for i, a in enumerate(words) for b in words[i + 1 :]]
     similar = [[a, b, round(value, 4)] for a, b, value in pairs if value > SIMILAR]
     return {"spacy_model": name, "threshold": SIMILAR, "words": vocabulary, "similar": similar}
 
 
-def load_similarity(args, vocabulary: set[str]) -> tuple[dict[str, set[str]], str]:
-    """word -> the words it counts as, itself included, and the name of the spaCy model that says so."""
-    path = args.similarity_table
+def load_similarity(table_file: Path | None, spacy_model: str, vocabulary: set[str]) -> tuple[dict[str, set[str]], str]:
+    """Return {word: the words it counts as, itself included} and the name of the spaCy model that says so. A table is made
+    once for each model and vocabulary."""
+    path = table_file
     if path is None:
-        name, digest = identify_vectors(args.spacy_model)
+        name, digest = identify_vectors(spacy_model)
         digest = hashlib.sha256(json.dumps([digest, sorted(vocabulary)]).encode()).hexdigest()[:16]
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_amber"
-        path = folder / f"{name}-{digest}.json"
+        path = (
+            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_amber" / f"{name}-{digest}.json"
+        )
     if path.exists():
         table = read_json(path, "--similarity_table", dict)
     else:
-        table = make_similarity_table(args.spacy_model, identify_vectors(args.spacy_model)[0], sorted(vocabulary))
+        table = make_similarity_table(spacy_model, identify_vectors(spacy_model)[0], sorted(vocabulary))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(table))
             console.print(f"word similarities of {table['spacy_model']} are in {path}")
         except OSError as error:
-            console.print(f"word similarities of {table['spacy_model']} could not be kept in {path}: {error}")
+            console.print(f"word similarities of {table['spacy_model']} could not be kept: {error}")
     try:
-        missing = vocabulary - set(table["words"])
+        missing = sorted(vocabulary - set(table["words"]))
         alike = {word: {word} for word in table["words"]}
         for first, second, _ in table["similar"]:
             alike[first].add(second)
             alike[second].add(first)
-        name, threshold = table["spacy_model"], table["threshold"]
+        name = table["spacy_model"]
     except (TypeError, KeyError, ValueError) as error:
         stop(
             f"--similarity_table {path} is no table of this script ({error!r}); name a new file to have one made there."
         )
-    if missing or threshold != SIMILAR:
-        what = f"lacks {sorted(missing)[0]!r}" if missing else f"was made with threshold {threshold}, not {SIMILAR}"
-        stop(f"--similarity_table {path} {what}; name a new file to have one made there.")
+    if missing:
+        stop(f"--similarity_table {path} lacks {missing[0]!r}; name a new file to have one made there.")
     return alike, name
 
 
 def judge_caption(
     nouns: list[str], note: dict, relation: dict, safe_words: set[str], alike: dict
 ) -> tuple[dict, list[int]]:
-    """Score a caption's nouns by AMBER's rules; returns its counts and the numbers of the nouns that are hallucinated.
+    """Score a caption's nouns by AMBER's rules; return its counts and the numbers of the nouns that are hallucinated.
 
     A slot is an entry of the annotation's truth (what is there) or hallu (what people would imagine). A word that is
     associated with an entry stands for it. Association words come before the entries themselves, and the first match in
@@ -1493,48 +1387,47 @@ def judge_caption(
         else:
             covered.add(slot)
     fallen.discard(None)
-    counts = [
-        1,
-        not hallucinated,
-        len(nouns),
-        len(hallucinated),
-        len(note["truth"]),
-        len(covered),
-        len(note["hallu"]),
-        len(fallen),
-    ]
+    counts = [1, not hallucinated, len(nouns), len(hallucinated)]
+    counts += [len(note["truth"]), len(covered), len(note["hallu"]), len(fallen)]
     return dict(zip(CAPTION_COUNTS, counts, strict=True)), hallucinated
 
 
 def judge_answer(response: str, truth: str) -> dict:
-    """Score a yes/no answer; only `Yes` and `No`, to the letter, are answers."""
+    """Score a yes/no answer by AMBER's rule: only `Yes` and `No`, to the letter, are answers."""
     said_no, right_no = response == "No", response == "No" and truth == "no"
     correct = right_no or (response == "Yes" and truth == "yes")
     return dict(zip(ANSWER_COUNTS, [1, correct, truth == "no", said_no, right_no], strict=True))
 
 
-def compute_figures(sums: dict, shown: Callable = lambda value: value) -> dict[str, dict]:
-    """AMBER's figures, in percent, from the sums of COUNTS: numbers, or arrays of one shape.
+def judge_pope(response: str, truth: str) -> dict:
+    """Score a yes/no answer by the rule of POPE's evaluate.py: if `No`, `not` or `no` is a word of the text before the first
+    full stop, it means no, and otherwise yes."""
+    said_yes = not {"No", "not", "no"} & set(response.split(".")[0].replace(",", "").split(" "))
+    is_yes = truth == "yes"
+    return dict(zip(POPE_COUNTS, [1, said_yes == is_yes, is_yes, said_yes, said_yes and is_yes], strict=True))
 
-    Every denominator starts at 0.001, precision and recall are for the answer No, and F1 is computed from what `shown`
-    makes of them (the official script rounds to one decimal) with a small number in its denominator.
+
+def compute_figures(
+    sums: dict, shown: Callable = lambda value, digits=1: value, start: float = 0.001
+) -> dict[str, dict]:
+    """Return the figures of AMBER and POPE, in percent, from the sums of COUNTS: numbers, or arrays of one shape.
+
+    In AMBER's script, every denominator starts at 0.001, precision and recall are for the answer No, and F1 is computed
+    from what `shown` makes of them (rounded to one decimal) with a small number in its denominator. POPE's figures are for
+    the answer Yes, and are plain.
     """
 
-    def percent(part, whole, start=0.001):
-        return part / (whole + start) * 100
+    def percent(part, whole, times=1):
+        return part / (whole + times * start) * 100
 
-    def section(kinds: list[str], start=0.001, small=0.0001) -> dict:
+    def section(kinds: list[str], times=1, small=0.0001) -> dict:
         asked, correct, no_true, no_said, no_right = (
             sum(sums[f"{kind} {count}"] for kind in kinds) for count in ANSWER_COUNTS
         )
-        precision, recall = shown(percent(no_right, no_said, start)), shown(percent(no_right, no_true, start))
+        precision, recall = shown(percent(no_right, no_said, times)), shown(percent(no_right, no_true, times))
         f1 = 2 * (precision / 100) * (recall / 100) / ((precision / 100) + (recall / 100) + small) * 100
-        return {
-            "accuracy": shown(percent(correct, asked, start)),
-            "precision": precision,
-            "recall": recall,
-            "f1": shown(f1),
-        }
+        accuracy = shown(percent(correct, asked, times))
+        return {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": shown(f1)}
 
     generative = {
         "chair": shown(percent(sums["hallucinated"], sums["named"])),
@@ -1543,80 +1436,103 @@ def compute_figures(sums: dict, shown: Callable = lambda value: value) -> dict[s
         "cog": shown(percent(sums["fallen"], sums["traps"])),
     }
     discriminative = section(KINDS)
+    asked, correct, yes_true, yes_said, yes_right = (sums[f"pope {count}"] for count in POPE_COUNTS)
+    pope = {
+        "accuracy": correct / np.maximum(asked, 1),
+        "precision": yes_right / np.maximum(yes_said, 1),
+        "recall": yes_right / np.maximum(yes_true, 1),
+        "f1": 2 * yes_right / np.maximum(yes_said + yes_true, 1),  # the harmonic mean of the two
+        "yes": yes_said / np.maximum(asked, 1),
+    }
     return {
         "generative": generative,
         "discriminative": discriminative,
         "existence": section(["existence"], small=0.001),
-        "attribute": section(["state", "number", "action"], start=0.003),  # three denominators, each from 0.001
+        "attribute": section(["state", "number", "action"], times=3),  # three denominators
         **{kind: section([kind]) for kind in ("state", "number", "action", "relation")},
+        "pope": {name: shown(100 * value, digits=2) for name, value in pope.items()},
         "amber": {"score": (100 - generative["chair"] + discriminative["f1"]) / 2},
     }
 
 
-def count_answers(rows: list[dict], notes: dict, relation: dict, safe_words: set, find: Callable, alike: dict) -> tuple:
-    """COUNTS of each answer, (rows, COUNTS), as given and with yes/no normalised; and the hallucinated words by id.
+def count_answers(rows: list[dict], notes: dict, judge_text: Callable) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Return COUNTS of each answer, (rows, COUNTS), as given and with yes/no normalised, and the hallucinated words by id.
 
-    Normalised means that an answer which begins with yes or no, in any case and after any punctuation, is that answer.
+    `judge_text` scores a caption: (text, annotation) -> (counts, hallucinated words). Normalised means that an answer which
+    begins with yes or no, in any case and after any punctuation, is that answer.
     """
     strict, normalised = np.zeros((2, len(rows), len(COUNTS)), dtype=np.int64)
     hallucinated = {}
     place = {name: column for column, name in enumerate(COUNTS)}
     for number, row in enumerate(rows):
-        note = notes[row["id"]]
+        note, response = notes[row["id"]], row["response"]
         section = section_of(note["type"])
         if section == "generative":
-            nouns = find(row["response"])
-            counts, wrong = judge_caption([lemma for _, lemma in nouns], note, relation, safe_words, alike)
-            hallucinated[row["id"]] = [nouns[i][0] for i in wrong]
+            counts, hallucinated[row["id"]] = judge_text(response, note)
             for name, value in counts.items():
                 strict[number, place[name]] = normalised[number, place[name]] = value
-        else:
-            begins = YES_NO.match(row["response"])
-            plain = begins[1].capitalize() if begins else row["response"]
-            for table, response in ((strict, row["response"]), (normalised, plain)):
-                for name, value in judge_answer(response, note["truth"]).items():
-                    table[number, place[f"{section} {name}"]] = value
+            continue
+        begins = YES_NO.match(response)
+        judge = judge_pope if section == "pope" else judge_answer
+        for table, text in ((strict, response), (normalised, begins[1].capitalize() if begins else response)):
+            for name, value in judge(text, note["truth"]).items():
+                table[number, place[f"{section} {name}"]] = value
     return strict, normalised, hallucinated
 
 
 def summarize(rows: list[dict], strict: np.ndarray, normalised: np.ndarray, notes: dict, sections: list[str]) -> dict:
-    """The figures of an answer file: AMBER's, the normalised ones, and what they leave out."""
+    """Return the figures of an answer file: the official ones, the normalised ones, and what they leave out."""
 
     def figures(counts: np.ndarray) -> dict:
-        return compute_figures(dict(zip(COUNTS, counts.sum(0).tolist(), strict=True)), lambda value: round(value, 1))
+        return compute_figures(
+            dict(zip(COUNTS, counts.sum(0).tolist(), strict=True)), lambda value, digits=1: round(value, digits)
+        )
 
     official, plain = figures(strict), figures(normalised)
-    captions = [row["response"] for row in rows if notes[row["id"]]["type"] == "generative"]
-    answers = [row["response"] for row in rows if notes[row["id"]]["type"] != "generative"]
-    whole = "amber" in answered_sections(strict, sections)
-    neither = sum(YES_NO.match(text) is None for text in answers)
+    texts = group_by_task(notes, rows, sections)
+    closed = [row["response"] for task, part in texts.items() if task != "generative" for row in part]
+    neither = sum(YES_NO.match(text) is None for text in closed)
     return {
         "strict": {section: official[section] for section in sections},
-        "normalised": {section: plain[section] for section in sections if section != "generative"},
-        "amber_score": round(official["amber"]["score"], 2) if whole else None,
-        "neither_yes_nor_no": round(100 * neither / len(answers), 2) if answers else None,
-        "answers": {"generative": len(captions), "discriminative": len(answers)},
-        "mean_words": {name: round(float(np.mean([len(text.split()) for text in texts])), 1)
-                       for name, texts in (("generative", captions), ("discriminative", answers)) if texts},
-    }  # fmt: skip
+        "normalised": {section: plain[section] for section in sections if section not in ("generative", "pope")},
+        "amber_score": round(official["amber"]["score"], 2) if "amber" in answered_sections(strict, sections) else None,
+        "neither_yes_nor_no": round(100 * neither / len(closed), 2) if closed else None,
+        "answers": {task: len(part) for task, part in texts.items()},
+        "mean_words": {
+            task: round(float(np.mean([len(row["response"].split()) for row in part])), 1)
+            for task, part in texts.items()
+            if part
+        },
+    }
+
+
+def group_by_task(notes: dict, rows: list[dict], sections: list[str]) -> dict[str, list]:
+    """Return the rows that have an `id` in the notes by task: generative and discriminative, or pope."""
+    groups: dict[str, list] = {
+        task: [] for task in (["pope"] if sections == ["pope"] else ["generative", "discriminative"])
+    }
+    for row in rows:
+        kind = notes[row["id"]]["type"]
+        groups[kind if kind in groups else "discriminative"].append(row)
+    return groups
 
 
 def count_section(section: str, sums: dict):
-    """How many answers a section has in `sums` of COUNTS; for amber, the smaller of the two tasks' numbers."""
+    """Return how many answers a section has in `sums` of COUNTS; for amber, the smaller of the two tasks' numbers."""
     if section == "amber":
         return np.minimum(count_section("generative", sums), count_section("discriminative", sums))
     return sum(sums[name] for name in SECTION_COUNTS[section])
 
 
 def answered_sections(counts: np.ndarray, sections: list[str]) -> list[str]:
-    """Those of `sections` that have an answer in `counts`: AMBER's rules give the others figures too, of nothing."""
+    """Return those of `sections` that have an answer in `counts`: AMBER's rules give the others figures too, of nothing."""
     sums = dict(zip(COUNTS, counts.sum(0), strict=True))
     whole = ["amber"] if {"generative", "discriminative"} <= set(sections) else []
     return [section for section in [*sections, *whole] if count_section(section, sums)]
 
 
 def sum_by_image(rows: list[dict], counts: np.ndarray, image_of: dict[int, str]) -> np.ndarray:
-    """COUNTS of each picture, (pictures, COUNTS), in the order of their names; an unknown query stands for itself."""
+    """Return COUNTS of each picture, (pictures, COUNTS), in the order of their names; an unknown query stands for itself."""
     images = [str(image_of.get(row["id"], row["id"])) for row in rows]
     names, places = np.unique(images, return_inverse=True)
     sums = np.zeros((len(names), counts.shape[1]), dtype=np.int64)
@@ -1625,10 +1541,12 @@ def sum_by_image(rows: list[dict], counts: np.ndarray, image_of: dict[int, str])
 
 
 def estimate(first: np.ndarray, second: np.ndarray | None, sections: list[str], draws: int = 4_000) -> dict:
-    """95 % bootstrap intervals by image of every figure of `first`, (images, COUNTS), or of its difference to `second`.
+    """Return 95 % bootstrap intervals by picture of every figure of `first`, (pictures, COUNTS), or of its difference to
+    `second`.
 
-    For a difference the same images are drawn from both, and `p_value` is of the paired permutation test: under the null
-    hypothesis each image's two answer sets are exchangeable (Efron and Tibshirani 1993, chapters 13 and 15).
+    For a difference the same pictures are drawn from both, and `p_value` is that of the paired permutation test: under the
+    null hypothesis each picture's two answer sets are exchangeable (Efron and Tibshirani 1993, chapters 13 and 15). Figures
+    are computed without AMBER's 0.001, which makes 100 % of few answers differ from 100 % of many.
     """
     rng = np.random.default_rng(0)
     n = len(first)
@@ -1636,7 +1554,7 @@ def estimate(first: np.ndarray, second: np.ndarray | None, sections: list[str], 
     def figures(*sides: np.ndarray) -> dict:
         found = []
         for sums in (dict(zip(COUNTS, side.T, strict=True)) for side in sides):
-            computed = compute_figures(sums)
+            computed = compute_figures(sums, start=1e-9)
             # a draw that has no answer of a section says nothing about it
             found.append({(section, name): np.where(count_section(section, sums) > 0, value, np.nan)
                           for section in sections for name, value in computed[section].items()})  # fmt: skip
@@ -1648,175 +1566,221 @@ def estimate(first: np.ndarray, second: np.ndarray | None, sections: list[str], 
         weights = rng.multinomial(n, np.full(n, 1 / n), size=size).astype(float)
         drawn.append(figures(*(weights @ side for side in sides)))
         if second is not None:
-            swap = rng.integers(0, 2, size=(size, n)).astype(float)
-            moved = swap @ (second - first)
+            moved = rng.integers(0, 2, size=(size, n)).astype(float) @ (second - first)
             swapped.append(figures(first.sum(0) + moved, second.sum(0) - moved))
-    observed = figures(*(side.sum(0)[None] for side in sides))
     result: dict = {section: {} for section in sections}
-    for (section, figure), value in observed.items():
-        low, high = np.nanpercentile(np.concatenate([part[section, figure] for part in drawn]), [2.5, 97.5])
-        entry = {"low": round(float(low), 2), "high": round(float(high), 2)}
+    for (section, figure), value in figures(*(side.sum(0)[None] for side in sides)).items():
+        edges = np.nanpercentile(np.concatenate([part[section, figure] for part in drawn]), [2.5, 97.5])
+        low, high, difference = (round(float(x), 2) + 0.0 for x in (*edges, value[0]))  # + 0.0 makes 0.0 of -0.0
+        entry = {"low": low, "high": high}
         if second is not None:
             null = np.abs(np.concatenate([part[section, figure] for part in swapped]))
-            extreme = int((null >= abs(value[0]) - 1e-9).sum())
-            entry = (
-                {"difference": round(float(value[0]), 2)} | entry | {"p_value": round((1 + extreme) / (1 + draws), 4)}
-            )
+            extreme = int((null >= abs(value[0]) - 1e-6).sum())
+            entry = {"difference": difference, **entry, "p_value": round((1 + extreme) / (1 + draws), 4)}
         result[section][figure] = entry
     return result
 
 
-def prepare_scoring(args, notes: dict) -> tuple[dict, Callable, str]:
-    """All that scoring needs but the answers; returns a baseline's file and answers by side, a function that counts
-    answers, and the spaCy model's name. It runs before anything is answered, so that what is missing shows at once."""
+def prepare_captions(args, notes: dict) -> tuple[Callable, str]:
+    """Return a function that scores a caption, (text, annotation) -> (counts, hallucinated words), and the spaCy model's name."""
     relation, safe_words = read_words(args, notes)
-    vocabulary = set(relation) | {word for words in relation.values() for word in words}
-    baseline = {"base": (args.baseline_file, read_answers(args.baseline_file, notes))} if args.baseline_file else {}
-    alike, spacy_model = load_similarity(args, vocabulary)
+    vocabulary = read_vocabulary(args)
+    alike, spacy_model = load_similarity(args.similarity_table, args.spacy_model, vocabulary)
     find = find_nouns(args.nouns, vocabulary)
-    return baseline, lambda rows: count_answers(rows, notes, relation, safe_words, find, alike), spacy_model
+
+    def judge_text(text: str, note: dict) -> tuple[dict, list[str]]:
+        nouns = find(text)
+        counts, wrong = judge_caption([lemma for _, lemma in nouns], note, relation, safe_words, alike)
+        return counts, [nouns[number][0] for number in wrong]
+
+    return judge_text, spacy_model
 
 
-def evaluate(args, notes: dict, queries: list[dict], prepared: tuple, failures: list[dict]) -> tuple[dict, list[dict]]:
-    """Score the answers, and the baseline's if there is one; returns what scores.json holds, and the captions to show."""
-    baseline, count, spacy_model = prepared
-    files = {"this": (args.output_file, read_answers(args.output_file, notes))} | baseline
-    labels = {side: path.stem for side, (path, _) in files.items()}
-    if args.compare_base:
-        files["base"] = (base_file(args.output_file), read_answers(base_file(args.output_file), notes))
-        labels = {"this": "adapter", "base": "base"}
-    elif len(set(labels.values())) < len(labels):
-        labels = {side: f"{path.absolute().parent.name}/{path.stem}" for side, (path, _) in files.items()}
-    image_of = {query["id"]: query["image"] for query in queries}
-    answers = {side: rows for side, (_, rows) in files.items()}
-    judged = {side: count(rows) for side, rows in answers.items()}
-    common = set.intersection(*({row["id"] for row in rows} for rows in answers.values()))
+@dataclass
+class Answers:
+    """An answer file with its scores: the label it is shown under, rows, and what count_answers returns."""
+
+    path: Path
+    label: str
+    rows: list[dict]
+    strict: np.ndarray
+    normalised: np.ndarray
+    hallucinated: dict[int, list[str]]
+
+    def ids(self) -> set[int]:
+        return {row["id"] for row in self.rows}
+
+    def keep(self, ids: set[int]) -> "Answers":
+        """Return the answers to the queries `ids`."""
+        kept = [place for place, row in enumerate(self.rows) if row["id"] in ids]
+        rows = [self.rows[place] for place in kept]
+        return Answers(self.path, self.label, rows, self.strict[kept], self.normalised[kept], self.hallucinated)
+
+    def score(self, notes: dict, sections: list[str], image_of: dict) -> dict:
+        """Return what scores.json says of the answers."""
+        summary = summarize(self.rows, self.strict, self.normalised, notes, sections)
+        by_image = sum_by_image(self.rows, self.strict, image_of)
+        intervals = estimate(by_image, None, answered_sections(self.strict, sections))
+        return {"file": self.path.name, **summary, "intervals": intervals}
+
+
+def compare(base: Answers, this: Answers, notes: dict, sections: list[str], image_of: dict) -> dict:
+    """Return the scores of two answer files on the queries that both answer, and their differences."""
+    common = base.ids() & this.ids()
     if not common:
-        stop(f"--baseline_file {files['base'][0]} answers none of the queries that {args.output_file} answers.")
-
-    def figures(side: str, ids: set) -> tuple[dict, np.ndarray]:
-        kept = [place for place, row in enumerate(answers[side]) if row["id"] in ids]
-        rows = [answers[side][place] for place in kept]
-        strict, normalised = judged[side][0][kept], judged[side][1][kept]
-        by_image = sum_by_image(rows, strict, image_of)
-        intervals = estimate(by_image, None, answered_sections(strict, SECTIONS[args.evaluation_type]))
-        summary = summarize(rows, strict, normalised, notes, SECTIONS[args.evaluation_type])
-        return {"file": files[side][0].name} | summary | {"intervals": intervals}, by_image
-
-    known = common <= image_of.keys()
-    asked = Counter("generative" if note["type"] == "generative" else "discriminative" for note in notes.values())
-    scores = figures("this", set(notes))[0] | {
-        "asked": {"generative": asked["generative"], "discriminative": asked["discriminative"]},
-        "spacy_model": spacy_model,
-        "nouns": args.nouns,
-        "resampled_by": "picture" if known else "question, as --query_file does not name the pictures",
-        "failures": failures,
+        stop(f"{base.path} answers none of the queries that {this.path} answers.")
+    left_out = len((base.ids() | this.ids()) - common)
+    base, this = base.keep(common), this.keep(common)
+    sums = [sum_by_image(side.rows, side.strict, image_of) for side in (this, base)]
+    return {
+        "left_out": left_out,
+        "labels": [base.label, this.label],
+        "base": base.score(notes, sections, image_of),
+        "this": this.score(notes, sections, image_of),
+        "difference": estimate(*sums, answered_sections(this.strict, sections)),
     }
-    if "base" in files:
-        (this, by_image), (base, base_by_image) = figures("this", common), figures("base", common)
-        difference = estimate(by_image, base_by_image, list(this["intervals"]))
-        scores["comparison"] = {
-            "left_out": len({row["id"] for rows in answers.values() for row in rows} - common),
-            "labels": [labels["base"], labels["this"]],
-            "base": base,
-            "this": this,
-            "difference": difference,
+
+
+def pick_captions(sides: list[Answers], image_of: dict) -> list[dict]:
+    """Return the captions that all `sides` have, as {image, captions: [(label, text, hallucinated words), …]}."""
+    common = set.intersection(*(side.ids() & side.hallucinated.keys() for side in sides))
+    texts = [{row["id"]: row["response"] for row in side.rows} for side in sides]
+    return [
+        {
+            "image": image_of.get(number),
+            "captions": [
+                (side.label, text[number], side.hallucinated[number]) for side, text in zip(sides, texts, strict=True)
+            ],
         }
-    shown = {}
-    for side in reversed(files):
-        for row in answers[side]:
-            if row["id"] in common and row["id"] in judged[side][2]:
-                shown.setdefault(row["id"], []).append((labels[side], row["response"], judged[side][2][row["id"]]))
-    return scores, [{"image": image_of.get(number), "captions": captions} for number, captions in shown.items()]
+        for number in texts[0]
+        if number in common
+    ]
+
+
+def name_files(output_file: Path, baseline_file: Path | None, compare_base: bool) -> dict[str, Path]:
+    """Return the answer files to score, this run's last, as {the label to show: path}."""
+    if compare_base:
+        return {"base": name_base_file(output_file), "adapter": output_file}
+    files = [baseline_file, output_file] if baseline_file else [output_file]
+    labels = [path.stem for path in files]
+    if len(set(labels)) < len(labels):
+        labels = [f"{path.absolute().parent.name}/{path.stem}" for path in files]
+    return dict(zip(labels, files, strict=True))
 
 
 # ---------------------------------------------------------------------------- report
 
-TITLES = {"chair": "CHAIR ↓", "cover": "Cover ↑", "hal": "Hal ↓", "cog": "Cog ↓",
-          "accuracy": "accuracy ↑", "precision": "precision ↑", "recall": "recall ↑", "f1": "F1 ↑"}  # fmt: skip
+TITLES = {"chair": "CHAIR ↓", "cover": "Cover ↑", "hal": "Hal ↓", "cog": "Cog ↓", "accuracy": "accuracy ↑",
+          "precision": "precision ↑", "recall": "recall ↑", "f1": "F1 ↑", "yes": "answered Yes", "score": "AMBER score ↑"}  # fmt: skip
+
+
+def describe_rules(scores: dict) -> str:
+    """Return the heading of the table: which rules the figures follow."""
+    if "pope" in scores["strict"]:
+        return f"POPE, {scores['query_file']}: official scoring"
+    if scores["nouns"] != "nltk":
+        return "AMBER: nouns looked up without a tagger, so not the official scores"
+    if not scores["spacy_model"].startswith("en_core_web_lg"):
+        return "AMBER: official rules with another spaCy model than en_core_web_lg"
+    return "AMBER: official scoring"
 
 
 def print_scores(scores: dict) -> None:
-    """Print the figures: one file's with their intervals, or base beside adapter with the difference's."""
+    """Print the figures: one file's with their intervals, or base beside adapter with the difference and its interval."""
     comparison = scores.get("comparison")
     this, base = (comparison["this"], comparison["base"]) if comparison else (scores, None)
     estimates = comparison["difference"] if comparison else this["intervals"]
     columns = (
         [*map(escape, comparison["labels"]), "difference (95 %)", "p"] if comparison else ["score", "95 % interval"]
     )
-    official = "official scoring"
-    if scores["nouns"] != "nltk":
-        official = "nouns looked up without a tagger, so not the official scores"
-    elif not scores["spacy_model"].startswith("en_core_web_lg"):
-        official = "official rules with another spaCy model than en_core_web_lg"
-    table = Table("", *columns, "normalised", title=f"AMBER: {official}", box=box.SIMPLE_HEAD, pad_edge=False)
+    columns += ["normalised"] if this["normalised"] else []
+    table = Table("%", *columns, title=escape(describe_rules(scores)), box=box.SIMPLE_HEAD, pad_edge=False)
 
-    def add_figure(
-        title: str, value: float, before: float | None, known: dict, plain: float | None, digits: int
-    ) -> None:
-        interval = f"{known['low']:.1f} to {known['high']:.1f}"
-        cells = [f"{value:.{digits}f}", interval]
+    def add_figure(section: str, figure: str, value: float, before: float | None, digits: int) -> None:
+        known = estimates[section][figure]
+        interval = f"{known['low']:z.1f} to {known['high']:z.1f}"
+        cells = [f"{value:z.{digits}f}", interval]
         if comparison:
             p_value = "<.001" if known["p_value"] < 0.001 else f"{known['p_value']:.3f}".removeprefix("0")
-            cells = [f"{before:.{digits}f}", cells[0], f"{value - before:+.{digits}f} ({interval})", p_value]
-        table.add_row(title, *cells, "" if plain is None else f"{plain:.1f}")
+            cells = [f"{before:z.{digits}f}", cells[0], f"{value - before:+z.{digits}f} ({interval})", p_value]
+        plain = this["normalised"].get(section, {}).get(figure)
+        cells += [] if plain is None else [f"{plain:.1f}"]
+        table.add_row(TITLES[figure] if figure == "score" else f"  {TITLES[figure]}", *cells)
 
     for section, figures in this["strict"].items():
         if section in estimates:
             table.add_row(f"[bold]{section}")
             for figure, value in figures.items():
                 before = base["strict"][section][figure] if comparison else None
-                plain = this["normalised"].get(section, {}).get(figure)
-                add_figure(f"  {TITLES[figure]}", value, before, estimates[section][figure], plain, 1)
+                add_figure(section, figure, value, before, 2 if section == "pope" else 1)
     if "amber" in estimates:
-        before = base["amber_score"] if comparison else None
-        add_figure("[bold]AMBER score ↑", this["amber_score"], before, estimates["amber"]["score"], None, 2)
+        add_figure("amber", "score", this["amber_score"], base["amber_score"] if comparison else None, 2)
     console.print(table)
+    for line in describe_answers(scores, this):
+        console.print(line)
+
+
+def describe_answers(scores: dict, this: dict) -> Iterator[str]:
+    """Yield what has to be known beside the figures, a line each."""
     counts = ", ".join(f"{count:,} of {scores['asked'][name]:,} {name}" for name, count in this["answers"].items())
     lengths = " and ".join(str(words) for words in this["mean_words"].values())
-    console.print(
-        f"answers: {counts}, of {lengths} words on average; nouns: {scores['nouns']}, alike by {scores['spacy_model']}"
-    )
-    if comparison and comparison["left_out"]:
-        console.print(f"compared are the answers that both files have; {comparison['left_out']:,} are in one file only")
+    nouns = f"; nouns: {scores['nouns']}, alike by {scores['spacy_model']}" if scores["spacy_model"] else ""
+    yield f"answers: {counts}, of {lengths} words on average{nouns}"
+    left_out = scores["comparison"]["left_out"] if "comparison" in scores else 0
+    if left_out:
+        yield f"compared are the answers that both files have; {left_out:,} are in one file only"
     if scores["resampled_by"] != "picture":
-        console.print(f"intervals are by {scores['resampled_by']}: they are too narrow")
-    empty = [section for section in this["strict"] if section not in estimates]
+        yield f"intervals are by {scores['resampled_by']}: they are too narrow"
+    empty = [section for section in this["strict"] if section not in this["intervals"]]
     if empty:
-        console.print(f"no answers, so no figures: {', '.join(empty)}")
+        yield f"no answers, so no figures: {', '.join(empty)}"
     if this["neither_yes_nor_no"]:
-        console.print(f"{this['neither_yes_nor_no']} % of the discriminative answers begin with neither yes nor no")
+        yield f"{this['neither_yes_nor_no']} % of the answers to yes/no questions begin with neither yes nor no"
 
 
 def draw_scores(scores: dict, path: Path) -> None:
-    """Draw the figures of scores.json as bars with 95 % intervals, base beside this if there is a baseline."""
+    """Draw the figures of scores.json as bars with 95 % intervals, base above this if there is a baseline."""
     comparison = scores.get("comparison")
-    sides, labels, colours = [scores], [""], ["#1b7837"]
-    if comparison:
-        sides, labels, colours = [comparison["base"], comparison["this"]], comparison["labels"], ["#9aa5b1", "#1b7837"]
-    panels = [
+    sides = [(comparison["labels"][0], comparison["base"], "#9aa5b1"), (comparison["labels"][1], comparison["this"], "#1b7837")] \
+        if comparison else [("", scores, "#1b7837")]  # fmt: skip
+    shown = [
         name
-        for name in ("generative", "discriminative", "existence", "attribute", "relation")
-        if name in sides[-1]["intervals"]
+        for name in ("generative", "discriminative", "existence", "attribute", "relation", "pope")
+        if name in sides[-1][1]["intervals"]
     ]
-    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 3 * len(panels), 3.6), layout="constrained", squeeze=False)
-    for axis, section in zip(axes.flat, panels, strict=True):
-        for shift, (label, side, colour) in enumerate(zip(labels, sides, colours, strict=True)):
-            values = side["strict"][section]
-            places = np.arange(len(values)) + 0.4 * (shift - (len(sides) - 1) / 2)
-            known = [side["intervals"][section][name] for name in values]
-            errors = [[max(0, value - edge["low"]) for value, edge in zip(values.values(), known, strict=True)],
-                      [max(0, edge["high"] - value) for value, edge in zip(values.values(), known, strict=True)]]  # fmt: skip
-            bars = axis.bar(
-                places, values.values(), 0.38, color=colour, label=label, yerr=errors, ecolor="#444444", capsize=2
+    places, names, place = {}, {}, 0.0
+    for section in shown:
+        for figure in sides[0][1]["strict"][section]:
+            places[section, figure], names[place] = place, TITLES[figure]
+            place += 1
+        place += 0.8
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.36 * place), layout="constrained")
+    height = 0.8 / len(sides)
+    for number, (label, side, colour) in enumerate(sides):
+        for (section, name), y in places.items():
+            value, edge = side["strict"][section][name], side["intervals"][section][name]
+            y += height * (number - (len(sides) - 1) / 2)
+            error = [[max(0, value - edge["low"])], [max(0, edge["high"] - value)]]
+            label = (
+                axis.barh(y, value, 0.92 * height, color=colour, label=label, xerr=error, ecolor="#444", capsize=2)
+                and None
             )
-            axis.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
-        axis.set_xticks(range(len(values)), [TITLES[name] for name in values], fontsize=8)
-        axis.set_title(section, fontsize=10)
-        axis.set_ylim(0, 115)
-        axis.spines[["top", "right"]].set_visible(False)
+            axis.text(max(value, edge["high"]) + 1, y, f"{value:.1f}", va="center", fontsize=7)
+    for section in shown:
+        axis.text(
+            104,
+            places[section, next(iter(sides[0][1]["strict"][section]))],
+            section,
+            fontsize=10,
+            fontweight="bold",
+            va="center",
+        )
+    axis.set_yticks(list(names), list(names.values()), fontsize=8)
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 100), xlabel="%; thin lines are 95 % intervals")
+    axis.spines[["top", "right"]].set_visible(False)
     if comparison:
-        axes.flat[0].legend(fontsize=8, frameon=False)
+        figure.legend(loc="outside upper center", ncols=2, fontsize=9, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, format="png")
     plt.close(figure)
@@ -1829,8 +1793,8 @@ GALLERY = jinja2.Template(
 section{display:grid;grid-template-columns:15rem 1fr;gap:1.5rem;border-top:1px solid #ddd;padding:1.5rem 0}
 img{width:100%;border-radius:6px}mark{background:#f8c9c4;padding:0 .15em;border-radius:3px}h2{font-size:.9rem;color:#555;
 margin:0 0 .2rem}p{margin:0 0 1rem}@media(max-width:45rem){section{grid-template-columns:1fr}}</style>
-<h1>{{ heading }}</h1><p>Marked: words for things that are not in the picture, by
-AMBER's annotation. Colours, numbers and repetitions are not judged.</p>
+<h1>{{ heading }}</h1><p>Words for things that are not in the picture, by AMBER's annotation, are marked. Colours, numbers and
+repetitions are not judged.</p>
 {% for picture in pictures %}<section><img src="{{ picture.address }}" alt="{{ picture.image }}"><div>
 {% for label, pieces, count in picture.captions %}<h2>{{ label }}: {{ count }} hallucinated</h2><p>
 {% for piece in pieces %}{% if loop.index0 is odd %}<mark>{{ piece }}</mark>{% else %}{{ piece }}{% endif %}{% endfor %}</p>
@@ -1850,9 +1814,7 @@ def write_gallery(shown: list[dict], image_dir: Path, path: Path, limit: int = 2
     pictures = []
     for entry in sorted(shown, key=change, reverse=True)[:limit]:
         address = ""
-        with suppress(
-            OSError, TypeError, ValueError
-        ):  # a baseline's picture may not be here: its captions are shown all the same
+        with suppress(OSError, TypeError, ValueError):  # without its picture, a caption is shown all the same
             address = embed_picture(load_image(find_picture(image_dir, entry["image"])))
         captions = []
         for side, text, wrong in entry["captions"]:
@@ -1864,39 +1826,77 @@ def write_gallery(shown: list[dict], image_dir: Path, path: Path, limit: int = 2
     write_whole(path, GALLERY.render(pictures=pictures, heading=heading))
 
 
+def report(args, scores: dict, captions: list[dict]) -> None:
+    """Write scores.json, and the chart and gallery if there is something to show; print the figures."""
+    folder = args.output_file.absolute().parent
+    for name in ("scores.png", "gallery.html"):
+        (folder / name).unlink(missing_ok=True)
+    write_whole(folder / "scores.json", json.dumps(scores, indent=1))
+    print_scores(scores)
+    if scores["intervals"]:
+        draw_scores(scores, folder / "scores.png")
+    if captions:
+        write_gallery(captions, args.image_dir, folder / "gallery.html")
+    written = [name for name in ("scores.json", "scores.png", "gallery.html") if (folder / name).exists()]
+    console.print(
+        f"{' and '.join([', '.join(written[:-1]), written[-1]][not written[:-1] :])} are in {escape(str(folder))}"
+    )
+
+
+def list_failures(path: Path, failures: list[dict]) -> None:
+    """Write the queries that could not be answered to a file of their own, if there are any."""
+    path.unlink(missing_ok=True)
+    if failures:
+        write_whole(path, json.dumps(failures, indent=1))
+        first = f"{failures[0]['image']} {failures[0]['reason']}"
+        console.print(
+            f"{len(failures):,} queries could not be answered and are listed in {path}; the first: {first}",
+            markup=False,
+        )
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    notes = None if args.skip_evaluation and args.evaluation_type == "a" else read_annotations(args)
-    every_query = read_queries(args.query_file) if args.query_file else []
-    prepared = prepare_scoring(args, notes) if MAIN_PROCESS and not args.skip_evaluation else None
+    queries, notes = read_queries(args.query_file) if args.query_file else ([], None)
+    sections = ["pope"] if notes else SECTIONS[args.evaluation_type]
+    if notes is None and not (args.skip_evaluation and args.evaluation_type == "a"):
+        notes = read_annotations(args)
+    judge_text, spacy_model = None, None
+    if MAIN_PROCESS and not args.skip_evaluation:  # what is missing shows before anything is answered
+        judge_text, spacy_model = (None, None) if sections == ["pope"] else prepare_captions(args, notes)
+        if args.baseline_file:
+            read_answers(args.baseline_file, notes)
     failures_file = args.output_file.with_name(f"{args.output_file.stem}_failures.json")
     nothing = False
     if args.skip_inference:
         failures = read_json(failures_file, "the failures file") if failures_file.exists() else []
     else:
-        queries = select_queries(args, every_query, notes)
-        failures = answer_benchmark(args, every_query, queries)
-        nothing = len(failures) == len(queries)
+        selected = select_queries(queries, notes, sections, args.limit)
+        failures = answer_benchmark(args, queries, selected)
+        nothing = len(failures) == len(selected)
     if not MAIN_PROCESS:
         return
-    if failures:
-        write_whole(failures_file, json.dumps(failures, indent=1))
-        console.print(f"{len(failures):,} queries could not be answered and are listed in {failures_file}; "
-                      f"the first: {failures[0]['image']} {failures[0]['reason']}")  # fmt: skip
-    else:
-        failures_file.unlink(missing_ok=True)
+    list_failures(failures_file, failures)
     if not args.skip_evaluation and not nothing:
-        folder = args.output_file.absolute().parent
-        for name in ("scores.png", "gallery.html"):
-            (folder / name).unlink(missing_ok=True)
-        scores, captions = evaluate(args, notes, every_query, prepared, failures)
-        write_whole(folder / "scores.json", json.dumps(scores, indent=1))
-        print_scores(scores)
-        if scores["intervals"]:
-            draw_scores(scores, folder / "scores.png")
-        if captions:
-            write_gallery(captions, args.image_dir, folder / "gallery.html")
-        console.print(f"scores.json, scores.png and gallery.html are in {folder}")
+        image_of = {query["id"]: query["image"] for query in queries}
+        files = name_files(args.output_file, args.baseline_file, args.compare_base)
+        sides = []
+        for label, path in files.items():
+            rows = read_answers(path, notes)
+            sides.append(Answers(path, label, rows, *count_answers(rows, notes, judge_text)))
+        known = all(side.ids() <= image_of.keys() for side in sides)
+        scores = {
+            **sides[-1].score(notes, sections, image_of),
+            "query_file": args.query_file and args.query_file.name,
+            "asked": {task: len(part) for task, part in group_by_task(notes, list(notes.values()), sections).items()},
+            "spacy_model": spacy_model,
+            "nouns": args.nouns,
+            "resampled_by": "picture" if known else "question, as --query_file does not name the pictures",
+            "failures": failures,
+        }
+        if len(sides) > 1:
+            scores["comparison"] = compare(*sides, notes, sections, image_of)
+        report(args, scores, pick_captions(sides, image_of))
     if failures:
         raise SystemExit(3)
 
@@ -1905,8 +1905,8 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        stop("interrupted; the same command goes on after the last answer in the journal.", code=130)
+        stop("interrupted; the same command goes on after the answers that are in the journal.", code=130)
     except torch.OutOfMemoryError:
         stop("the GPU's memory is full; use a smaller --batch_size, or --load_4bit.")
     except OSError as error:  # a full disk, a folder that cannot be written
-        stop(f"{error}; answers that were given are in the journal, and the same command goes on after them.")
+        stop(f"{error}; if the journal has answers, the same command goes on after them.")

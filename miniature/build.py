@@ -1,6 +1,6 @@
 """Rebuild the miniature: draw its world, train its LLaVA-NeXT, sample its preference pairs, write its benchmark.
 
-Reads nothing; writes miniature/model, miniature/preferences and miniature/amber. About 35 minutes on two CPU cores.
+Reads nothing; writes miniature/model, miniature/preferences, miniature/amber and miniature/pope. About 35 minutes on two CPU cores.
 A killed build goes on after the last finished stage (--work_dir). Needs requirements/train.txt.
 
     python miniature/build.py
@@ -61,7 +61,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent, help="where the three folders go")
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent, help="where the folders go")
     parser.add_argument("--work_dir", type=Path, default=Path(__file__).parent / ".work", help="stages of a build")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything: scenes, weights, sampled captions")
     parser.add_argument("--train_scenes", type=int, default=14_000, help="scenes the model is trained on")
@@ -467,6 +467,17 @@ def write_amber(args, folder: Path) -> None:
     (folder / "safe_words.txt").write_text("\n".join(scenes.SAFE_WORDS) + "\n")
 
 
+def write_pope(amber: Path, folder: Path) -> None:
+    """Write the benchmark's existence questions in POPE's format, one JSON object a line: the images are AMBER's."""
+    notes = {note["id"]: note for note in json.loads((amber / "annotations.json").read_text())}
+    queries = json.loads((amber / "query" / "query_discriminative-existence.json").read_text())
+    rows = [
+        {"question_id": number, "image": query["image"], "text": query["query"], "label": notes[query["id"]]["truth"]}
+        for number, query in enumerate(queries, 1)
+    ]
+    (folder / "existence.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def draw_sheet(amber: Path, path: Path) -> None:
     """Draw the benchmark's first twelve pictures side by side."""
     figure, axes = plt.subplots(2, 6, figsize=(12, 4.4), layout="constrained")
@@ -492,6 +503,7 @@ def main(argv=None) -> None:
         "model": lambda folder: spoil_model(args, args.work_dir / "trained", folder),
         "preferences": lambda folder: write_preferences(args, args.work_dir / "model", folder),
         "amber": lambda folder: write_amber(args, folder),
+        "pope": lambda folder: write_pope(args.work_dir / "amber", folder),
     }
     for name, make in stages.items():
         if not (args.work_dir / name).exists():
@@ -500,14 +512,12 @@ def main(argv=None) -> None:
             partial.mkdir()
             make(partial)
             os.replace(partial, args.work_dir / name)
-    for name in ("model", "preferences", "amber"):
+    for name in stages.keys() - {"trained"}:
         shutil.rmtree(args.output_dir / name, ignore_errors=True)
         shutil.copytree(args.work_dir / name, args.output_dir / name)
     draw_sheet(args.output_dir / "amber", args.output_dir / "pictures.png")
     size = sum(
-        file.stat().st_size
-        for name in ("model", "preferences", "amber")
-        for file in (args.output_dir / name).rglob("*.*")
+        file.stat().st_size for name in stages.keys() - {"trained"} for file in (args.output_dir / name).rglob("*.*")
     )
     print(f"built in {(time.perf_counter() - started) / 60:.1f} minutes: {size / 1e6:.1f} MB in {args.output_dir}")
 
