@@ -1741,43 +1741,28 @@ def describe_answers(scores: dict, this: dict) -> Iterator[str]:
 def draw_scores(scores: dict, path: Path) -> None:
     """Draw the figures of scores.json as bars with 95 % intervals, base above this if there is a baseline."""
     comparison = scores.get("comparison")
-    sides = [(comparison["labels"][0], comparison["base"], "#9aa5b1"), (comparison["labels"][1], comparison["this"], "#1b7837")] \
-        if comparison else [("", scores, "#1b7837")]  # fmt: skip
-    shown = [
-        name
-        for name in ("generative", "discriminative", "existence", "attribute", "relation", "pope")
-        if name in sides[-1][1]["intervals"]
-    ]
-    places, names, place = {}, {}, 0.0
-    for section in shown:
-        for figure in sides[0][1]["strict"][section]:
-            places[section, figure], names[place] = place, TITLES[figure]
-            place += 1
-        place += 0.8
-    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.36 * place), layout="constrained")
+    sides, labels, colours = [scores], [""], ["#1b7837"]
+    if comparison:
+        sides, labels, colours = [comparison["base"], comparison["this"]], comparison["labels"], ["#9aa5b1", "#1b7837"]
+    sections = ["generative", "discriminative", "existence", "attribute", "relation", "pope"]
+    sections = [section for section in sections if section in sides[-1]["intervals"]]
+    keys = [(section, name) for section in sections for name in sides[-1]["strict"][section]]
+    places = np.arange(len(keys)) + 0.8 * np.array([sections.index(section) for section, _ in keys])
     height = 0.8 / len(sides)
-    for number, (label, side, colour) in enumerate(sides):
-        for (section, name), y in places.items():
-            value, edge = side["strict"][section][name], side["intervals"][section][name]
-            y += height * (number - (len(sides) - 1) / 2)
-            error = [[max(0, value - edge["low"])], [max(0, edge["high"] - value)]]
-            label = (
-                axis.barh(y, value, 0.92 * height, color=colour, label=label, xerr=error, ecolor="#444", capsize=2)
-                and None
-            )
-            axis.text(max(value, edge["high"]) + 1, y, f"{value:.1f}", va="center", fontsize=7)
-    for section in shown:
-        axis.text(
-            104,
-            places[section, next(iter(sides[0][1]["strict"][section]))],
-            section,
-            fontsize=10,
-            fontweight="bold",
-            va="center",
-        )
-    axis.set_yticks(list(names), list(names.values()), fontsize=8)
-    axis.invert_yaxis()
-    axis.set(xlim=(0, 100), xlabel="%; thin lines are 95 % intervals")
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.36 * places[-1]), layout="constrained")
+    for number, (side, label, colour) in enumerate(zip(sides, labels, colours, strict=True)):
+        values = np.array([side["strict"][section][name] for section, name in keys])
+        low, high = (np.array([side["intervals"][s][name][edge] for s, name in keys]) for edge in ("low", "high"))
+        errors = np.maximum([values - low, high - values], 0)
+        rows = places + height * (number - (len(sides) - 1) / 2)
+        axis.barh(rows, values, 0.92 * height, color=colour, label=label, xerr=errors, ecolor="#444444", capsize=2)
+        for row, value, end in zip(rows, values, values + errors[1], strict=True):
+            axis.text(end + 1, row, f"{value:.1f}", va="center", fontsize=7)
+    for section in sections:
+        first = places[[section for section, _ in keys].index(section)]
+        axis.text(107, first, section, fontsize=10, fontweight="bold", va="center")
+    axis.set_yticks(places, [TITLES[name] for _, name in keys], fontsize=8)
+    axis.set(xlim=(0, 100), ylim=(places[-1] + 0.7, -0.7), xlabel="%; thin lines are 95 % intervals")
     axis.spines[["top", "right"]].set_visible(False)
     if comparison:
         figure.legend(loc="outside upper center", ncols=2, fontsize=9, frameon=False)

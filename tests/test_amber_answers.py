@@ -291,7 +291,62 @@ def test_answers_from_elsewhere_are_not_written_over(tmp_path, capsys):
     assert "mine" in (tmp_path / "results.json").read_text()
 
 
+def test_a_damaged_line_loses_one_answer(tmp_path, unbroken):
+    """A byte that is not UTF-8 in the middle of the journal: its answer is given again, and all others are kept."""
+    for path in unbroken.parent.iterdir():
+        shutil.copy(path, tmp_path)
+    journal = tmp_path / "results.json.journal-0.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:100], lines[100].replace(b"response", b"resp\xffnse"), *lines[101:]]))
+    amber.main([*MINI, "--skip_evaluation", "--limit", "60", "--output_file", str(tmp_path / "results.json")])
+    assert (tmp_path / "results.json").read_bytes() == unbroken.read_bytes()
+    assert journal.read_bytes().splitlines(keepends=True) == [*lines[:100], *lines[101:], lines[100]]
+    assert not list(tmp_path.glob(".*.lock"))
+
+
+def test_a_rank_left_in_the_environment_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stopped:
+        amber.main([*MINI, "--limit", "1", "--output_file", str(tmp_path / "results.json")])
+    assert stopped.value.code == 2 and "RANK is 1" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_popes_questions_are_answered_and_scored(tmp_path, unbroken):
+    """The existence questions of the miniature in POPE's format get the answers that they get in AMBER's."""
+    pope = MINIATURE / "pope" / "existence.jsonl"
+    flags = ["--test_mode", "--query_file", str(pope), "--limit", "60", "--output_file", str(tmp_path / "results.json")]
+    amber.main(flags)
+    texts = {(query["image"], query["query"]): query["id"] for query in mini_queries(60)}
+    expected = {row["id"]: row["response"] for row in read(unbroken)}
+    asked = {row["question_id"]: row for row in map(json.loads, pope.read_text().splitlines())}
+    rows = read(tmp_path / "results.json")
+    for row in rows:
+        question = asked[row["id"]]
+        assert row["response"] == expected[texts[question["image"], question["text"]]]
+    scores = read(tmp_path / "scores.json")
+    right = sum(row["response"].lower() == asked[row["id"]]["label"] for row in rows)
+    assert scores["strict"]["pope"]["accuracy"] == round(100 * right / len(rows), 2)
+    assert scores["answers"] == {"pope": len(rows)} and not (tmp_path / "gallery.html").exists()
+
+
 # ---------------------------------------------------------------------------- pictures that cannot be used
+
+
+def test_questions_that_cannot_be_asked_are_failures(tmp_path):
+    """A lone surrogate, and more words than the model's context has room for; all others are answered."""
+    folder = tmp_path / "benchmark"
+    flags = [*copy_benchmark(folder, 3), "--output_file", str(tmp_path / "results.json")]
+    queries = mini_queries(3)
+    queries[0]["query"], queries[4]["query"] = "What is \ud83d?", "word " * 40_000
+    (folder / "query" / "query_all.json").write_text(json.dumps(queries))
+    with pytest.raises(SystemExit) as stopped:
+        amber.main(flags)
+    failures = {row["id"]: row["reason"] for row in read(tmp_path / "results_failures.json")}
+    assert stopped.value.code == 3 and failures.keys() == {queries[0]["id"], queries[4]["id"]}
+    assert "Unicode" in failures[queries[0]["id"]] and "context has 1,024" in failures[queries[4]["id"]]
+    assert {row["id"] for row in read(tmp_path / "results.json")} == {
+        query["id"] for query in queries
+    } - failures.keys()
 
 
 def test_bad_pictures_are_failures_and_never_answers(tmp_path, unbroken, capsys):
@@ -466,8 +521,7 @@ def test_help_lists_every_flag():
      ([*MINI, "--backend", "vllm", "--lora_path", "x"], "merge"), ([*MINI, "--backend", "vllm", "--load_4bit"], "quantized"),
      ([*MINI, "--lora_path", "x", "--compare_base", "--baseline_file", "y"], "give one"),
      ([*MINI, "--model_path", "nowhere"], "--model_path nowhere"), ([*MINI, "--lora_path", "nowhere"], "--lora_path nowhere"),
-     ([*MINI, "--skip_inference", "--limit", "3"], "do not go with it"), ([*MINI, "--output_file", "scores.json"], "another name"),
-     ([*MINI, "--lora_path", "x", "--compare_base", "--merge_lora"], "excludes"),
+     ([*MINI, "--skip_inference", "--limit", "3"], "--skip_inference"), ([*MINI, "--output_file", "scores.json"], "another name"),
      ([*MINI, "--verify", "0"], "above 0"), ([*MINI, "--clip_model", "x"], "--verify"),
      ([*MINI, "--backend", "vllm", "--verify", "2"], "transformers"),
      (["--model_path", "x", "--query_file", "nowhere.json", "--image_dir", "."], "nowhere.json")],

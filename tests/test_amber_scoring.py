@@ -310,7 +310,7 @@ def test_figures_by_hand():
         "fallen": 1,
     }
     sums |= {"state asked": 1, "state correct": 1, "state no_true": 1, "state no_said": 1, "state no_right": 1}
-    figures = amber.compute_figures(sums, lambda value: round(value, 1))
+    figures = amber.compute_figures(sums, lambda value, digits=1: round(value, digits))
     assert figures["generative"] == {"chair": 22.2, "cover": 58.3, "hal": 33.4, "cog": 16.7}
     assert figures["state"] == {"accuracy": 99.9, "precision": 99.9, "recall": 99.9, "f1": 99.9}
     assert figures["attribute"] == {"accuracy": 99.7, "precision": 99.7, "recall": 99.7, "f1": 99.7}
@@ -325,7 +325,7 @@ def test_figures_by_hand():
 )  # fmt: skip
 def test_a_yes_or_no(response, truth, strict, normalised):
     notes = {1: {"id": 1, "type": "discriminative-hallucination", "truth": truth}}
-    counts = amber.count_answers([{"id": 1, "response": response}], notes, {}, set(), None, {})
+    counts = amber.count_answers([{"id": 1, "response": response}], notes, None)
     column = amber.COUNTS.index("existence correct")
     assert (counts[0][0, column], counts[1][0, column]) == (strict, normalised)
 
@@ -364,6 +364,51 @@ def test_nouns_by_vocabulary_find_plurals():
     text = "buses knives children women berries toys e-books shelves glasses TVs scarves cans canes mice Bus glass giraffes reefs."
     assert [lemma for _, lemma in find(text)] == ["bus", "knife", "child", "woman", "berry", "toy", "e-book", "shelf", "glass",
                                                   "TV", "scarf", "can", "mouse", "glass", "giraffe", "reef"]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- POPE
+
+
+def official_pope(answers: list[str], labels: list[str]) -> dict:
+    """The rule and the figures of POPE's evaluate.py, written out."""
+    said = []
+    for text in answers:
+        if text.find(".") != -1:
+            text = text.split(".")[0]
+        words = text.replace(",", "").split(" ")
+        said.append("no" if "No" in words or "not" in words or "no" in words else "yes")
+    pairs = list(zip(said, labels, strict=True))
+    tp, fp, tn, fn = (pairs.count(pair) for pair in [("yes", "yes"), ("yes", "no"), ("no", "no"), ("no", "yes")])
+    precision, recall = tp / (tp + fp), tp / (tp + fn)
+    figures = {"accuracy": (tp + tn) / len(pairs), "precision": precision, "recall": recall}
+    figures |= {"f1": 2 * precision * recall / (precision + recall), "yes": said.count("yes") / len(pairs)}
+    return {name: round(100 * value, 2) for name, value in figures.items()}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pope_by_its_own_rule(seed, tmp_path, capsys):
+    rng = random.Random(seed)
+    said = ["Yes", "No", "yes", "no", "NO", "No.", "No, there is none.", "There is not. Yes", "Not here", "Yes. No", "none",
+            "", "no,", "I do not know", "Yes, there is no doubt", "nothing\nno", " No", "cannot", "3.5 no"]  # fmt: skip
+    labels = [rng.choice(["yes", "no"]) for _ in range(997)]
+    rows = [
+        {"question_id": n, "image": f"{n // 6}.jpg", "text": "Is there a cup?", "label": labels[n]} for n in range(997)
+    ]
+    (tmp_path / "coco_pope_random.json").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    texts, earlier = ([rng.choice(said) for _ in labels] for _ in range(2))
+    for name, part in (("results.json", texts), ("earlier.json", earlier)):
+        (tmp_path / name).write_text(json.dumps([{"id": n, "response": text} for n, text in enumerate(part)]))
+    amber.main(["--skip_inference", "--query_file", str(tmp_path / "coco_pope_random.json"), "--baseline_file",
+                str(tmp_path / "earlier.json"), "--output_file", str(tmp_path / "results.json")])  # fmt: skip
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["strict"] == {"pope": official_pope(texts, labels)} and scores["resampled_by"] == "picture"
+    comparison = scores["comparison"]
+    assert comparison["base"]["strict"]["pope"] == official_pope(earlier, labels)
+    for name, found in comparison["difference"]["pope"].items():
+        difference = scores["strict"]["pope"][name] - comparison["base"]["strict"]["pope"][name]
+        assert found["difference"] == pytest.approx(difference, abs=0.011) and found["low"] <= found["high"]
+    printed = capsys.readouterr().err
+    assert "coco_pope_random.json" in printed and "answered Yes" in printed
 
 
 # ---------------------------------------------------------------------------- similarity
@@ -545,6 +590,33 @@ def test_a_difference_is_drawn_from_the_same_pictures():
     assert alone["high"] - alone["low"] > 5
 
 
+def test_what_is_not_different_is_not_significant():
+    """100 % precision of 3 and of 9 answers a picture, which AMBER's 0.001 makes 99.99 and 99.997."""
+    place = [amber.COUNTS.index(f"existence {name}") for name in amber.ANSWER_COUNTS]
+    first, second = np.zeros((2, 40, len(amber.COUNTS)))
+    first[:, place], second[:, place] = [10, 9, 10, 9, 9], [10, 3, 10, 3, 3]
+    found = amber.estimate(first, second, ["existence"])["existence"]
+    assert found["precision"] == {"difference": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
+    assert "-0.0" not in json.dumps(amber.estimate(second, first, ["existence"])["existence"]["precision"])
+    assert found["recall"]["p_value"] < 0.001
+
+
+def test_the_chart_has_a_unit_and_no_label_on_another(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(amber.plt, "close", kept.append)
+    rows = mini_rows(
+        lambda note: "A " + note["truth"][0] if note["type"] == "generative" else note["truth"].capitalize()
+    )
+    (tmp_path / "earlier.json").write_text(json.dumps(rows))
+    score(tmp_path, rows, *MINI, "--baseline_file", tmp_path / "earlier.json")  # full bars beside full bars
+    axis = kept[0].axes[0]
+    boxes = [text.get_window_extent() for text in [*axis.texts, *axis.get_yticklabels()] if text.get_text()]
+    assert "%; thin lines are 95 % intervals" in axis.get_xlabel() and len(boxes) > 40 and len(kept[0].axes) == 1
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+    monkeypatch.undo()
+    amber.plt.close("all")
+
+
 def test_a_rare_section_is_not_drawn_as_nothing():
     counts = np.zeros((30, len(amber.COUNTS)))
     counts[:, amber.COUNTS.index("captions")] = 1
@@ -555,10 +627,12 @@ def test_a_rare_section_is_not_drawn_as_nothing():
 
 
 @pytest.mark.parametrize(("kind", "answered"), [("g", "discriminative"), ("d", "generative")])
-def test_a_task_without_answers_has_scores_and_no_chart(kind, answered, tmp_path):
+def test_a_task_without_answers_has_scores_and_no_chart(kind, answered, tmp_path, capsys):
     (tmp_path / "scores.png").write_text("of an earlier run")
     rows = [row for row in mini_rows(lambda note: "No") if (row["id"] <= 240) == (answered == "generative")]
     scores = score(tmp_path, rows, *MINI, "--evaluation_type", kind)
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "gallery.html" not in printed.split("scores.json")[1] or (tmp_path / "gallery.html").exists()
     assert scores["intervals"] == {} and scores["strict"] and not (tmp_path / "scores.png").exists()
 
 

@@ -147,10 +147,18 @@ def test_clip_says_what_the_plain_model_says(clip_folder, some):
 def test_pictures_without_anything_to_check_are_passed_over(llava, some):
     images, pixels, questions = some
     words = [["cup"], [], ["star", "tree"], [], [], ["bus"]]
-    doubtful = amber.find_doubtful(*llava, images, pixels, words)
+    confirmed = amber.confirm_objects(*llava, images, pixels, words)
+    assert [list(part) for part in confirmed] == words
     for picture, part in enumerate(words):
         alone = {name: value[[picture]] for name, value in pixels.items()}
-        assert doubtful[picture] == amber.find_doubtful(*llava, [images[picture]], alone, [part])[0]
+        for word in part:
+            (said,) = amber.answer_questions(
+                *llava, [images[picture]], alone, [[f"Is there a {word} in this image?"]], 4
+            )
+            assert (confirmed[picture][word] > 0.5) == (said[2] == "Yes")
+            (single,) = amber.confirm_objects(*llava, [images[picture]], alone, [[word]])
+            assert single[word] == pytest.approx(confirmed[picture][word], abs=1e-5)
+    assert amber.confirm_objects(*llava, images, pixels, [[]] * 6) == [{}] * 6
     assert list(amber.answer_questions(*llava, images, pixels, [[]] * 6, 5)) == []
     some_open = [
         part if number % 2 else part[1:] for number, part in enumerate(questions)
@@ -161,17 +169,10 @@ def test_pictures_without_anything_to_check_are_passed_over(llava, some):
     assert {(i, j) for i, j, _, _ in kept} == {(i, j) for i, part in enumerate(some_open) for j in range(len(part))}
 
 
-def test_clip_chooses_and_doubts(llava, some, clip_folder):
+def test_clip_chooses(llava, some, clip_folder):
     images, pixels, questions = some
     clip = amber.Clip(str(clip_folder), "cpu")
     find = amber.find_nouns("vocabulary", WORDS)
-    words = [["cup", "ball"], [], ["star"], ["tree", "house", "tent"], ["car"], ["orange"]]
-    doubtful = amber.find_doubtful(*llava, images, pixels, words, clip)
-    for picture, part in enumerate(words):
-        for word in part:
-            name = f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
-            plain, fit = clip.compare(images[picture], ["a photo", f"a photo of {name}"])
-            assert (word in doubtful[picture]) == (fit <= plain)
     kept = {(i, j): text for i, j, text, _ in amber.verify_answers(
         *llava, images, pixels, questions, 60, candidates=4, find=find, clip=clip)}  # fmt: skip
     drawn = Counter()
