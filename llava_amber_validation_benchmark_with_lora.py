@@ -3,7 +3,7 @@
 Reads   a LLaVA-NeXT checkpoint (--model_path), an adapter (--lora_path), the benchmark's questions and pictures, and for
         AMBER its annotations.
 Writes  the answers (--output_file, in AMBER's format) and beside them the journal to resume from, scores.json, scores.png
-        and, for captions, gallery.html.
+        and, for captions, gallery.html; or, with --write_pairs, preference pairs made of the model's own answers.
 Needs   pip install -r requirements/train.txt -r requirements/eval.txt
         python -m spacy download en_core_web_lg
         python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet
@@ -12,6 +12,7 @@ Needs   pip install -r requirements/train.txt -r requirements/eval.txt
         --query_file AMBER/data/query/query_all.json --image_dir AMBER/image --output_file amber/results.json
     python llava_amber_validation_benchmark_with_lora.py --lora_path checkpoints/llava-orpo-prod --compare_base \\
         --query_file coco_pope_popular.json --image_dir val2014 --output_file pope_popular/results.json
+    python llava_amber_validation_benchmark_with_lora.py --image_dir my_photos --verify 8 --write_pairs pairs.parquet
     python llava_amber_validation_benchmark_with_lora.py --test_mode --nouns vocabulary --output_file outputs/amber/results.json
 """
 
@@ -90,6 +91,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(data, "--skip_inference", "score the answers in --output_file", action="store_true")
     add(data, "--skip_evaluation", "only answer", action="store_true")
 
+    pairs = parser.add_argument_group("pairs")
+    add(pairs, "--write_pairs", "in place of scoring, write the best and the worst of --verify candidates as preference "
+        "pairs, in RLAIF-V's columns, to this parquet file", type=Path)  # fmt: skip
+    add(pairs, "--questions", "file of questions, one a line, which the pictures of --image_dir are asked in turn "
+        "(default: Describe this image.)", type=Path)  # fmt: skip
+
     scoring = parser.add_argument_group("scoring")
     add(scoring, "--baseline_file", "answers of an earlier run to compare with", type=Path)
     add(scoring, "--spacy_model", "word vectors that decide which words are alike", default="en_core_web_lg")
@@ -100,11 +107,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.test_mode:
         if args.model_path == parser.get_default("model_path"):
             args.model_path = str(MINIATURE / "model")
-        if args.query_file is None and args.annotation_file is None:
+        if args.write_pairs:
+            args.relation_file = args.relation_file or MINIATURE / "amber" / "relation.json"
+        elif args.query_file is None and args.annotation_file is None:
             args.query_file = MINIATURE / "amber" / "query" / "query_all.json"
             if args.spacy_model == parser.get_default("spacy_model"):
                 args.similarity_table = args.similarity_table or MINIATURE / "amber" / "similarity.json"
-        args.image_dir = args.image_dir or MINIATURE / "amber" / "image"
+        args.image_dir = args.image_dir or (None if args.write_pairs else MINIATURE / "amber" / "image")
+    if args.write_pairs:
+        args.output_file, args.skip_evaluation = args.write_pairs, True
     for wrong, message in find_wrong_flags(args):
         if wrong:
             parser.error(message)
@@ -126,9 +137,22 @@ def find_wrong_flags(args: argparse.Namespace):
         "scores.json" in (args.output_file.name, args.baseline_file and args.baseline_file.name),
         ("scores.json is where the scores go; give the answers another name"),
     )
-    yield answering and not (args.query_file and args.image_dir), "--query_file and --image_dir are needed to answer"
-    yield not (args.query_file or args.annotation_file), "--query_file or --annotation_file is needed to score"
-    for flag in ("query_file", "baseline_file") + ("output_file",) * args.skip_inference:
+    if args.write_pairs:
+        yield not args.image_dir, "--write_pairs needs the pictures: give --image_dir"
+        yield args.verify < 2, "--write_pairs compares candidates; give --verify 8 too"
+        yield args.compare_base or args.clip_model, "--write_pairs takes neither --compare_base nor --clip_model"
+        yield (
+            args.nouns == "vocabulary" and not (args.query_file or args.relation_file),
+            "--nouns vocabulary needs the words to look up; give --relation_file",
+        )
+    else:
+        yield args.questions, "--questions goes with --write_pairs"
+        yield (
+            answering and not (args.query_file and args.image_dir),
+            "--query_file and --image_dir are needed to answer",
+        )
+        yield not (args.query_file or args.annotation_file), "--query_file or --annotation_file is needed to score"
+    for flag in ("query_file", "baseline_file", "questions") + ("output_file",) * args.skip_inference:
         path = getattr(args, flag)
         yield path and not path.is_file(), f"--{flag} {path} is no file"
     yield answering and args.image_dir and not args.image_dir.is_dir(), f"--image_dir {args.image_dir} is no folder"
@@ -155,12 +179,13 @@ import inspect
 import io
 import json
 import logging
+import math
 import random
 import re
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -822,6 +847,169 @@ def verify_answers(
         yield picture, number, *answers[choose_candidate(objects[picture, number], confirmed[picture], fits)]
 
 
+# ---------------------------------------------------------------------------- pairs of its own answers (--write_pairs)
+
+PAIR_TEMPERATURE = 0.9  # at which the candidates of a pair are drawn
+DENIED_COSTS = 0.5  # what an object that is not there costs, where one that is there earns 1
+DROP_BELOW, ADD_ABOVE = 0.35, 0.5  # beliefs at which a chosen answer loses and gains an object
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def ask_folder(image_dir: Path, questions_file: Path | None) -> list[dict]:
+    """Return a query for each picture of a folder, as read_queries does; the questions of the file take turns."""
+    questions = ["Describe this image."]
+    if questions_file:
+        lines = questions_file.read_text(encoding="utf-8").splitlines()
+        questions = [line.strip() for line in lines if line.strip()] or stop(f"--questions {questions_file} is empty.")
+    names = sorted(str(path.relative_to(image_dir)) for path in image_dir.rglob("*") if path.suffix.lower() in PICTURES)
+    if not names:
+        stop(f"--image_dir {image_dir} has no pictures ({', '.join(PICTURES)}).")
+    return [{"id": i, "image": name, "query": questions[i % len(questions)]} for i, name in enumerate(names)]
+
+
+def weigh_objects(objects: list[list[str]], confirmed: dict[str, float]) -> dict[str, float]:
+    """Return {object: how likely it is in the picture}, from two witnesses: `confirmed`, which is the probability of the
+    model's Yes when it is asked, and the share of the candidates that name the object (`objects` has each one's).
+
+    The log-odds of both are added. Their weights were fitted on drawn scenes of the miniature, where they make 91 % of all
+    objects right, against 81 % by the model's Yes alone and 86 % by the share alone.
+    """
+
+    def log_odds(chance: float) -> float:
+        chance = min(max(chance, 1e-4), 1 - 1e-4)
+        return math.log(chance / (1 - chance))
+
+    named = Counter(word for part in objects for word in set(part))
+    sums = {
+        word: 0.8 * log_odds(confirmed[word]) + log_odds((number + 0.5) / (len(objects) + 1)) - 0.85
+        for word, number in named.items()
+    }
+    return {word: 1 / (1 + math.exp(-value)) for word, value in sums.items()}
+
+
+def score_objects(named: Iterable[str], belief: dict[str, float]) -> float:
+    """Return what an answer is worth: each object that it names counts once, for or against it by how likely it is there."""
+    return sum(belief[word] - DENIED_COSTS * (1 - belief[word]) for word in set(named))
+
+
+def read_list(text: str, find: Callable) -> tuple[str, dict[str, str]] | None:
+    """Return the opening of a sentence that lists things, and its items as {object: words}, without repetitions:
+    "The image shows a red ball, a cup and two balls." is ("The image shows ", {"ball": "a red ball", "cup": "a cup"}).
+    None for any other text."""
+    determiner = r"(?:an?|one|two|three|four|five|six|some|several|many) "
+    opening = re.match(rf".*?\b(?={determiner})", text)
+    if not opening:
+        return None
+    items: dict[str, str] = {}
+    for part in re.split(r",? and |, ", text[opening.end() :].removesuffix(".")):
+        named = [word for _, word in find(part)]
+        if len(named) != 1 or "." in part or not re.match(determiner, part):
+            return None
+        items.setdefault(named[0], part)
+    return opening[0], items
+
+
+def improve_list(best: int, texts: list[str], find: Callable, belief: dict[str, float]) -> str:
+    """Return candidate number `best` without the objects that are hardly there, and with those that are there and that
+    only others name, each after the object that it follows there. Only a sentence that lists things is changed."""
+    lists = [read_list(text, find) for text in texts]
+    if not lists[best]:
+        return texts[best]
+    opening, own = lists[best]
+    items = [(word, part) for word, part in own.items() if belief[word] >= DROP_BELOW]
+    for _, other in filter(None, lists):
+        names = list(other)
+        for place, word in enumerate(names):
+            here = [item[0] for item in items]
+            if belief[word] > ADD_ABOVE and word not in here:
+                before = [here.index(name) for name in names[:place] if name in here]
+                items.insert(before[-1] + 1 if before else 0, (word, other[word]))
+    parts = [part for _, part in items]
+    listed = f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else "".join(parts)
+    return f"{opening}{listed}." if parts else texts[best]
+
+
+def make_pair(texts: list[str], find: Callable, confirmed: dict[str, float]) -> dict | None:
+    """Return the best of the candidates, improved if it is a list, and the worst, with what was found out about their
+    objects; None if the two are not worth one object's difference."""
+    objects = [[word for _, word in find(text)] for text in texts]
+    belief = weigh_objects(objects, confirmed)
+    scores = [score_objects(named, belief) for named in objects]
+    best, worst = (pick(range(len(texts)), key=scores.__getitem__) for pick in (max, min))
+    pair = {"chosen": improve_list(best, texts, find, belief), "rejected": texts[worst]}
+    found = {side: find(text) for side, text in pair.items()}
+    values = {side: score_objects([word for _, word in nouns], belief) for side, nouns in found.items()}
+    if values["chosen"] - values["rejected"] < 1:
+        return None
+    counts = Counter(word for named in objects for word in set(named))
+    checks = {
+        word: {"yes": confirmed[word], "named_by": counts[word], "belief": belief[word]} for word in sorted(belief)
+    }
+    doubted = {side: [written for written, word in nouns if belief[word] <= 0.5] for side, nouns in found.items()}
+    return {**pair, "candidates": len(texts), "objects": checks, "scores": values, "doubted": doubted}
+
+
+def pair_answers(
+    model, processor, images: list, pixels, questions: list[list[str]], max_new_tokens: int, *, candidates: int, find: Callable
+) -> Iterator:  # fmt: skip
+    """Yield (picture, question, pair, True) for every question about every picture, where answer_questions yields answers;
+    the pair is make_pair's. Candidates that were cut off at `max_new_tokens` are left out."""
+    drawn = draw_candidates(model, processor, images, pixels, questions, candidates, max_new_tokens, PAIR_TEMPERATURE)
+    texts = {key: [text for text, complete in answers if complete] for key, answers in drawn.items()}
+    words = [sorted({word for key in texts if key[0] == picture for text in texts[key] for _, word in find(text)})
+             for picture in range(len(images))]  # fmt: skip
+    confirmed = confirm_objects(model, processor, images, pixels, words)
+    for (picture, number), answers in texts.items():
+        yield picture, number, make_pair(answers, find, confirmed[picture]) if len(answers) > 1 else None, True
+
+
+def write_pairs(output_file: Path, queries: list[dict], answers: dict[int, dict], image_dir: Path) -> None:
+    """Write the pairs as parquet in RLAIF-V's columns, with the pictures' bytes and a column of what was asked and answered
+    about each object (JSON), and beside it a page of those that differ most."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    names = (
+        "ds_name",
+        "question",
+        "chosen",
+        "rejected",
+        "origin_dataset",
+        "origin_split",
+        "idx",
+        "image_path",
+        "checks",
+    )
+    columns = {name: datasets.Value("string") for name in names} | {"image": datasets.Image()}
+    schema = datasets.Features(columns).arrow_schema
+    made = [(query, pair) for query in queries if (pair := answers.get(query["id"], {}).get("response"))]
+    partial_file = output_file.with_name(f"{output_file.name}.{os.getpid()}.partial")
+    with parquet.ParquetWriter(partial_file, schema) as writer:
+        for query, pair in made:
+            row = {
+                "ds_name": "own answers", "question": query["query"], "chosen": pair["chosen"], "rejected": pair["rejected"],
+                "origin_dataset": image_dir.name, "origin_split": json.dumps({"type": "self_alignment"}),
+                "idx": str(query["id"]), "image_path": query["image"],
+                "image": {"bytes": find_picture(image_dir, query["image"]).read_bytes(), "path": query["image"]},
+                "checks": json.dumps({name: pair[name] for name in ("candidates", "objects", "scores")}),
+            }  # fmt: skip
+            writer.write_table(pa.Table.from_pylist([row], schema=schema))
+    os.replace(partial_file, output_file)
+    sides = ("chosen", "rejected")
+    shown = [
+        {"image": query["image"], "captions": [(side, pair[side], pair["doubted"][side]) for side in sides]}
+        for query, pair in made
+    ]
+    page = output_file.with_suffix(".html")
+    note = "Objects that the model's own answers make unlikely are marked."
+    write_gallery(shown, image_dir, page, note=note)
+    asked = sum(query["id"] in answers for query in queries)
+    console.print(
+        f"{len(made):,} pairs of {asked:,} questions in {escape(str(output_file))}; look at {escape(str(page))}"
+    )
+
+
 # ---------------------------------------------------------------------------- answering a benchmark
 
 
@@ -992,23 +1180,27 @@ def make_answerer(args, processor) -> tuple:
     if args.verify == 1:
         return partial(answer_questions, model, processor, max_new_tokens=args.max_new_tokens), model
     find = find_nouns(args.nouns, read_vocabulary(args) if args.nouns == "vocabulary" else None)
+    if args.write_pairs:
+        answer = partial(pair_answers, model, processor, max_new_tokens=args.max_new_tokens)
+        return partial(answer, candidates=args.verify, find=find), model
     clip = Clip(args.clip_model, model.device) if args.clip_model else None
     answer = partial(verify_answers, model, processor, max_new_tokens=args.max_new_tokens)
     return partial(answer, candidates=args.verify, find=find, clip=clip), model
 
 
-def describe_run(args, processor) -> dict:
+def describe_run(args, queries: list[dict], processor) -> dict:
     """Return the settings on which answers depend, the adapter apart."""
     prompt = build_prompt(processor, "Is it?", (64, 64))
     return {
         "model": digest_checkpoint(args.model_path),
         "prompt": hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16],
-        "queries": hashlib.sha256(args.query_file.read_bytes()).hexdigest()[:16],
+        "queries": hashlib.sha256(json.dumps(queries).encode()).hexdigest()[:16],
         "image_dir": os.path.abspath(args.image_dir),
         "max_new_tokens": args.max_new_tokens,
         "precision": "4 bit" if args.load_4bit else "8 bit" if args.load_8bit else "whole",
         "backend": f"{args.backend} on {args.device}",
         "verify": args.verify,
+        "pairs": bool(args.write_pairs),
         "clip": digest_checkpoint(args.clip_model) if args.clip_model else None,
         "nouns": args.nouns if args.verify > 1 else None,
     }
@@ -1056,7 +1248,8 @@ def answer_benchmark(args, every_query: list[dict], queries: list[dict]) -> list
     config, processor, _ = read_checkpoint(args.model_path)
     context = (config or AutoConfig.from_pretrained(args.model_path)).text_config.max_position_embeddings
     open_pictures = partial(open_group, image_dir=args.image_dir, processor=processor, context=context)
-    settings = describe_run(args, processor)
+    settings = describe_run(args, every_query, processor)
+    write = partial(write_pairs, image_dir=args.image_dir) if args.write_pairs else write_answers
     passes = [(args.output_file, settings | {"adapter": digest_checkpoint(args.lora_path) if args.lora_path else None})]
     if args.compare_base:
         passes.insert(0, (name_base_file(args.output_file), settings | {"adapter": None}))
@@ -1065,9 +1258,7 @@ def answer_benchmark(args, every_query: list[dict], queries: list[dict]) -> list
     with lock_output(args.output_file):
         for output_file, fingerprint in passes:
             if output_file.exists() and not list_journals(output_file):
-                stop(
-                    f"--output_file {output_file} exists without a journal; score it with --skip_inference or name another."
-                )
+                stop(f"{output_file} exists without a journal; score it with --skip_inference or name another.")
             earlier.append(read_journals(output_file, fingerprint))
         state.wait_for_everyone()  # nobody writes before everybody has read
         for (output_file, fingerprint), answers in zip(passes, earlier, strict=True):
@@ -1080,7 +1271,7 @@ def answer_benchmark(args, every_query: list[dict], queries: list[dict]) -> list
                 failures += gather_object(failed)
                 state.wait_for_everyone()
             if MAIN_PROCESS:
-                write_answers(output_file, every_query, read_journals(output_file, fingerprint))
+                write(output_file, every_query, read_journals(output_file, fingerprint))
     return list({failure["id"]: failure for failure in failures}.values())
 
 
@@ -1147,7 +1338,7 @@ def select_queries(queries: list[dict], notes: dict | None, sections: list[str],
 def find_file(args, flag: str, name: str) -> Path:
     """Return the file given by its flag, or the one that AMBER has beside the query file or one folder up."""
     given = getattr(args, flag)
-    near = (args.query_file or args.annotation_file).absolute().parent
+    near = (args.query_file or args.annotation_file or given).absolute().parent
     places = [given] if given else [near / name, near.parent / name]
     for path in places:
         if path.is_file():
@@ -1773,15 +1964,14 @@ def draw_scores(scores: dict, path: Path) -> None:
 
 
 GALLERY = jinja2.Template(
-    """<!doctype html><meta charset="utf-8"><title>AMBER captions</title>
+    """<!doctype html><meta charset="utf-8"><title>Captions</title>
 <style>body{font:15px/1.45 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
 section{display:grid;grid-template-columns:15rem 1fr;gap:1.5rem;border-top:1px solid #ddd;padding:1.5rem 0}
 img{width:100%;border-radius:6px}mark{background:#f8c9c4;padding:0 .15em;border-radius:3px}h2{font-size:.9rem;color:#555;
 margin:0 0 .2rem}p{margin:0 0 1rem}@media(max-width:45rem){section{grid-template-columns:1fr}}</style>
-<h1>{{ heading }}</h1><p>Words for things that are not in the picture, by AMBER's annotation, are marked. Colours, numbers and
-repetitions are not judged.</p>
+<h1>{{ heading }}</h1><p>{{ note }} Colours, numbers and repetitions are not judged.</p>
 {% for picture in pictures %}<section><img src="{{ picture.address }}" alt="{{ picture.image }}"><div>
-{% for label, pieces, count in picture.captions %}<h2>{{ label }}: {{ count }} hallucinated</h2><p>
+{% for label, pieces, count in picture.captions %}<h2>{{ label }}: {{ count }} marked</h2><p>
 {% for piece in pieces %}{% if loop.index0 is odd %}<mark>{{ piece }}</mark>{% else %}{{ piece }}{% endif %}{% endfor %}</p>
 {% endfor %}</div></section>
 {% endfor %}""",
@@ -1789,8 +1979,9 @@ repetitions are not judged.</p>
 )
 
 
-def write_gallery(shown: list[dict], image_dir: Path, path: Path, limit: int = 24) -> None:
-    """Show the captions whose hallucinations changed most (with one file: that have most), words marked."""
+def write_gallery(shown: list[dict], image_dir: Path, path: Path, note: str, limit: int = 24) -> None:
+    """Show the captions whose marked words changed most (with one file: that have most), under a `note` that says what
+    is marked."""
 
     def change(entry: dict) -> int:
         numbers = [len(wrong) for _, _, wrong in entry["captions"]]
@@ -1808,7 +1999,7 @@ def write_gallery(shown: list[dict], image_dir: Path, path: Path, limit: int = 2
         pictures.append({"image": entry["image"], "address": address, "captions": captions})
     both = any(len(entry["captions"]) > 1 for entry in shown)
     heading = f"The {len(pictures)} captions that {'changed most' if both else 'hallucinate most'}, of {len(shown)}"
-    write_whole(path, GALLERY.render(pictures=pictures, heading=heading))
+    write_whole(path, GALLERY.render(pictures=pictures, heading=heading, note=note))
 
 
 def report(args, scores: dict, captions: list[dict]) -> None:
@@ -1821,7 +2012,8 @@ def report(args, scores: dict, captions: list[dict]) -> None:
     if scores["intervals"]:
         draw_scores(scores, folder / "scores.png")
     if captions:
-        write_gallery(captions, args.image_dir, folder / "gallery.html")
+        note = "Words for things that are not in the picture, by AMBER's annotation, are marked."
+        write_gallery(captions, args.image_dir, folder / "gallery.html", note)
     written = [name for name in ("scores.json", "scores.png", "gallery.html") if (folder / name).exists()]
     console.print(
         f"{' and '.join([', '.join(written[:-1]), written[-1]][not written[:-1] :])} are in {escape(str(folder))}"
@@ -1843,6 +2035,8 @@ def list_failures(path: Path, failures: list[dict]) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     queries, notes = read_queries(args.query_file) if args.query_file else ([], None)
+    if args.write_pairs and not args.query_file:
+        queries = ask_folder(args.image_dir, args.questions)
     sections = ["pope"] if notes else SECTIONS[args.evaluation_type]
     if notes is None and not (args.skip_evaluation and args.evaluation_type == "a"):
         notes = read_annotations(args)
