@@ -55,20 +55,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(model, "--model_path", "base model: hub id or folder", default="llava-hf/llava-v1.6-mistral-7b-hf")
     add(model, "--lora_path", "adapter: hub id or folder")
     add(model, "--compare_base", "answer with the adapter off too, and compare", action="store_true")
-    add(
-        model,
-        "--device",
-        "auto (cuda, then mps, then cpu), all (layers spread over the GPUs), or a name",
-        default="auto",
-    )
+    add(model, "--device", "auto (cuda, mps or cpu), all (layers spread over the GPUs), or a name", default="auto")
     bits = model.add_mutually_exclusive_group()
     add(bits, "--load_4bit", "base weights in NF4 with double quantization", action="store_true")
     add(bits, "--load_8bit", "base weights in 8 bits (LLM.int8)", action="store_true")
     engines = ["transformers", "vllm"]
     add(model, "--backend", "vllm takes a merged or quantized checkpoint", choices=engines, default="transformers")
-    add(
-        model, "--batch_size", "pictures answered together, with all their questions (default: 8; vllm: 64)", type=count
-    )
+    add(model, "--batch_size", "pictures answered together, with all questions (default: 8; vllm: 64)", type=count)
     add(model, "--max_new_tokens", "tokens an answer may have", type=count, default=1024)
     add(model, "--verify", "number of candidates for an answer that names objects, of which the one is kept whose objects "
         "the model (or --clip_model) confirms best", type=count, default=1)  # fmt: skip
@@ -79,11 +72,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(data, "--query_file", "AMBER's queries (data/query/query_all.json), or a file of POPE or RePOPE", type=Path)
     add(data, "--image_dir", "folder of the pictures", type=Path)
     add(data, "--output_file", "file for the answers", type=Path, default=Path("results.json"))
-    for flag, name in {
-        "annotation": "annotations.json",
-        "relation": "relation.json",
-        "safe_words": "safe_words.txt",
-    }.items():
+    files = {"annotation": "annotations.json", "relation": "relation.json", "safe_words": "safe_words.txt"}
+    for flag, name in files.items():
         add(data, f"--{flag}_file", f"AMBER's {name} (default: beside the query file, or one folder up)", type=Path)
     add(data, "--evaluation_type", "a all, g generative, d discriminative: de existence, da attribute, dr relation",
         default="a", choices=list(SECTIONS))  # fmt: skip
@@ -129,28 +119,23 @@ def find_wrong_flags(args: argparse.Namespace):
     processes, rank = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0")
     yield args.compare_base and not args.lora_path and answering, "--compare_base needs --lora_path"
     yield args.compare_base and args.baseline_file, "--compare_base and --baseline_file exclude each other; give one"
+    partly = args.limit or args.skip_evaluation
     yield (
-        args.skip_inference and (args.limit or args.skip_evaluation),
-        ("--limit and --skip_evaluation do not go with --skip_inference, which scores all answers of a file"),
+        args.skip_inference and partly,
+        "--skip_inference scores a whole file; leave --limit and --skip_evaluation out",
     )
-    yield (
-        "scores.json" in (args.output_file.name, args.baseline_file and args.baseline_file.name),
-        ("scores.json is where the scores go; give the answers another name"),
-    )
+    names = (args.output_file.name, args.baseline_file and args.baseline_file.name)
+    yield "scores.json" in names, "scores.json is where the scores go; give the answers another name"
     if args.write_pairs:
+        words = args.nouns != "vocabulary" or args.query_file or args.relation_file
         yield not args.image_dir, "--write_pairs needs the pictures: give --image_dir"
-        yield args.verify < 2, "--write_pairs compares candidates; give --verify 8 too"
+        yield args.verify == 1, "--write_pairs compares candidates; give --verify 8 too"
         yield args.compare_base or args.clip_model, "--write_pairs takes neither --compare_base nor --clip_model"
-        yield (
-            args.nouns == "vocabulary" and not (args.query_file or args.relation_file),
-            "--nouns vocabulary needs the words to look up; give --relation_file",
-        )
+        yield not words, "--nouns vocabulary needs the words to look up; give --relation_file"
     else:
+        missing = answering and not (args.query_file and args.image_dir)
         yield args.questions, "--questions goes with --write_pairs"
-        yield (
-            answering and not (args.query_file and args.image_dir),
-            "--query_file and --image_dir are needed to answer",
-        )
+        yield missing, "--query_file and --image_dir are needed to answer"
         yield not (args.query_file or args.annotation_file), "--query_file or --annotation_file is needed to score"
     for flag in ("query_file", "baseline_file", "questions") + ("output_file",) * args.skip_inference:
         path = getattr(args, flag)
@@ -162,10 +147,8 @@ def find_wrong_flags(args: argparse.Namespace):
     yield vllm and (args.load_4bit or args.load_8bit), "--backend vllm loads quantized checkpoints without --load_4bit"
     yield vllm and processes > 1, "--backend vllm starts its own processes; run it without torchrun"
     yield args.clip_model and args.verify == 1, "--clip_model is what --verify checks with; give --verify 4 too"
-    yield (
-        rank != "0" and processes == 1,
-        f"RANK is {rank} in the environment without WORLD_SIZE; unset it or use torchrun",
-    )
+    alone = processes == 1 and rank != "0"
+    yield alone, f"RANK is {rank} in the environment without WORLD_SIZE; unset it or use torchrun"
 
 
 if __name__ == "__main__":
@@ -999,33 +982,34 @@ def find_picture(image_dir: Path, name: str) -> Path:
     return path
 
 
-def check_prompt(processor, question: str, image: Image.Image, context: int) -> None:
-    """Raise ValueError if a question cannot be asked: it is not Unicode, or its prompt is longer than the model's context."""
+def find_question_fault(processor, question: str, image: Image.Image, context: int) -> str | None:
+    """Return the reason why a question cannot be asked, or None. `context` is the model's, in tokens."""
     try:
         length = len(build_prompt(processor, question, image.size))
-    except (UnicodeError, TypeError) as error:
-        raise ValueError("has a question that is not valid Unicode") from error
-    if length >= context:
-        raise ValueError(f"has a question whose prompt has {length:,} tokens; the model's context has {context:,}")
+    except (UnicodeError, TypeError):
+        return "has a question that is not valid Unicode"
+    return f"has a question of {length:,} tokens; the model's context has {context:,}" if length >= context else None
 
 
-def open_group(
-    group: list[dict], image_dir: Path, processor, context: int
-) -> tuple[list[dict], list, dict | None, list[dict]]:
-    """Open the pictures of a group; return what can be asked of it, its images, their pixels, and the failures."""
+def open_group(group: list[dict], image_dir: Path, processor, context: int) -> tuple:
+    """Open the pictures of a group; return what can be asked of it, its images, their pixels (None without an image), and
+    the failures."""
     good, images, failures = [], [], []
     for picture in group:
+        try:
+            image, fault = load_image(find_picture(image_dir, picture["image"])), None
+        except (OSError, ValueError) as error:  # ValueError: a name that no path can have
+            image, fault = None, str(error)
         asked = []
         for query in picture["queries"]:
-            try:
-                image = asked and images[-1] or load_image(find_picture(image_dir, picture["image"]))
-                check_prompt(processor, query["query"], image, context)
-                images += [] if asked else [image]
+            reason = fault or find_question_fault(processor, query["query"], image, context)
+            if reason:
+                failures.append({"id": query["id"], "image": picture["image"], "reason": reason})
+            else:
                 asked.append(query)
-            except (OSError, ValueError) as error:  # ValueError: also a name that no path can have
-                failures.append({"id": query["id"], "image": picture["image"], "reason": str(error)})
         if asked:
-            good.append({**picture, "queries": asked})
+            good.append({"image": picture["image"], "queries": asked})
+            images.append(image)
     return good, images, processor.image_processor(images, return_tensors="pt") if images else None, failures
 
 
@@ -1091,15 +1075,10 @@ def read_journals(output_file: Path, fingerprint: dict) -> dict[int, dict]:
         before = rows[0].get("fingerprint")
         if before is None:
             stop(f"{path} is damaged: its first line does not say with which settings it was written; move it away.")
-        changed = [
-            f"{name} was {before.get(name)}, is {value}"
-            for name, value in fingerprint.items()
-            if before.get(name) != value
-        ]
-        if changed:
-            stop(
-                f"{path} holds answers of another run ({'; '.join(changed)}); name another --output_file or delete it."
-            )
+        different = [name for name in fingerprint if before.get(name) != fingerprint[name]]
+        if different:
+            changes = "; ".join(f"{name} was {before.get(name)}, is {fingerprint[name]}" for name in different)
+            stop(f"{path} holds answers of another run ({changes}); name another --output_file or delete it.")
         answers |= {row["id"]: row for row in rows[1:]}
     return answers
 
@@ -1111,24 +1090,16 @@ def fill_journal(
     journal = output_file.with_name(f"{output_file.name}.journal-{state.process_index}.jsonl")
     mine = groups[state.process_index :: state.num_processes]
 
-    def count(part: list) -> int:
-        return sum(len(picture["queries"]) for group in part for picture in group)
-
-    todo = [
-        group for group in mine if any(query["id"] not in answers for picture in group for query in picture["queries"])
-    ]
+    ids = [[query["id"] for picture in group for query in picture["queries"]] for group in mine]
+    left = [numbers for numbers in ids if not answers.keys() >= set(numbers)]
+    todo = [group for group, numbers in zip(mine, ids, strict=True) if not answers.keys() >= set(numbers)]
     rows = [{"fingerprint": fingerprint}, *read_journal(journal)[1:]]
     write_whole(journal, "".join(json.dumps(row) + "\n" for row in rows))  # without damaged lines
     failures = []
     workers = 2 * torch.cuda.is_available()
     loader = torch.utils.data.DataLoader(todo, batch_size=None, num_workers=workers, collate_fn=open_pictures)
-    progress = tqdm(
-        total=count(mine),
-        initial=count(mine) - count(todo),
-        desc=output_file.stem,
-        unit="answer",
-        disable=not MAIN_PROCESS,
-    )
+    total, done = sum(map(len, ids)), sum(map(len, ids)) - sum(map(len, left))
+    progress = tqdm(total=total, initial=done, desc=output_file.stem, unit="answer", disable=not MAIN_PROCESS)
     with journal.open("a") as file, progress as bar:
         for good, images, pixels, failed in loader:
             failures += failed
@@ -1827,7 +1798,7 @@ def name_files(output_file: Path, baseline_file: Path | None, compare_base: bool
     """Return the answer files to score, this run's last, as {the label to show: path}."""
     if compare_base:
         return {"base": name_base_file(output_file), "adapter": output_file}
-    files = [baseline_file, output_file] if baseline_file else [output_file]
+    files = [path for path in (baseline_file, output_file) if path]
     labels = [path.stem for path in files]
     if len(set(labels)) < len(labels):
         labels = [f"{path.absolute().parent.name}/{path.stem}" for path in files]
@@ -2007,6 +1978,31 @@ def list_failures(path: Path, failures: list[dict]) -> None:
         )
 
 
+def evaluate(
+    args, queries: list[dict], notes: dict, sections: list[str], prepared: tuple, failures: list[dict]
+) -> None:
+    """Score the answers, beside the base's or an earlier run's if asked, and report. `prepared` is of prepare_captions."""
+    judge_text, spacy_model = prepared
+    image_of = {query["id"]: query["image"] for query in queries}
+    sides = []
+    for label, path in name_files(args.output_file, args.baseline_file, args.compare_base).items():
+        rows = read_answers(path, notes)
+        sides.append(Answers(path, label, rows, *count_answers(rows, notes, judge_text)))
+    known = all(side.ids() <= image_of.keys() for side in sides)
+    scores = {
+        **sides[-1].score(notes, sections, image_of),
+        "query_file": args.query_file and args.query_file.name,
+        "asked": {task: len(part) for task, part in group_by_task(notes, list(notes.values()), sections).items()},
+        "spacy_model": spacy_model,
+        "nouns": args.nouns,
+        "resampled_by": "picture" if known else "question, as --query_file does not name the pictures",
+        "failures": failures,
+    }
+    if len(sides) > 1:
+        scores["comparison"] = compare(*sides, notes, sections, image_of)
+    report(args, scores, pick_captions(sides, image_of))
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     queries, notes = read_queries(args.query_file) if args.query_file else ([], None)
@@ -2015,42 +2011,25 @@ def main(argv: list[str] | None = None) -> None:
     sections = ["pope"] if notes else SECTIONS[args.evaluation_type]
     if notes is None and not (args.skip_evaluation and args.evaluation_type == "a"):
         notes = read_annotations(args)
-    judge_text, spacy_model = None, None
+    prepared = (None, None)
     if MAIN_PROCESS and not args.skip_evaluation:  # what is missing shows before anything is answered
-        judge_text, spacy_model = (None, None) if sections == ["pope"] else prepare_captions(args, notes)
+        if sections != ["pope"]:
+            prepared = prepare_captions(args, notes)
         if args.baseline_file:
             read_answers(args.baseline_file, notes)
     failures_file = args.output_file.with_name(f"{args.output_file.stem}_failures.json")
-    nothing = False
+    answered = True
     if args.skip_inference:
         failures = read_json(failures_file, "the failures file") if failures_file.exists() else []
     else:
         selected = select_queries(queries, notes, sections, args.limit)
         failures = answer_benchmark(args, queries, selected)
-        nothing = len(failures) == len(selected)
+        answered = len(failures) < len(selected)
     if not MAIN_PROCESS:
         return
     list_failures(failures_file, failures)
-    if not args.skip_evaluation and not nothing:
-        image_of = {query["id"]: query["image"] for query in queries}
-        files = name_files(args.output_file, args.baseline_file, args.compare_base)
-        sides = []
-        for label, path in files.items():
-            rows = read_answers(path, notes)
-            sides.append(Answers(path, label, rows, *count_answers(rows, notes, judge_text)))
-        known = all(side.ids() <= image_of.keys() for side in sides)
-        scores = {
-            **sides[-1].score(notes, sections, image_of),
-            "query_file": args.query_file and args.query_file.name,
-            "asked": {task: len(part) for task, part in group_by_task(notes, list(notes.values()), sections).items()},
-            "spacy_model": spacy_model,
-            "nouns": args.nouns,
-            "resampled_by": "picture" if known else "question, as --query_file does not name the pictures",
-            "failures": failures,
-        }
-        if len(sides) > 1:
-            scores["comparison"] = compare(*sides, notes, sections, image_of)
-        report(args, scores, pick_captions(sides, image_of))
+    if answered and not args.skip_evaluation:
+        evaluate(args, queries, notes, sections, prepared, failures)
     if failures:
         raise SystemExit(3)
 

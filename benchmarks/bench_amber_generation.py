@@ -41,6 +41,7 @@ def main(argv=None):
     from llava_orpo_training import generate_answers
 
     model, processor = amber.load_llava(args.model_path)
+    context = model.config.text_config.max_position_embeddings
     queries = json.loads(args.query_file.read_text())
     wanted = set(list(dict.fromkeys(query["image"] for query in queries))[: args.limit])
     queries = [query for query in queries if query["image"] in wanted]
@@ -58,7 +59,7 @@ def main(argv=None):
     started = time.perf_counter()
     shared = {}
     for group in tqdm(amber.group_queries(queries, args.batch_size), desc="one prefill a picture", mininterval=5):
-        good, images, pixels, _ = amber.open_group(group, args.image_dir, processor)
+        good, images, pixels, _ = amber.open_group(group, args.image_dir, processor, context)
         questions = [[query["query"] for query in picture["queries"]] for picture in good]
         for picture, question, text, _ in amber.answer_questions(
             model, processor, images, pixels, questions, args.max_new_tokens
