@@ -162,7 +162,6 @@ import inspect
 import io
 import json
 import logging
-import math
 import random
 import re
 import warnings
@@ -852,37 +851,30 @@ def ask_folder(image_dir: Path, questions_file: Path | None) -> list[dict]:
 
 
 def weigh_objects(objects: list[list[str]], confirmed: dict[str, float]) -> dict[str, float]:
-    """Return {object: how likely it is in the picture} from two witnesses, whose log-odds are added: `confirmed`, which is
+    """Return {object: how likely it is in the picture} from two witnesses, whose odds are multiplied: `confirmed`, which is
     the probability of the model's Yes when it is asked, and the share of the candidates that name the object (`objects`
-    has each one's). On drawn scenes of the miniature each witness alone is wrong about 14 to 18 % of the objects, and the
-    sum about 10 %."""
-
-    def log_odds(chance: float) -> float:
-        chance = min(max(chance, 1e-4), 1 - 1e-4)
-        return math.log(chance / (1 - chance))
-
-    named = Counter(word for part in objects for word in set(part))
-    sums = {
-        word: log_odds(confirmed[word]) + log_odds((number + 0.5) / (len(objects) + 1))
-        for word, number in sorted(named.items())
-    }
-    return {word: 1 / (1 + math.exp(-value)) for word, value in sums.items()}
+    has each one's). benchmarks/README.md has the errors of each and of both."""
+    counts = Counter(word for named in objects for word in set(named))
+    belief = {}
+    for word in sorted(counts):
+        share = (counts[word] + 0.5) / (len(objects) + 1)
+        for_it, against = confirmed[word] * share, (1 - confirmed[word]) * (1 - share)
+        belief[word] = for_it / (for_it + against)
+    return belief
 
 
 def make_pair(texts: list[str], find: Callable, confirmed: dict[str, float]) -> dict | None:
     """Return the two candidates that differ most in what they are worth, with what was found out about their objects; None
     if they do not differ by one object.
 
-    Each object that a candidate names counts once, for or against it by how likely it is there. Of two such pairs, that
-    one is taken whose candidates name equally many, because from shorter chosen answers the model learns to say less.
+    Each object that a candidate names counts once, for or against it by how likely it is there. A pair whose candidates
+    name equally many is preferred, because from shorter chosen answers the model learns to say less.
     """
     found = [find(text) for text in texts]
     objects = [[word for _, word in nouns] for nouns in found]
     belief = weigh_objects(objects, confirmed)
-    worth = [
-        sum(chance - DENIED_COSTS * (1 - chance) for word, chance in belief.items() if word in named)
-        for named in objects
-    ]
+    value = {word: chance - DENIED_COSTS * (1 - chance) for word, chance in belief.items()}
+    worth = [sum(value[word] for word in sorted(set(named))) for named in objects]
 
     def compare(pair: tuple[int, int]) -> float:
         best, worst = pair
@@ -891,20 +883,12 @@ def make_pair(texts: list[str], find: Callable, confirmed: dict[str, float]) -> 
     best, worst = max(permutations(range(len(texts)), 2), key=compare)
     if worth[best] - worth[worst] < 1:
         return None
-    counts = Counter(word for named in objects for word in set(named))
     sides = {"chosen": best, "rejected": worst}
-    return {
-        **{side: texts[number] for side, number in sides.items()},
-        "candidates": len(texts),
-        "worth": {side: worth[number] for side, number in sides.items()},
-        "objects": {
-            word: {"yes": confirmed[word], "named_by": counts[word], "belief": chance}
-            for word, chance in belief.items()
-        },
-        "doubted": {
-            side: [written for written, word in found[number] if belief[word] <= 0.5] for side, number in sides.items()
-        },
-    }
+    counts = Counter(word for named in objects for word in set(named))
+    checks = {word: {"yes": confirmed[word], "named_by": counts[word], "belief": belief[word]} for word in belief}
+    doubted = {side: [written for written, word in found[n] if belief[word] <= 0.5] for side, n in sides.items()}
+    details = {"candidates": len(texts), "worth": {side: worth[n] for side, n in sides.items()}, "objects": checks}
+    return {"chosen": texts[best], "rejected": texts[worst], **details, "doubted": doubted}
 
 
 def pair_answers(
@@ -928,44 +912,42 @@ def write_pairs(output_file: Path, queries: list[dict], answers: dict[int, dict]
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    names = (
-        "ds_name",
-        "question",
-        "chosen",
-        "rejected",
-        "origin_dataset",
-        "origin_split",
-        "idx",
-        "image_path",
-        "checks",
-    )
+    names = "ds_name question chosen rejected origin_dataset origin_split idx image_path checks".split()
     columns = {name: datasets.Value("string") for name in names} | {"image": datasets.Image()}
     schema = datasets.Features(columns).arrow_schema
     made = [(query, pair) for query in queries if (pair := answers.get(query["id"], {}).get("response"))]
+
+    def make_row(query: dict, pair: dict) -> dict:
+        return {
+            "ds_name": "own answers",
+            "image": {"bytes": find_picture(image_dir, query["image"]).read_bytes(), "path": query["image"]},
+            "question": query["query"],
+            "chosen": pair["chosen"],
+            "rejected": pair["rejected"],
+            "origin_dataset": image_dir.absolute().name,
+            "origin_split": json.dumps({"type": "self_alignment"}),
+            "idx": str(query["id"]),
+            "image_path": query["image"],
+            "checks": json.dumps({name: pair[name] for name in ("candidates", "worth", "objects")}),
+        }
+
     partial_file = output_file.with_name(f"{output_file.name}.{os.getpid()}.partial")
     with parquet.ParquetWriter(partial_file, schema) as writer:
-        for query, pair in made:
-            row = {
-                "ds_name": "own answers", "question": query["query"], "chosen": pair["chosen"], "rejected": pair["rejected"],
-                "origin_dataset": image_dir.name, "origin_split": json.dumps({"type": "self_alignment"}),
-                "idx": str(query["id"]), "image_path": query["image"],
-                "image": {"bytes": find_picture(image_dir, query["image"]).read_bytes(), "path": query["image"]},
-                "checks": json.dumps({name: pair[name] for name in ("candidates", "worth", "objects")}),
-            }  # fmt: skip
-            writer.write_table(pa.Table.from_pylist([row], schema=schema))
+        for start in range(0, len(made), 100):  # pictures are in memory a hundred at a time
+            rows = [make_row(query, pair) for query, pair in made[start : start + 100]]
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
     os.replace(partial_file, output_file)
-    sides = ("chosen", "rejected")
     shown = [
-        {"image": query["image"], "captions": [(side, pair[side], pair["doubted"][side]) for side in sides]}
+        {
+            "image": query["image"],
+            "captions": [(side, pair[side], doubted) for side, doubted in pair["doubted"].items()],
+        }
         for query, pair in made
     ]
     page = output_file.with_suffix(".html")
-    note = "Objects that the model's own answers make unlikely are marked."
-    write_gallery(shown, image_dir, page, note=note)
+    write_gallery(shown, image_dir, page, "Objects that the model's own answers make unlikely are marked.")
     asked = sum(query["id"] in answers for query in queries)
-    console.print(
-        f"{len(made):,} pairs of {asked:,} questions in {escape(str(output_file))}; look at {escape(str(page))}"
-    )
+    console.print(f"{len(made):,} pairs of {asked:,} questions in {output_file}; look at {page}", markup=False)
 
 
 # ---------------------------------------------------------------------------- answering a benchmark
