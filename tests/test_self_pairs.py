@@ -3,12 +3,14 @@
 import io
 import json
 import math
+import sys
 from itertools import permutations
 
+import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 import torch
-from conftest import MINIATURE
+from conftest import MINIATURE, ROOT
 from PIL import Image
 
 import llava_amber_validation_benchmark_with_lora as amber
@@ -146,3 +148,16 @@ def test_training_goes_on_from_an_adapter_with_the_pairs(made, tmp_path):
     moved = [(after[name] - before[name]).abs().max().item() for name in before]
     assert before.keys() == after.keys() and 0 < max(moved) < 0.1  # it moved from there, and not far
     assert not (tmp_path / "round2" / "dropped_rows.jsonl").read_text()
+
+
+def test_the_benchmark_counts_the_errors_of_the_check_by_what_was_drawn(tmp_path):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import bench_self_alignment
+
+    there = sorted(scenes.sample_scene(7_000_000).names())
+    absent = sorted(set(scenes.CLASSES) - set(there))
+    belief = {there[0]: 0.9, there[1]: 0.2, absent[0]: 0.7, absent[1]: 0.1, absent[2]: 0.4}
+    checks = json.dumps({"objects": {word: {"belief": chance} for word, chance in belief.items()}})
+    parquet.write_table(pa.table({"image_path": ["7000000.png"], "checks": [checks]}), tmp_path / "pairs.parquet")
+    found = bench_self_alignment.judge_pairs(tmp_path / "pairs.parquet")
+    assert found == {"pairs": 1, "check_wrong": 40, "check_precision": 50, "check_recall": 50}
