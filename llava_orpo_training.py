@@ -1248,5 +1248,6 @@ if __name__ == "__main__":
         # torch notices that a worker is gone, or reading from the worker breaks off before that
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
             raise
+        print(file=sys.stderr)  # torch may notice it while the progress bar is being closed, before its line has ended
         advice = "use fewer --num_workers, or more shared memory (--shm-size 8g in a container), and --resume"
         stop(f"a process that decodes pictures was killed for lack of memory; {advice}.")

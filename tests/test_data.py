@@ -5,11 +5,9 @@ import json
 import re
 import subprocess
 import sys
-import time
 
 import datasets
 import numpy as np
-import psutil
 import pyarrow as pa
 import pytest
 from conftest import MINIATURE, ROOT
@@ -271,31 +269,3 @@ def test_collating_pads_prompts_left_and_responses_right(tmp_path, processor):
             labels = batch[f"{name}_labels"][i].tolist()
             assert labels == one[name] + [-100] * (len(labels) - len(one[name]))
     assert batch["pixel_values"].shape == (2, 5, 3, 56, 56)
-
-
-def test_as_many_rows_as_rlaif_v_start_soon_and_hold_a_flat_memory(tmp_path, processor):
-    """83,132 rows are checked within half a minute, and going through pairs does not keep their pictures.
-
-    The pictures are files (230 kB each, about 20 GB if all were decoded and kept), so that the test stays small.
-    """
-    pictures = [picture((320, 240), seed) for seed in range(8)]
-    table = {name: [value] * 83_132 for name, value in row().items() if name != "image"}
-    table["chosen"] = [f"The image shows {i} red balls." for i in range(83_132)]
-    paths = []
-    for i, content in enumerate(pictures):
-        (tmp_path / f"{i}.png").write_bytes(content)
-        paths.append({"bytes": None, "path": f"{i}.png"})
-    table["image"] = [paths[i % 8] for i in range(83_132)]
-    datasets.Dataset.from_dict(table).to_parquet(tmp_path / "pairs.parquet")
-    args = training.parse_args(["--dataset", str(tmp_path / "pairs.parquet"), "--output_dir", str(tmp_path)])
-    start = time.perf_counter()
-    train, held_out = training.make_pairs(args, training.load_rows(args.dataset), processor)
-    assert time.perf_counter() - start < 30
-    assert len(train) == 83_132 - 10_392 and len(held_out) == 300  # of the eighth picture's, those that are evaluated
-    process = psutil.Process()
-    for i in range(200):
-        train[i]
-    before = process.memory_info().rss
-    for i in range(200, 1000):
-        train[i]
-    assert process.memory_info().rss - before < 50e6

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 
-import datasets
 import pytest
 from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -17,7 +16,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin, patch_environment
 from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import MINIATURE, ROOT
 from safetensors.torch import load_file
-from test_training import losses
+from test_training import losses, read_pairs
 from torch.distributed.run import get_args_parser
 
 import llava_amber_validation_benchmark_with_lora as amber
@@ -25,17 +24,8 @@ import llava_orpo_training as training
 
 CONFIGS = ROOT / "accelerate_configs"
 KINDS = {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}
-FLAGS = [
-    "--model_path",
-    str(MINIATURE / "model"),
-    "--report_to",
-    "none",
-    "--batch_size",
-    "4",
-    "--learning_rate",
-    "1e-3",
-]
-FLAGS += ["--num_workers", "0", "--save_steps", "2"]
+FLAGS = ["--model_path", str(MINIATURE / "model"), *"--report_to none --batch_size 4 --learning_rate 1e-3".split()]
+FLAGS += "--num_workers 0 --save_steps 2".split()
 
 
 def commands() -> list[str]:
@@ -57,10 +47,7 @@ def environment(args) -> dict[str, str]:
 def pairs(folder, **sizes):
     folder.mkdir()
     for split, size in sizes.items():
-        file = str(MINIATURE / "preferences" / f"{split}.parquet")
-        datasets.load_dataset("parquet", data_files=file, split="train").select(range(size)).to_parquet(
-            folder / f"{split}.parquet"
-        )
+        read_pairs(MINIATURE / "preferences", split).select(range(size)).to_parquet(folder / f"{split}.parquet")
     return folder
 
 
@@ -92,11 +79,8 @@ def test_the_readmes_commands_parse():
     found = commands()
     for name in KINDS:
         assert any(f"accelerate_configs/{name}.yaml" in command for command in found), name
-    assert (
-        any("amber" in command for command in found)
-        and any("--num_machines 2" in command for command in found)
-        and any("--nnodes" in command for command in found)
-    )
+    for part in ("amber", "--num_machines 2", "--nnodes"):
+        assert any(part in command for command in found), part
     for command in found:
         command = command.replace("…", "--test_mode")
         if command.startswith("torchrun"):

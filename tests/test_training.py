@@ -183,7 +183,8 @@ def test_what_breaks_a_run_off_is_one_sentence(ended_by, code, sentence, tmp_pat
     finally:
         process.kill()
     # a worker that was sending when its reader ended may complain below
-    assert process.returncode == code and sum(line.startswith(f"error: {sentence}") for line in error.splitlines()) == 1
+    assert process.returncode == code, error[-2000:]
+    assert sum(line.startswith(f"error: {sentence}") for line in error.splitlines()) == 1, error[-2000:]
     assert bool(training.last_checkpoint(folder)) == (ended_by == "SIGTERM")
     assert not (folder / "training_summary.json").exists()
 
