@@ -30,7 +30,7 @@ def parse_args(argv=None):
     parser.add_argument("--rounds", type=int, default=3, help="rounds of pairs and training (default: 3)")
     parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=STARTS, help="what round 1 starts from")
     parser.add_argument("--weights", type=float, nargs="+", help="what a denied object costs (default: the script's)")
-    parser.add_argument("--pictures", type=int, default=820, help="pictures drawn for a round (default: 820)")
+    parser.add_argument("--pictures", type=int, default=640, help="pictures drawn for a round (default: 640)")
     parser.add_argument("--verify", type=int, default=12, help="candidates for a picture (default: 12)")
     parser.add_argument("--settings", default=SETTINGS, help=f"flags of the training script (default: {SETTINGS})")
     parser.add_argument(
@@ -100,8 +100,9 @@ def align(folder: Path, lora: str | None, seed: int, number: int, args) -> tuple
     return str(folder / "adapter"), judge_pairs(folder / "pairs.parquet")
 
 
-def draw_frontier(rows: list[dict], path: Path) -> None:
-    """Draw CHAIR against Cover, a line for each start and weight, with a point for each round (mean of the seeds)."""
+def draw_frontier(rows: list[dict], before: dict[str, dict], path: Path) -> None:
+    """Draw CHAIR against Cover, a line for each start and weight, with a point for each round (mean of the seeds); `before`
+    has the figures of each start."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -114,17 +115,20 @@ def draw_frontier(rows: list[dict], path: Path) -> None:
         for number in sorted({row["round"] for row in line}):
             part = [row for row in line if row["round"] == number]
             points.append([statistics.mean(row[name] for row in part) for name in ("cover", "chair")])
-        name = f"{'no labels' if start == 'base' else 'on top of the labelled pairs'}, weight {weight:g}"
-        axis.plot(*zip(*points, strict=True), "o-", ms=4, label=name)
-        for number, (x, y) in enumerate(points[1:], 1):
-            axis.annotate(str(number), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
-        axis.plot(*points[0], "s" if start == "base" else "D", color="black", ms=7, zorder=3)
-        axis.annotate(
-            "base" if start == "base" else "labelled pairs", points[0], xytext=(7, -3), textcoords="offset points"
-        )
+        name = "without labels" if start == "base" else "on top of the labelled pairs"
+        axis.plot(*zip(*points, strict=True), "o-", ms=4, label=f"{name}, weight {weight:g}")
+        for number, point in enumerate(points[1:], 1):
+            axis.annotate(f"round {number}", point, xytext=(6, 3), textcoords="offset points", fontsize=8)
+    for start, figures in before.items():
+        point = figures["cover"], figures["chair"]
+        axis.plot(*point, "s", color="black", ms=7, zorder=3)
+        name = "base" if start == "base" else "trained on labelled pairs"
+        axis.annotate(name, point, xytext=(8, -3), textcoords="offset points")
     axis.set(
         xlabel="Cover: objects that are there and are named, %", ylabel="CHAIR: named objects that are not there, %"
     )
+    axis.margins(x=0.25)
+    axis.set_ylim(bottom=0)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +176,7 @@ def main(argv=None):
         )
     Console(width=None if sys.stdout.isatty() else 140).print(table)
     figure = args.figure or args.output_dir / "self_alignment.png"
-    draw_frontier(rows, figure)
+    draw_frontier(rows, before, figure)
     print(f"look at {figure} and, in {args.output_dir}, at the pages pairs.html")
     settings = {name: getattr(args, name) for name in ("settings", "verify", "pictures", "seeds")}
     print(json.dumps({"benchmark": "self_alignment", **settings, "nouns": nouns, "rows": rows}))
