@@ -151,9 +151,7 @@ def main(argv=None):
     import llava_amber_validation_benchmark_with_lora as amber
 
     rows, nouns = [], pick_nouns()
-    before = {
-        start: measure(args.output_dir / start, lora, nouns) for start, lora in STARTS.items() if start in args.starts
-    }
+    before = {start: measure(args.output_dir / start, lora, nouns) for start, lora in STARTS.items()}
     for weight in args.weights or [amber.DENIED_COSTS]:
         amber.DENIED_COSTS = weight
         for start in args.starts:
