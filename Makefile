@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: demo page serve check test mutants real-size quality fix-copies help
+.PHONY: demo page serve check test mutants quality fix-copies help
 PYTHON ?= python3
 BIN := .venv/bin
 VLLM := .venv-vllm/bin
@@ -30,9 +30,6 @@ test: .venv/test.done .venv/browser.done .venv-vllm/done ## everything that cont
 
 mutants: .venv/test.done ## plant the faults of tests/mutations.txt one by one and see that a test notices each
 	$(BIN)/python tests/mutants.py
-
-real-size: .venv/quantize.done .venv-vllm/done ## a random model of the 7B's size through the whole chain (24 GB of memory, 40 GB of disk, an hour)
-	$(BIN)/python benchmarks/real_size.py
 
 quality: .venv/test.done ## format, lint and check the copied blocks
 	$(BIN)/ruff format $(SCRIPTS)

@@ -3,7 +3,7 @@
 Reads   a LLaVA-NeXT checkpoint (--model_path), an adapter (--lora_path), the benchmark's questions and pictures, and for
         AMBER its annotations.
 Writes  the answers (--output_file, in AMBER's format) and beside them the journal to resume from, scores.json, scores.png
-        and, for captions, gallery.html.
+        and, for captions, gallery.html; or, with --write_pairs, preference pairs made of the model's own answers.
 Needs   pip install -r requirements/train.txt -r requirements/eval.txt
         python -m spacy download en_core_web_lg
         python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet
@@ -12,6 +12,7 @@ Needs   pip install -r requirements/train.txt -r requirements/eval.txt
         --query_file AMBER/data/query/query_all.json --image_dir AMBER/image --output_file amber/results.json
     python llava_amber_validation_benchmark_with_lora.py --lora_path checkpoints/llava-orpo-prod --compare_base \\
         --query_file coco_pope_popular.json --image_dir val2014 --output_file pope_popular/results.json
+    python llava_amber_validation_benchmark_with_lora.py --image_dir my_photos --verify 12 --write_pairs pairs.parquet
     python llava_amber_validation_benchmark_with_lora.py --test_mode --nouns vocabulary --output_file outputs/amber/results.json
 """
 
@@ -78,6 +79,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(data, "--skip_inference", "score the answers in --output_file", action="store_true")
     add(data, "--skip_evaluation", "only answer", action="store_true")
 
+    pairs = parser.add_argument_group("pairs")
+    what = (
+        "in place of scoring, write the best and worst of --verify candidates as preference pairs to this parquet file"
+    )
+    add(pairs, "--write_pairs", what, type=Path)
+    turns = "file with one question per line, which take turns over the pictures (default: Describe this image.)"
+    add(pairs, "--questions", turns, type=Path)
+
     scoring = parser.add_argument_group("scoring")
     add(scoring, "--baseline_file", "answers of an earlier run to compare with", type=Path)
     add(scoring, "--spacy_model", "word vectors that decide which words are alike", default="en_core_web_lg")
@@ -88,11 +97,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.test_mode:
         if args.model_path == parser.get_default("model_path"):
             args.model_path = str(MINIATURE / "model")
-        if not (args.query_file or args.annotation_file):
+        if args.write_pairs:
+            args.relation_file = args.relation_file or MINIATURE / "amber" / "relation.json"
+        elif not (args.query_file or args.annotation_file):
             args.query_file = MINIATURE / "amber" / "query" / "query_all.json"
             if args.spacy_model == parser.get_default("spacy_model"):
                 args.similarity_table = args.similarity_table or MINIATURE / "amber" / "similarity.json"
-        args.image_dir = args.image_dir or MINIATURE / "amber" / "image"
+        if not args.write_pairs:
+            args.image_dir = args.image_dir or MINIATURE / "amber" / "image"
+    if args.write_pairs:
+        args.output_file, args.skip_evaluation = args.write_pairs, True
     for wrong, message in find_wrong_flags(args):
         if wrong:
             parser.error(message)
@@ -105,8 +119,19 @@ def find_wrong_flags(args: argparse.Namespace):
     answering, vllm, out = not args.skip_inference, args.backend == "vllm", args.output_file
     processes, rank = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0")
     yield processes == 1 and rank != "0", f"RANK is {rank} without WORLD_SIZE; unset it, or use torchrun"
-    yield answering and not (args.query_file and args.image_dir), "--query_file and --image_dir are needed to answer"
-    yield not (args.query_file or args.annotation_file), "--query_file or --annotation_file is needed to score"
+    if args.write_pairs:
+        words = args.nouns == "nltk" or args.query_file or args.relation_file
+        yield not args.image_dir, "--write_pairs needs the pictures: give --image_dir"
+        yield args.verify == 1, "--write_pairs compares candidates; give --verify 12 too"
+        yield args.compare_base or args.clip_model, "--write_pairs takes neither --compare_base nor --clip_model"
+        yield not words, "--nouns vocabulary needs the words to look up; give --relation_file"
+    else:
+        yield args.questions, "--questions goes with --write_pairs"
+        yield (
+            answering and not (args.query_file and args.image_dir),
+            "--query_file and --image_dir are needed to answer",
+        )
+        yield not (args.query_file or args.annotation_file), "--query_file or --annotation_file is needed to score"
     yield answering and args.image_dir and not args.image_dir.is_dir(), f"--image_dir {args.image_dir} is no folder"
     yield out.is_dir(), f"--output_file {out} is a folder; name a file in it"
     yield out.name == "scores.json", "scores.json is where the scores go; give the answers another name"
@@ -115,8 +140,12 @@ def find_wrong_flags(args: argparse.Namespace):
     partly = args.limit or args.skip_evaluation
     yield not answering and partly, "--skip_inference scores a whole file; leave --limit and --skip_evaluation out"
     yield args.clip_model and args.verify == 1, "--clip_model is what --verify checks with; give --verify 4 too"
-    needless = args.lora_path or args.verify > 1 or args.load_4bit or args.load_8bit
-    yield vllm and needless, "vllm takes merged and quantized checkpoints; other flags need --backend transformers"
+    yield vllm and args.lora_path, "--backend vllm takes no --lora_path; merge the adapter with llava_quantize_vllm.py"
+    own = args.verify > 1 or args.load_4bit or args.load_8bit
+    yield (
+        vllm and own,
+        "--verify, --load_4bit and --load_8bit need --backend transformers; vllm takes quantized checkpoints",
+    )
     yield vllm and processes > 1, "--backend vllm starts its own processes; run it without torchrun"
 
 
@@ -140,6 +169,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial, wraps
+from itertools import permutations
 from typing import NoReturn
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -487,12 +517,10 @@ def embed_picture(image: Image.Image) -> str:
 
 @dataclass
 class Branch:
-    """A question that is being answered: where it stands in the batch, and the tokens of its answer so far."""
+    """A question that is being answered, and the tokens of its answer so far."""
 
     picture: int
-    question: int  # its number among the picture's questions
-    row: int  # in the batch
-    column: int  # of its last token among the row's newest tokens
+    question: int  # its number among the picture's questions, from 1 on
     length: int  # of its prompt
     dice: random.Random
     tokens: list[int] = field(default_factory=list)
@@ -502,16 +530,16 @@ class Batch:
     """Questions about pictures on their way through the model, which sees each picture once.
 
     A picture and its questions are one row, `picture | question 1 | question 2 | …`, in which every question sees the
-    picture, but no other question: what they share has the owner 0, and each question its number from 1 on. Positions are
-    counted as if each question stood alone. `logits` are those of each branch's next token, (branches, vocabulary), and
-    `owners` those of all tokens so far, (rows, length). `pixels` is the image processor's output for the `images`.
+    picture, but no other question: what they share has the owner 0, and each question its number. Positions are counted as
+    if each question stood alone. `logits` are those of each branch's next token, (branches, vocabulary), and `owners` those
+    of all tokens so far, (rows, length). `pixels` is the image processor's output for the `images`.
     """
 
     def __init__(self, model, processor, images: list, pixels, questions: list[list[str]]):
         self.core = core = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.cache, self.owners, self.branches, rows = None, None, [], []
-        pictures = [picture for picture, asked in enumerate(questions) if asked]
-        for picture in pictures:
+        self.cache, self.owners, self.branches, rows = None, None, [], {}
+        self.pictures = [picture for picture, asked in enumerate(questions) if asked]
+        for picture in self.pictures:
             row, seed = [], zlib.crc32(images[picture].tobytes())
             for number, question in enumerate(questions[picture]):
                 prompt = build_prompt(processor, question, images[picture].size)
@@ -519,14 +547,14 @@ class Batch:
                 row = row or [(prompt[place], 0, place) for place in range(shared)]
                 row += [(prompt[place], number + 1, place) for place in range(shared, len(prompt))]
                 dice = random.Random(f"{seed} {number} {question}")
-                self.branches.append(Branch(picture, number, len(rows), len(row) - 1, len(prompt), dice))
-            rows.append(row)
-        shown = pixels["pixel_values"][pictures].to(core.device, core.dtype)
-        self.run(rows, pixel_values=shown, image_sizes=pixels["image_sizes"][pictures].to(core.device))
+                self.branches.append(Branch(picture, number + 1, len(prompt), dice))
+            rows[picture] = row
+        shown = pixels["pixel_values"][self.pictures].to(core.device, core.dtype)
+        self.run(rows, pixel_values=shown, image_sizes=pixels["image_sizes"][self.pictures].to(core.device))
 
-    def run(self, rows: list[list[tuple[int, int, int]]], **inputs) -> None:
-        """Put rows of (token, owner, position) through the model, after what the cache holds of them."""
-        padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1)
+    def run(self, rows: dict[int, list[tuple[int, int, int]]], **inputs) -> None:
+        """Put each picture's row of (token, owner, position) through the model, after what the cache holds of it."""
+        padded = pad_sequence([torch.tensor(row) for row in rows.values()], batch_first=True, padding_value=-1)
         ids, new, places = padded.to(self.core.device).unbind(-1)
         self.owners = new if self.owners is None else torch.cat([self.owners, new], dim=1)
         seen = (self.owners[:, None, :] == 0) | (self.owners[:, None, :] == new[:, :, None])
@@ -534,21 +562,20 @@ class Batch:
         inputs |= {"past_key_values": self.cache, "use_cache": True}
         output = self.core.model(ids.clamp(0), attention_mask=seen, position_ids=places.clamp(0), **inputs)
         self.cache = output.past_key_values
-        ends = torch.tensor([(branch.row, branch.column) for branch in self.branches], device=self.core.device)
-        self.logits = self.core.lm_head(output.last_hidden_state[ends[:, 0], ends[:, 1]])
+        last = {(i, token[1]): (n, k) for n, (i, row) in enumerate(rows.items()) for k, token in enumerate(row)}
+        index = torch.tensor([last[branch.picture, branch.question] for branch in self.branches]).unbind(1)
+        self.logits = self.core.lm_head(output.last_hidden_state[index])
 
     def add_tokens(self) -> None:
-        """Put the last token of every branch through the model. Rows whose questions are all answered leave the batch."""
-        kept = sorted({branch.row for branch in self.branches})
-        if len(kept) < len(self.owners):
-            index = torch.tensor(kept, device=self.core.device)
-            self.cache.batch_select_indices(index)
-            self.owners = self.owners[index]
-        rows: list[list] = [[] for _ in kept]
+        """Put the last token of every branch through the model. Pictures without branches leave the batch."""
+        rows = defaultdict(list)
         for branch in self.branches:
-            branch.row = kept.index(branch.row)
-            branch.column = len(rows[branch.row])
-            rows[branch.row].append((branch.tokens[-1], branch.question + 1, branch.length + len(branch.tokens) - 1))
+            place = branch.length + len(branch.tokens) - 1
+            rows[branch.picture].append((branch.tokens[-1], branch.question, place))
+        if len(rows) < len(self.pictures):
+            kept = torch.tensor([self.pictures.index(picture) for picture in rows], device=self.core.device)
+            self.cache.batch_select_indices(kept)
+            self.owners, self.pictures = self.owners[kept], list(rows)
         self.run(rows)
 
 
@@ -583,7 +610,7 @@ def answer_questions(
             branch.tokens.append(token)
             if token in ends or len(branch.tokens) == max_new_tokens:
                 text = processor.tokenizer.decode(branch.tokens, skip_special_tokens=True).strip()
-                yield branch.picture, branch.question, text, token in ends
+                yield branch.picture, branch.question - 1, text, token in ends
             else:
                 unfinished.append(branch)
         batch.branches = unfinished
@@ -634,7 +661,7 @@ class Clip:
         try:
             kind = AutoConfig.from_pretrained(model_path, trust_remote_code=False).model_type
             if kind != "clip":
-                raise ValueError(f"its model_type is {kind}, not clip")
+                stop(f"--clip_model {model_path} has the model type {kind}, not clip.")
             self.processor = AutoProcessor.from_pretrained(model_path, backend="pil", trust_remote_code=False)
             self.model = CLIPModel.from_pretrained(model_path, use_safetensors=True).to(device).eval()
         except Exception as error:
@@ -677,7 +704,7 @@ def confirm_objects(model, processor, images: list, pixels, words: list[list[str
     chances = batch.logits.float().softmax(-1)
     yes, no = (chances[:, spelled[answer]].sum(-1) for answer in ("yes", "no"))
     for branch, share in zip(batch.branches, (yes / (yes + no).clamp(min=1e-30)).tolist(), strict=True):
-        found[branch.picture][words[branch.picture][branch.question]] = share
+        found[branch.picture][words[branch.picture][branch.question - 1]] = share
     return found
 
 
@@ -711,6 +738,123 @@ def verify_answers(model, processor, images, pixels, questions, max_new_tokens, 
     for (picture, number), answers in texts.items():
         fits = clip.compare(images[picture], [text for text, _ in answers]) if clip else None
         yield picture, number, *answers[choose_candidate(objects[picture, number], confirmed[picture], fits)]
+
+
+# ---------------------------------------------------------------------------- pairs of its own answers (--write_pairs)
+
+PAIR_TEMPERATURE = 0.9  # at which the candidates of a pair are drawn
+DENIED_COSTS = 1.5  # what an object that is not there costs, where one that is there earns 1
+LENGTH_COSTS = 0.15  # what it costs a pair that one of its answers names an object more than the other
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def ask_folder(image_dir: Path, questions_file: Path | None) -> list[dict]:
+    """Return a query for each picture of a folder, as read_queries does; the questions of the file take turns."""
+    questions = ["Describe this image."]
+    if questions_file:
+        lines = questions_file.read_text(encoding="utf-8").splitlines()
+        questions = [line.strip() for line in lines if line.strip()] or stop(f"--questions {questions_file} is empty.")
+    names = sorted(str(path.relative_to(image_dir)) for path in image_dir.rglob("*") if path.suffix.lower() in PICTURES)
+    if not names:
+        stop(f"--image_dir {image_dir} has no pictures ({', '.join(PICTURES)}).")
+    return [{"id": i, "image": name, "query": questions[i % len(questions)]} for i, name in enumerate(names)]
+
+
+def weigh_objects(objects: list[list[str]], confirmed: dict[str, float]) -> dict[str, float]:
+    """Return {object: how likely it is in the picture} from two witnesses, whose odds are multiplied: `confirmed`, which is
+    the probability of the model's Yes when it is asked, and the share of the candidates that name the object (`objects`
+    has each one's). benchmarks/README.md has the errors of each and of both."""
+    counts = Counter(word for named in objects for word in set(named))
+    belief = {}
+    for word in sorted(counts):
+        share = (counts[word] + 0.5) / (len(objects) + 1)
+        for_it, against = confirmed[word] * share, (1 - confirmed[word]) * (1 - share)
+        belief[word] = for_it / (for_it + against)
+    return belief
+
+
+def make_pair(texts: list[str], find: Callable, confirmed: dict[str, float]) -> dict | None:
+    """Return the two candidates that differ most in what they are worth, with what was found out about their objects; None
+    if they do not differ by one object.
+
+    Each object that a candidate names counts once, for or against it by how likely it is there. A pair whose candidates
+    name equally many is preferred, because from shorter chosen answers the model learns to say less.
+    """
+    found = [find(text) for text in texts]
+    objects = [[word for _, word in nouns] for nouns in found]
+    belief = weigh_objects(objects, confirmed)
+    value = {word: chance - DENIED_COSTS * (1 - chance) for word, chance in belief.items()}
+    worth = [sum(value[word] for word in sorted(set(named))) for named in objects]
+
+    def compare(pair: tuple[int, int]) -> float:
+        best, worst = pair
+        return worth[best] - worth[worst] - LENGTH_COSTS * abs(len(objects[best]) - len(objects[worst]))
+
+    best, worst = max(permutations(range(len(texts)), 2), key=compare)
+    if worth[best] - worth[worst] < 1:
+        return None
+    sides = {"chosen": best, "rejected": worst}
+    counts = Counter(word for named in objects for word in set(named))
+    checks = {word: {"yes": confirmed[word], "named_by": counts[word], "belief": belief[word]} for word in belief}
+    doubted = {side: [written for written, word in found[n] if belief[word] <= 0.5] for side, n in sides.items()}
+    details = {"candidates": len(texts), "worth": {side: worth[n] for side, n in sides.items()}, "objects": checks}
+    return {"chosen": texts[best], "rejected": texts[worst], **details, "doubted": doubted}
+
+
+def pair_answers(model, processor, images, pixels, questions, max_new_tokens, *, candidates, find) -> Iterator:
+    """Yield (picture, question, pair, True) for every question about every picture, where answer_questions yields answers;
+    the pair is make_pair's. Candidates that were cut off at `max_new_tokens` are left out."""
+    drawn = draw_candidates(model, processor, images, pixels, questions, candidates, max_new_tokens, PAIR_TEMPERATURE)
+    texts = {key: [text for text, complete in answers if complete] for key, answers in drawn.items()}
+    words = [set() for _ in images]
+    for (picture, _), answers in texts.items():
+        words[picture] |= {word for text in answers for _, word in find(text)}
+    confirmed = confirm_objects(model, processor, images, pixels, [sorted(part) for part in words])
+    for (picture, number), answers in texts.items():
+        yield picture, number, make_pair(answers, find, confirmed[picture]) if len(answers) > 1 else None, True
+
+
+def write_pairs(output_file: Path, queries: list[dict], answers: dict[int, dict], image_dir: Path) -> None:
+    """Write the pairs as parquet in RLAIF-V's columns, with the pictures' bytes and a column of what was asked and answered
+    about each object (JSON), and beside it a page of those that differ most."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    names = "ds_name question chosen rejected origin_dataset origin_split idx image_path checks".split()
+    columns = {name: datasets.Value("string") for name in names} | {"image": datasets.Image()}
+    schema = datasets.Features(columns).arrow_schema
+    made = [(query, pair) for query in queries if (pair := answers.get(query["id"], {}).get("response"))]
+
+    def make_row(query: dict, pair: dict) -> dict:
+        return {
+            "ds_name": "own answers",
+            "image": {"bytes": find_picture(image_dir, query["image"]).read_bytes(), "path": query["image"]},
+            "question": query["query"],
+            "chosen": pair["chosen"],
+            "rejected": pair["rejected"],
+            "origin_dataset": image_dir.absolute().name,
+            "origin_split": json.dumps({"type": "self_alignment"}),
+            "idx": str(query["id"]),
+            "image_path": query["image"],
+            "checks": json.dumps({name: pair[name] for name in ("candidates", "worth", "objects")}),
+        }
+
+    partial_file = output_file.with_name(f"{output_file.name}.{os.getpid()}.partial")
+    with parquet.ParquetWriter(partial_file, schema) as writer:
+        for start in range(0, len(made), 100):  # pictures are in memory a hundred at a time
+            rows = [make_row(query, pair) for query, pair in made[start : start + 100]]
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    os.replace(partial_file, output_file)
+    sides = []
+    for side in ("chosen", "rejected"):
+        rows = [(query["image"], pair[side], pair["doubted"][side]) for query, pair in made]
+        rows = [dict(zip(("image", "response", "wrong"), row, strict=True)) for row in rows]
+        sides.append((side, None, [{"id": number, "kind": "generative", **row} for number, row in enumerate(rows)]))
+    page = output_file.with_suffix(".html")
+    write_gallery(sides, image_dir, page, "Objects that the model's own answers make unlikely are marked.")
+    asked = sum(query["id"] in answers for query in queries)
+    console.print(f"{len(made):,} pairs of {asked:,} questions in {output_file}; look at {page}", markup=False)
 
 
 # ---------------------------------------------------------------------------- answering a benchmark
@@ -748,7 +892,7 @@ def open_group(group: list[list[dict]], image_dir: Path, processor, context: int
                 if length >= context:
                     raise ValueError(f"has a question of {length:,} tokens; the model's context has {context:,}")
                 asked.append(query)
-            except (OSError, ValueError) as error:  # ValueError also at a name that no path can have
+            except (OSError, ValueError) as error:  # a UnicodeError is a ValueError
                 failures.append({"id": query["id"], "image": query["image"], "reason": str(error)})
         if asked:
             good.append(asked)
@@ -829,22 +973,26 @@ def make_answerer(args, processor) -> tuple:
     if args.verify == 1:
         return partial(answer_questions, model, processor, max_new_tokens=args.max_new_tokens), model
     find = find_nouns(args.nouns, read_vocabulary(args) if args.nouns == "vocabulary" else None)
+    if args.write_pairs:
+        answer = partial(pair_answers, model, processor, max_new_tokens=args.max_new_tokens)
+        return partial(answer, candidates=args.verify, find=find), model
     clip = Clip(args.clip_model, model.device) if args.clip_model else None
     answer = partial(verify_answers, model, processor, max_new_tokens=args.max_new_tokens)
     return partial(answer, candidates=args.verify, find=find, clip=clip), model
 
 
-def describe_run(args, processor) -> dict:
+def describe_run(args, queries: list[dict], processor) -> dict:
     """Return the settings on which answers depend, the adapter apart."""
     prompt = json.dumps(build_prompt(processor, "Is it?", (64, 64))).encode()
     names = ("max_new_tokens", "load_4bit", "load_8bit", "backend", "device", "verify", "clip_model")
     return {
         **{name: getattr(args, name) for name in names},
         "nouns": args.nouns if args.verify > 1 else None,
+        "pairs": bool(args.write_pairs),
         "image_dir": os.path.abspath(args.image_dir),
         "model": digest_checkpoint(args.model_path),
         "prompt": hashlib.sha256(prompt).hexdigest()[:16],
-        "queries": hashlib.sha256(args.query_file.read_bytes()).hexdigest()[:16],
+        "queries": hashlib.sha256(json.dumps(queries).encode()).hexdigest()[:16],
     }
 
 
@@ -854,15 +1002,17 @@ def lock_output(output_file: Path):
     lock = FileLock(output_file.with_name(f".{output_file.name}.lock"), blocking=False)
     try:
         with lock:
-            yield
-            Path(lock.lock_file).unlink()
+            try:
+                yield
+            finally:
+                Path(lock.lock_file).unlink()
     except Timeout:
         stop(f"another run is writing {output_file}; wait for it, or name another --output_file.")
 
 
-def write_answers(output_file: Path, queries: list[dict], answers: dict[int, dict]) -> None:
+def write_answers(output_file: Path, every_query: list[dict], answers: dict[int, dict]) -> None:
     """Write the answers in AMBER's format, in the order of the query file."""
-    kept = [answers[query["id"]] for query in queries if query["id"] in answers]
+    kept = [answers[query["id"]] for query in every_query if query["id"] in answers]
     rows = [{"id": row["id"], "response": row["response"]} for row in kept]
     write_whole(output_file, json.dumps(rows, indent=1, ensure_ascii=False))
     cut = sum(not row["complete"] for row in kept)
@@ -880,7 +1030,8 @@ def answer_benchmark(args, every_query: list[dict], queries: list[dict]) -> list
     config, processor, _ = read_checkpoint(args.model_path)
     context = (config or AutoConfig.from_pretrained(args.model_path)).text_config.max_position_embeddings
     open_pictures = partial(open_group, image_dir=args.image_dir, processor=processor, context=context)
-    settings = describe_run(args, processor)
+    settings = describe_run(args, every_query, processor)
+    write = partial(write_pairs, image_dir=args.image_dir) if args.write_pairs else write_answers
     runs = {name_base_file(args.output_file): settings | {"adapter": None}} if args.compare_base else {}
     runs[args.output_file] = settings | {"adapter": digest_checkpoint(args.lora_path) if args.lora_path else None}
     groups, failures, answer = group_queries(queries, args.batch_size), {}, None
@@ -897,7 +1048,7 @@ def answer_benchmark(args, every_query: list[dict], queries: list[dict]) -> list
                     failed = fill_journal(state, output_file, groups, answers, fingerprint, answer, open_pictures)
                 failures |= {failure["id"]: failure for failure in gather_object(failed)}
             if MAIN_PROCESS:
-                write_answers(output_file, every_query, read_journals(output_file, fingerprint))
+                write(output_file, every_query, read_journals(output_file, fingerprint))
     return list(failures.values())
 
 
@@ -942,7 +1093,7 @@ def select_queries(queries: list[dict], notes: dict | None, sections: list[str],
         unknown = [query["id"] for query in queries if query["id"] not in notes]
         if unknown:
             stop(f"--annotation_file has no entry for query {unknown[0]}; it belongs to other queries.")
-        queries = [query for query in queries if kind_of(notes[query["id"]]) in sections]
+        queries = [query for query in queries if KINDS.get(notes[query["id"]]["type"], "relation") in sections]
     if not queries:
         stop("--query_file has no query of this --evaluation_type.")
     images = set(list(dict.fromkeys(query["image"] for query in queries))[:limit])
@@ -951,19 +1102,11 @@ def select_queries(queries: list[dict], notes: dict | None, sections: list[str],
 
 def find_file(args, flag: str, name: str) -> Path:
     """Return the file given by its flag, or the one that AMBER has beside the query file or one folder up."""
-    given, near = getattr(args, flag), (args.query_file or args.annotation_file).absolute().parent
+    given = getattr(args, flag)
+    near = (args.query_file or args.annotation_file or given).absolute().parent
     places = [given] if given else [near / name, near.parent / name]
     path = next((path for path in places if path.is_file()), None)
     return path or stop(f"--{flag} is needed to score: AMBER's {name} is not at {' or '.join(map(str, places))}.")
-
-
-def read_annotations(args) -> dict[int, dict]:
-    """Return AMBER's annotations by the ids of their queries."""
-    path = find_file(args, "annotation_file", "annotations.json")
-    try:
-        return {note["id"]: {key: note[key] for key in ("type", "truth")} | note for note in read_json(path)}
-    except (TypeError, KeyError) as error:
-        stop(f"--annotation_file {path} is not AMBER's annotations.json ({type(error).__name__}: {error}).")
 
 
 def read_vocabulary(args) -> set[str]:
@@ -973,64 +1116,42 @@ def read_vocabulary(args) -> set[str]:
 
 
 def read_answers(path: Path, notes: dict[int, dict]) -> list[dict]:
-    """Return the rows of an answer file in AMBER's format, from here or elsewhere: id and response. A response null to a
-    yes/no question is a wrong answer."""
-    row, rows = None, read_json(path)
-    try:
-        for row in rows:
-            if row["response"] is None and notes[row["id"]]["type"] != "generative":
-                row["response"] = ""
-            good = row["id"] in notes and isinstance(row["response"], str)
-            if not good:
-                raise KeyError
-    except (TypeError, KeyError):
-        rows = []
-    if not rows:
-        stop(f"{path} must list answers as {{id, response}}, with the ids of the annotations; it has {str(row)[:80]}.")
+    """Return the rows of an answer file, {id, response}; to a yes/no question, null is a wrong answer."""
+    rows = read_json(path)
+    for row in rows or [None]:
+        note = notes.get(row["id"]) if isinstance(row, dict) and "id" in row else None
+        if note and note["type"] != "generative" and row.get("response", 0) is None:
+            row["response"] = ""
+        if not note or not isinstance(row.get("response"), str):
+            stop(f"{path} must list answers to the annotated queries as {{id, response}}; it has {str(row)[:80]}.")
     return rows
 
 
 # ---------------------------------------------------------------------------- scoring
 
-SIMILAR = 0.8  # above this, spaCy's similarity makes two words one
 # what one answer adds to the sums that all figures are made of; an AMBER question is positive if No is right, POPE's if Yes
 CAPTION_COUNTS = ["captions", "clean", "named", "hallucinated", "present", "covered", "traps", "fallen"]
 ANSWER_COUNTS = ["asked", "correct", "positive", "said positive", "true positive"]
-KINDS = {
-    "generative": "generative",
-    "discriminative-hallucination": "existence",
-    "discriminative-attribute-state": "state",
-    "discriminative-attribute-number": "number",
-    "discriminative-attribute-action": "action",
-    "pope": "pope",
-}
+QUESTION_KINDS = ["existence", "state", "number", "action", "relation"]
+ATTRIBUTES = ["state", "number", "action"]
+COUNTS = CAPTION_COUNTS + [f"{kind} {count}" for kind in [*QUESTION_KINDS, "pope"] for count in ANSWER_COUNTS]
 # section of yes/no questions -> the kinds of question in it
-SECTION_KINDS = {
-    "discriminative": ["existence", "state", "number", "action", "relation"],
-    "attribute": ["state", "number", "action"],
-    **{kind: [kind] for kind in ("existence", "state", "number", "action", "relation", "pope")},
-}
-COUNTS = CAPTION_COUNTS + [f"{k} {c}" for k in [*SECTION_KINDS["discriminative"], "pope"] for c in ANSWER_COUNTS]
+SECTION_KINDS = {"discriminative": QUESTION_KINDS, "attribute": ATTRIBUTES}
+SECTION_KINDS |= {kind: [kind] for kind in [*QUESTION_KINDS, "pope"]}
+# type of an annotation -> kind of question; other types are relations, as in the official script
+KINDS = {"generative": "generative", "pope": "pope", "discriminative-hallucination": "existence"}
+KINDS |= {f"discriminative-attribute-{kind}": kind for kind in ATTRIBUTES}
 YES_NO = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
-
-
-def kind_of(note: dict) -> str:
-    """Return what an annotation's question is about; unknown types are relations, as in the official script."""
-    return KINDS.get(note["type"], "relation")
-
-
 # WordNet's files of things that a picture can show, and words in them that are about pictures
 THINGS = {f"noun.{name}" for name in ("animal", "artifact", "body", "food", "object", "person", "plant", "substance")}
-NO_OBJECTS = set(
-    "image picture photo photograph scene view background foreground side top bottom line shape object".split()
-)
+NO_OBJECTS = "image picture photo photograph scene view background foreground side top bottom line shape object".split()
 
 
 def find_nouns(kind: str, vocabulary: set[str] | None) -> Callable[[str], list[tuple[str, str]]]:
     """Return a function from a text to its nouns in the vocabulary, in order: (as written, as in the vocabulary).
 
-    `nltk` is AMBER's way: tokens tagged NN*, their WordNet lemma; without a vocabulary, those that WordNet files as things
-    to be seen. `vocabulary` looks words and regular plurals up.
+    `nltk` is AMBER's way: WordNet's lemmas of tokens tagged NN*; without a vocabulary, of things that can be seen.
+    `vocabulary` looks words and regular plurals up.
     """
     if kind == "vocabulary":
         return look_up_nouns(vocabulary)
@@ -1052,8 +1173,6 @@ def find_nouns(kind: str, vocabulary: set[str] | None) -> Callable[[str], list[t
 
         tag_nouns("Two dogs.")
         return tag_nouns
-    except ImportError:
-        stop("--nouns nltk needs NLTK: pip install -r requirements/eval.txt")
     except LookupError:
         data = "punkt_tab averaged_perceptron_tagger_eng wordnet"
         stop(f"--nouns nltk needs NLTK's data: python -m nltk.downloader {data} (or --nouns vocabulary, not official)")
@@ -1070,39 +1189,33 @@ def look_up_nouns(vocabulary: set[str]) -> Callable[[str], list[tuple[str, str]]
     return lambda text: [(word, forms[word]) for word in re.findall(r"\w+(?:-\w+)*", text) if word in forms]
 
 
-def make_similarity_table(spacy_model: str, name: str, vocabulary: list[str]) -> dict:
-    """Return all pairs of the vocabulary that spaCy finds more similar than SIMILAR, from one run of the pipeline a word."""
-    import spacy
-
-    nlp = spacy.load(spacy_model)
-    if not nlp.vocab.vectors.n_keys:
-        console.print(f"{name} has no word vectors; its similarities are not those that AMBER means")
-    words = [nlp(word) for word in vocabulary]
-    with warnings.catch_warnings(action="ignore"):  # words without a vector are similar to none
-        pairs = [(a.text, b.text, a.similarity(b)) for i, a in enumerate(words) for b in words[i + 1 :]]
-    similar = [[a, b, round(value, 4)] for a, b, value in pairs if value > SIMILAR]
-    return {"spacy_model": name, "threshold": SIMILAR, "words": vocabulary, "similar": similar}
-
-
 def load_similarity(path: Path | None, spacy_model: str, vocabulary: set[str]) -> tuple[dict[str, set[str]], str]:
     """Return {word: the words it counts as, itself included} and the name of the spaCy model that says so. The table is read
     from `path`, or made there if there is none; without a path, it is kept in the user's cache."""
+    words = sorted(vocabulary)
     if not (path and path.exists()):
-        folder = Path(spacy_model)
+        meta = Path(spacy_model, "meta.json")
         try:
-            meta = folder / "meta.json"
-            local = meta.exists()
-            version = json.loads(meta.read_bytes())["version"] if local else importlib.metadata.version(spacy_model)
-        except (ValueError, importlib.metadata.PackageNotFoundError):
-            stop(f"--spacy_model {spacy_model} is not installed: python -m spacy download {spacy_model} "
-                 "(or give a table of word similarities as --similarity_table)")  # fmt: skip
-        name = f"{folder.resolve().name}-{version}"
-        key = json.dumps([str(folder.resolve()) if local else name, version, sorted(vocabulary)])
+            local = meta.exists() and json.loads(meta.read_bytes())
+            version = local["version"] if local else importlib.metadata.version(spacy_model)
+        except importlib.metadata.PackageNotFoundError:
+            stop(f"--spacy_model {spacy_model} is not installed: python -m spacy download {spacy_model}")
+        name = f"{meta.parent.resolve().name}-{version}"
+        key = str([name, local and meta.resolve(), words])
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_amber"
         path = path or cache / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    if not path.exists():
+    if not path.exists():  # AMBER's words are alike above a similarity of 0.8
+        import spacy
+
+        nlp = spacy.load(spacy_model)
+        if not nlp.vocab.vectors.n_keys:
+            console.print(f"{name} has no word vectors; its similarities are not those that AMBER means")
+        run = [nlp(word) for word in words]
+        with warnings.catch_warnings(action="ignore"):  # words without a vector are similar to none
+            pairs = [(a.text, b.text, a.similarity(b)) for i, a in enumerate(run) for b in run[i + 1 :]]
+        similar = [[a, b, round(value, 4)] for a, b, value in pairs if value > 0.8]
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(make_similarity_table(spacy_model, name, sorted(vocabulary))))
+        write_whole(path, json.dumps({"spacy_model": name, "threshold": 0.8, "words": words, "similar": similar}))
         console.print(f"word similarities of {name} are in {path}")
     table = read_json(path)
     if not (isinstance(table, dict) and vocabulary <= set(table.get("words", []))):
@@ -1115,22 +1228,18 @@ def load_similarity(path: Path | None, spacy_model: str, vocabulary: set[str]) -
 
 
 def judge_caption(nouns: list[tuple[str, str]], note: dict, relation: dict, safe_words: set[str], alike: dict) -> tuple:
-    """Score a caption's nouns, as find_nouns gives them, by AMBER's rules; return its CAPTION_COUNTS and the nouns that are
-    hallucinated, as written.
+    """Score a caption's nouns by AMBER's rules; return its CAPTION_COUNTS and the hallucinated nouns as written.
 
-    A slot is an entry of the annotation's truth (what is there) or hallu (what people would imagine). A word that is
-    associated with an entry stands for it. Association words come before the entries themselves, and the first match in
-    that order gets the credit, as in AMBER's inference.py.
+    A slot is an entry of the annotation's truth (what is there) or hallu (what people would imagine). A word associated with
+    an entry stands for it. The first match gets the credit, associations before entries, as in AMBER's inference.py.
     """
 
-    def candidates(words: list[str]) -> list[tuple[str, int]]:
-        associated = [(other, slot) for slot, word in enumerate(words) for other in relation[word]]
-        return associated + [(word, slot) for slot, word in enumerate(words)]
+    def first_slot(entries: list[str], wanted: set[str]) -> int | None:
+        slots = [slot for slot, word in enumerate(entries) if not wanted.isdisjoint(relation[word])]
+        slots += [slot for slot, word in enumerate(entries) if word in wanted]
+        return slots[0] if slots else None
 
-    def first_slot(listed: list[tuple[str, int]], wanted: set[str]) -> int | None:
-        return next((slot for word, slot in listed if word in wanted), None)
-
-    truth, hallu = candidates(note["truth"]), candidates(note["hallu"])
+    truth, hallu = note["truth"], note["hallu"]
     covered, fallen, hallucinated = set(), set(), []
     for written, noun in nouns:
         if noun in safe_words:
@@ -1143,17 +1252,13 @@ def judge_caption(nouns: list[tuple[str, str]], note: dict, relation: dict, safe
             hallucinated.append(written)
         else:
             covered.add(slot)
-    counts = [1, not hallucinated, len(nouns), len(hallucinated)]
-    counts += [len(note["truth"]), len(covered), len(note["hallu"]), len(fallen - {None})]
-    return counts, hallucinated
+    counts = [1, not hallucinated, len(nouns), len(hallucinated), len(truth), len(covered)]
+    return [*counts, len(hallu), len(fallen - {None})], hallucinated
 
 
 def judge_answer(response: str, truth: str, pope: bool) -> list[int]:
-    """Return the ANSWER_COUNTS of a yes/no answer.
-
-    For AMBER, only `Yes` and `No`, to the letter, are answers. For POPE's evaluate.py, an answer means no if `No`, `not` or
-    `no` is a word of the text before the first full stop, and otherwise yes.
-    """
+    """Return the ANSWER_COUNTS of a yes/no answer. For AMBER, only `Yes` and `No`, to the letter, are answers. For POPE's
+    evaluate.py, `No`, `not` or `no` among the words before the first full stop means no, and anything else yes."""
     if pope:
         said = "no" if {"No", "not", "no"} & set(response.split(".")[0].replace(",", "").split(" ")) else "yes"
     else:
@@ -1163,38 +1268,29 @@ def judge_answer(response: str, truth: str, pope: bool) -> list[int]:
 
 
 def count_answers(rows: list[dict], notes: dict, image_of: dict, judge_text: Callable | None) -> list[dict]:
-    """Return the rows with task and image, the COUNTS as given (strict) and with yes/no normalised, and for captions, which
-    `judge_text` scores as judge_caption does, the hallucinated words.
-
-    Normalised means that an answer which begins with yes or no, in any case and after any punctuation, is that answer.
-    """
-    counted = []
+    """Return the rows with the kind and picture of the question, the COUNTS of the answer as given (strict) and normalised,
+    and the hallucinated words of captions, which `judge_text` scores. Normalised means that an answer which begins with yes
+    or no, in any case and after any punctuation, is that answer."""
     for row in rows:
-        note, text, wrong = notes[row["id"]], row["response"], []
-        kind = kind_of(note)
-        task = kind if kind in ("generative", "pope") else "discriminative"
-        counts = np.zeros((2, len(COUNTS)), dtype=np.int64)
-        if task == "generative":
-            counts[:, : len(CAPTION_COUNTS)], wrong = judge_text(text, note)
+        note, text = notes[row["id"]], row["response"]
+        kind = KINDS.get(note["type"], "relation")
+        strict, normalised = counts = np.zeros((2, len(COUNTS)), dtype=np.int64)
+        row |= {"kind": kind, "image": image_of.get(row["id"]), "strict": strict, "normalised": normalised}
+        if kind == "generative":
+            counts[:, : len(CAPTION_COUNTS)], row["wrong"] = judge_text(text, note)
         else:
-            begins, first = YES_NO.match(text), COUNTS.index(f"{kind} asked")
-            for line, said in zip(counts, (text, begins[1].capitalize() if begins else text), strict=True):
-                line[first : first + len(ANSWER_COUNTS)] = judge_answer(said, note["truth"], task == "pope")
-        image = image_of.get(row["id"])
-        counted.append(
-            {**row, "task": task, "image": image, "strict": counts[0], "normalised": counts[1], "wrong": wrong}
-        )
-    return counted
+            first, begins = COUNTS.index(f"{kind} asked"), YES_NO.match(text)
+            for line, said in ((strict, text), (normalised, begins[1].capitalize() if begins else text)):
+                line[first : first + len(ANSWER_COUNTS)] = judge_answer(said, note["truth"], kind == "pope")
+    return rows
 
 
 def compute_figures(sums: np.ndarray, official: bool) -> tuple[dict[str, dict], dict]:
-    """Return the figures of AMBER and POPE by section, in percent, and the number of answers of each section, from sums of
-    COUNTS, of shape (COUNTS,) or (COUNTS, draws).
+    """Return the figures of AMBER and POPE by section, in percent, and the number of answers of each section. `sums` are
+    those of COUNTS, of shape (COUNTS,) or (COUNTS, draws).
 
-    AMBER's precision and recall are for the answer No, and its F1 has a small number in its denominator. In its script,
-    which `official` follows, every denominator starts at 0.001, and F1 is computed from figures rounded to one decimal.
-    Otherwise nothing is rounded, and 100 % of few answers does not differ from 100 % of many. POPE's figures are for the
-    answer Yes, and are plain.
+    In AMBER's script, which `official` follows, every denominator starts at 0.001, and F1 is computed from figures rounded
+    to one decimal; otherwise nothing is rounded, and 100 % of few answers does not differ from 100 % of many.
     """
     start = 0.001 if official else 1e-9
     count = dict(zip(COUNTS, sums.tolist() if official else sums, strict=True))
@@ -1203,40 +1299,34 @@ def compute_figures(sums: np.ndarray, official: bool) -> tuple[dict[str, dict], 
         return round(value, digits) if official else value
 
     def percent(part, whole, times=1):
-        return part / (whole + times * start) * 100
+        return shown(part / (whole + times * start) * 100)
 
-    asked = {"generative": count["captions"]}
-    figures = {
-        "generative": {
-            "chair": shown(percent(count["hallucinated"], count["named"])),
-            "cover": shown(percent(count["covered"], count["present"])),
-            "hal": shown(100 - percent(count["clean"], count["captions"])),
-            "cog": shown(percent(count["fallen"], count["traps"])),
-        }
+    figures, asked = {}, {"generative": count["captions"]}
+    figures["generative"] = {
+        "chair": percent(count["hallucinated"], count["named"]),
+        "cover": percent(count["covered"], count["present"]),
+        "hal": shown(100 - count["clean"] / (count["captions"] + start) * 100),
+        "cog": percent(count["fallen"], count["traps"]),
     }
     for section, kinds in SECTION_KINDS.items():
         n, correct, positive, said, true = (sum(count[f"{kind} {name}"] for kind in kinds) for name in ANSWER_COUNTS)
         asked[section] = n
+        shares = {"accuracy": (correct, n), "precision": (true, said), "recall": (true, positive)}
         if section == "pope":
-            plain = {"accuracy": (correct, n), "precision": (true, said), "recall": (true, positive)}
-            plain |= {"f1": (2 * true, said + positive), "yes": (said, n)}
-            found = {name: shown(100 * (part / np.maximum(whole, 1)), 2) for name, (part, whole) in plain.items()}
+            shares |= {"f1": (2 * true, said + positive), "yes": (said, n)}
+            figures[section] = {name: shown(100 * (a / np.maximum(b, 1)), 2) for name, (a, b) in shares.items()}
         else:
-            times = 3 if section == "attribute" else 1  # three denominators
-            small = 0.001 if section == "existence" else 0.0001
-            precision, recall = shown(percent(true, said, times)), shown(percent(true, positive, times))
-            f1 = 2 * (precision / 100) * (recall / 100) / ((precision / 100) + (recall / 100) + small) * 100
-            accuracy = shown(percent(correct, n, times))
-            found = {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": shown(f1)}
-        figures[section] = found
+            times = 3 if section == "attribute" else 1  # the sum of three denominators
+            found = figures[section] = {name: percent(*share, times) for name, share in shares.items()}
+            p, r = found["precision"] / 100, found["recall"] / 100
+            found["f1"] = shown(2 * p * r / (p + r + (0.001 if section == "existence" else 0.0001)) * 100)
     asked["amber"] = np.minimum(asked["generative"], asked["discriminative"])
     figures["amber"] = {"score": (100 - figures["generative"]["chair"] + figures["discriminative"]["f1"]) / 2}
     return figures, asked
 
 
 def sum_by_image(rows: list[dict]) -> np.ndarray:
-    """Return the strict COUNTS of each picture, (pictures, COUNTS), in the order of their names; an answer whose picture is
-    not known stands for itself."""
+    """Return the strict COUNTS of each picture, (pictures, COUNTS); an answer to an unknown picture stands for itself."""
     names, places = np.unique([row["image"] or str(row["id"]) for row in rows], return_inverse=True)
     sums = np.zeros((len(names), len(COUNTS)), dtype=np.int64)
     np.add.at(sums, places, [row["strict"] for row in rows])
@@ -1255,13 +1345,12 @@ def estimate(first: np.ndarray, second: np.ndarray | None, sections: list[str], 
     if {"generative", "discriminative"} <= set(sections):
         sections = [*sections, "amber"]
 
-    def figures(*sides: np.ndarray) -> dict:
-        found = []
-        for computed, asked in (compute_figures(side.T, official=False) for side in sides):
-            # a draw that has no answer of a section says nothing about it
-            found.append({(section, name): np.where(asked[section] > 0, value, np.nan)
-                          for section in sections for name, value in computed[section].items()})  # fmt: skip
-        return {key: value - (found[1][key] if found[1:] else 0) for key, value in found[0].items()}
+    def figures(side: np.ndarray, *other: np.ndarray) -> dict:
+        computed, asked = compute_figures(side.T, official=False)
+        # a draw that has no answer of a section says nothing about it
+        values = {(s, f): np.where(asked[s] > 0, value, np.nan) for s in sections for f, value in computed[s].items()}
+        minus = figures(*other) if other else dict.fromkeys(values, 0)
+        return {key: value - minus[key] for key, value in values.items()}
 
     sides = [first] if second is None else [first, second]
     drawn, swapped = [], []
@@ -1288,14 +1377,12 @@ def estimate(first: np.ndarray, second: np.ndarray | None, sections: list[str], 
 
 def summarize(file: str, rows: list[dict], sections: list[str]) -> dict:
     """Return what scores.json says of a file's answers, as count_answers returns them."""
-    official, plain = (
-        compute_figures(np.sum([row[counts] for row in rows], 0), official=True)[0]
-        for counts in ("strict", "normalised")
-    )
+    sums = [np.sum([row[counts] for row in rows], axis=0) for counts in ("strict", "normalised")]
+    official, plain = (compute_figures(counts, official=True)[0] for counts in sums)
     intervals = estimate(sum_by_image(rows), None, sections)
-    texts: dict = {task: [] for task in (["pope"] if sections == ["pope"] else ["generative", "discriminative"])}
+    texts: dict = {"pope": []} if sections == ["pope"] else {"generative": [], "discriminative": []}
     for row in rows:
-        texts[row["task"]].append(row["response"])
+        texts[row["kind"] if row["kind"] in texts else "discriminative"].append(row["response"])
     closed = [text for task, part in texts.items() if task != "generative" for text in part]
     neither = sum(YES_NO.match(text) is None for text in closed)
     lengths = {task: [len(text.split()) for text in part] for task, part in texts.items() if part}
@@ -1312,8 +1399,7 @@ def summarize(file: str, rows: list[dict], sections: list[str]) -> dict:
 
 
 def compare(sides: list[tuple[str, Path, list[dict]]], sections: list[str]) -> dict:
-    """Return the scores of two answer files, each (label, path, rows), on the queries that both answer, and their
-    differences."""
+    """Return the scores of two files' (label, path, rows) on the queries that both answer, and their differences."""
     (first, base_file, base), (second, this_file, this) = sides
     ids = [{row["id"] for row in rows} for rows in (base, this)]
     if not ids[0] & ids[1]:
@@ -1331,11 +1417,12 @@ def compare(sides: list[tuple[str, Path, list[dict]]], sections: list[str]) -> d
 def prepare_captions(args) -> tuple[Callable, str]:
     """Return a function that scores a caption, (text, annotation), as judge_caption does, and the spaCy model's name."""
     relation = read_json(find_file(args, "relation_file", "relation.json"))
-    safe_words = find_file(args, "safe_words_file", "safe_words.txt").read_text(encoding="utf-8").split("\n")
+    safe_words = find_file(args, "safe_words_file", "safe_words.txt").read_text(encoding="utf-8")
+    safe_words = set(safe_words.split("\n"))
     vocabulary = read_vocabulary(args)
     alike, spacy_model = load_similarity(args.similarity_table, args.spacy_model, vocabulary)
     find = find_nouns(args.nouns, vocabulary)
-    return lambda text, note: judge_caption(find(text), note, relation, set(safe_words), alike), spacy_model
+    return lambda text, note: judge_caption(find(text), note, relation, safe_words, alike), spacy_model
 
 
 # ---------------------------------------------------------------------------- report
@@ -1375,51 +1462,43 @@ def print_scores(scores: dict) -> None:
                 cells.append(f"{sides[-1]['normalised'][section][figure]:.1f}")
             table.add_row(TITLES[figure] if section == "amber" else f"  {TITLES[figure]}", *cells)
     console.print(table)
-    for line in describe_answers(scores, sides[-1]):
-        console.print(line)
-
-
-def describe_answers(scores: dict, this: dict) -> Iterator[str]:
-    """Yield what has to be known beside the figures, a line each."""
-    counts = ", ".join(f"{count:,} of {scores['asked'][name]:,} {name}" for name, count in this["answers"].items())
+    this, left_out = sides[-1], comparison["left_out"] if comparison else 0
+    counts = ", ".join(f"{count:,} of {scores['asked'][task]:,} {task}" for task, count in this["answers"].items())
     lengths = " and ".join(str(words) for words in this["mean_words"].values())
     nouns = f"; nouns: {scores['nouns']}, alike by {scores['spacy_model']}" if scores["spacy_model"] else ""
-    yield f"answers: {counts}, of {lengths} words on average{nouns}"
-    left_out = scores["comparison"]["left_out"] if "comparison" in scores else 0
-    if left_out:
-        yield f"compared are the answers that both files have; {left_out:,} are in one file only"
-    if scores["resampled_by"] != "picture":
-        yield f"intervals are by {scores['resampled_by']}: they are too narrow"
-    empty = [section for section in this["strict"] if section not in this["intervals"]]
-    if empty:
-        yield f"no answers, so no figures: {', '.join(empty)}"
-    if this["neither_yes_nor_no"]:
-        yield f"{this['neither_yes_nor_no']} % of the answers to yes/no questions begin with neither yes nor no"
+    neither, by = this["neither_yes_nor_no"], scores["resampled_by"]
+    remarks = {
+        f"answers: {counts}, of {lengths} words on average{nouns}": True,
+        f"compared are the answers that both files have; {left_out:,} are in one file only": left_out,
+        f"intervals are by {by}: they are too narrow": by != "picture",
+        f"{neither} % of the answers to yes/no questions begin with neither yes nor no": neither,
+    }
+    for remark, holds in remarks.items():
+        if holds:
+            console.print(remark)
 
 
 def draw_scores(scores: dict, path: Path) -> None:
     """Draw the figures of scores.json as bars with 95 % intervals, base above this if there is a baseline."""
     comparison = scores.get("comparison")
-    sides, labels, colours = [scores], [""], ["#1b7837"]
-    if comparison:
-        sides, labels, colours = [comparison["base"], comparison["this"]], comparison["labels"], ["#9aa5b1", "#1b7837"]
-    sections = ["generative", "discriminative", "existence", "attribute", "relation", "pope"]
-    sections = [section for section in sections if section in sides[-1]["intervals"]]
+    sides = [comparison["base"], comparison["this"]] if comparison else [scores]
+    labels = comparison["labels"] if comparison else [""]
+    colours = ["#9aa5b1", "#1b7837"][-len(sides) :]
+    sections = [name for name in sides[-1]["intervals"] if name not in ("state", "number", "action", "amber")]
     keys = [(section, name) for section in sections for name in sides[-1]["strict"][section]]
     places = np.arange(len(keys)) + 0.8 * np.array([sections.index(section) for section, _ in keys])
     height = 0.8 / len(sides)
     figure, axis = plt.subplots(figsize=(8, 1.2 + 0.36 * places[-1]), layout="constrained")
-    for number, (side, label, colour) in enumerate(zip(sides, labels, colours, strict=True)):
+    for number, (side, label) in enumerate(zip(sides, labels, strict=True)):
         values = np.array([side["strict"][section][name] for section, name in keys])
         low, high = (np.array([side["intervals"][s][name][edge] for s, name in keys]) for edge in ("low", "high"))
-        errors = np.maximum([values - low, high - values], 0)
-        rows = places + height * (number - (len(sides) - 1) / 2)
-        axis.barh(rows, values, 0.92 * height, color=colour, label=label, xerr=errors, ecolor="#444444", capsize=2)
-        for row, value, end in zip(rows, values, values + errors[1], strict=True):
-            axis.text(end + 1, row, f"{value:.1f}", va="center", fontsize=7)
+        style = {"color": colours[number], "ecolor": "#444444", "capsize": 2, "label": label}
+        style["xerr"] = np.maximum([values - low, high - values], 0)
+        bars = axis.barh(places + height * (number - (len(sides) - 1) / 2), values, 0.92 * height, **style)
+        axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=7)
     for section in sections:
-        first = places[[section for section, _ in keys].index(section)]
-        axis.text(107, first, section, fontsize=10, fontweight="bold", va="center")
+        first = keys.index(next(key for key in keys if key[0] == section))
+        axis.text(107, places[first], section, fontsize=10, fontweight="bold", va="center")
     axis.set_yticks(places, [TITLES[name] for _, name in keys], fontsize=8)
     axis.set(xlim=(0, 100), ylim=(places[-1] + 0.7, -0.7), xlabel="%; thin lines are 95 % intervals")
     axis.spines[["top", "right"]].set_visible(False)
@@ -1430,15 +1509,14 @@ def draw_scores(scores: dict, path: Path) -> None:
 
 
 GALLERY = jinja2.Template(
-    """<!doctype html><meta charset="utf-8"><title>AMBER captions</title>
+    """<!doctype html><meta charset="utf-8"><title>Captions</title>
 <style>body{font:15px/1.45 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
 section{display:grid;grid-template-columns:15rem 1fr;gap:1.5rem;border-top:1px solid #ddd;padding:1.5rem 0}
 img{width:100%;border-radius:6px}mark{background:#f8c9c4;padding:0 .15em;border-radius:3px}h2{font-size:.9rem;color:#555;
 margin:0 0 .2rem}p{margin:0 0 1rem}@media(max-width:45rem){section{grid-template-columns:1fr}}</style>
-<h1>{{ heading }}</h1><p>Words for things that are not in the picture, by AMBER's annotation, are marked. Colours, numbers and
-repetitions are not judged.</p>
+<h1>{{ heading }}</h1><p>{{ note }} Colours, numbers and repetitions are not judged.</p>
 {% for picture in pictures %}<section><img src="{{ picture.address }}" alt="{{ picture.image }}"><div>
-{% for label, pieces, count in picture.captions %}<h2>{{ label }}: {{ count }} hallucinated</h2><p>
+{% for label, pieces, count in picture.captions %}<h2>{{ label }}: {{ count }} marked</h2><p>
 {% for piece in pieces %}{% if loop.index0 is odd %}<mark>{{ piece }}</mark>{% else %}{{ piece }}{% endif %}{% endfor %}</p>
 {% endfor %}</div></section>
 {% endfor %}""",
@@ -1446,16 +1524,14 @@ repetitions are not judged.</p>
 )
 
 
-def write_gallery(
-    sides: list[tuple[str, Path, list[dict]]], image_dir: Path | None, path: Path, limit: int = 24
-) -> None:
-    """Show the captions whose hallucinations changed most (with one file: that have most), words marked. `sides` are as
-    compare takes them; captions that one of them lacks are not shown."""
-    captions = [{row["id"]: row for row in rows if row["task"] == "generative"} for _, _, rows in sides]
+def write_gallery(sides: list, image_dir: Path | None, path: Path, note: str, limit: int = 24) -> None:
+    """Show the captions whose marked words changed most (with one file: that have most), under a note that says which words
+    are marked."""
+    captions = [{row["id"]: row for row in rows if row["kind"] == "generative"} for _, _, rows in sides]
     shown = [[side[number] for side in captions] for number in captions[0] if number in captions[-1]]
+    both = len(sides) > 1
     if not shown:
         return
-    both = len(sides) > 1
     shown.sort(key=lambda rows: abs(len(rows[0]["wrong"]) - both * len(rows[-1]["wrong"])), reverse=True)
     pictures = []
     for rows in shown[:limit]:
@@ -1468,45 +1544,28 @@ def write_gallery(
             texts.append((label, pieces, len(row["wrong"])))
         pictures.append({"image": image, "address": address, "captions": texts})
     heading = f"The {len(pictures)} captions that {'changed most' if both else 'hallucinate most'}, of {len(shown)}"
-    write_whole(path, GALLERY.render(pictures=pictures, heading=heading))
+    write_whole(path, GALLERY.render(pictures=pictures, heading=heading, note=note))
 
 
-def list_failures(path: Path, failures: list[dict]) -> None:
-    """Write the queries that could not be answered to a file of their own, if there are any."""
-    path.unlink(missing_ok=True)
-    if failures:
-        write_whole(path, json.dumps(failures, indent=1))
-        first = f"{failures[0]['image']} {failures[0]['reason']}"
-        text = f"{len(failures):,} queries could not be answered and are listed in {path}; the first: {first}"
-        console.print(text, markup=False)
-
-
-def evaluate(
-    args, queries: list[dict], notes: dict, sections: list[str], prepared: tuple, failures: list[dict]
-) -> None:
-    """Score the answers, beside the base's or an earlier run's if asked; write scores.json, and the chart and the gallery if
-    there is something to show; print the figures. `prepared` is of prepare_captions."""
+def evaluate(args, queries: list, notes: dict, sections: list[str], prepared: tuple, failures: list[dict]) -> None:
+    """Score the answers, beside the base's or an earlier run's if asked; write scores.json, chart and gallery; print the
+    figures. `prepared` is of prepare_captions."""
     judge_text, spacy_model = prepared
     image_of = {query["id"]: query["image"] for query in queries}
-    files = [path for path in (args.baseline_file, args.output_file) if path]
-    labels = [path.stem for path in files]
-    if args.compare_base:
-        files, labels = [name_base_file(args.output_file), args.output_file], ["base", "adapter"]
-    elif len(set(labels)) < len(labels):
+    baseline = name_base_file(args.output_file) if args.compare_base else args.baseline_file
+    files = [path for path in (baseline, args.output_file) if path]
+    labels = ["base", "adapter"] if args.compare_base else [path.stem for path in files]
+    if len(set(labels)) < len(labels):
         labels = [f"{path.absolute().parent.name}/{path.stem}" for path in files]
-    rows = [count_answers(read_answers(path, notes), notes, image_of, judge_text) for path in files]
-    sides = list(zip(labels, files, rows, strict=True))
-    known = all(row["image"] for part in rows for row in part)
-    kinds = Counter(kind_of(note) for note in notes.values())
-    scores = summarize(args.output_file.name, rows[-1], sections)
-    tasks = {
-        "generative": kinds["generative"],
-        "discriminative": kinds.total() - kinds["generative"],
-        "pope": kinds["pope"],
-    }
+    answers = [count_answers(read_answers(path, notes), notes, image_of, judge_text) for path in files]
+    sides = list(zip(labels, files, answers, strict=True))
+    captions = sum(note["type"] == "generative" for note in notes.values())
+    asked = {"generative": captions, "discriminative": len(notes) - captions, "pope": len(notes)}
+    known = all(row["image"] for rows in answers for row in rows)
+    scores = summarize(args.output_file.name, answers[-1], sections)
     scores |= {
         "query_file": args.query_file and args.query_file.name,
-        "asked": {task: tasks[task] for task in scores["answers"]},
+        "asked": {task: asked[task] for task in scores["answers"]},
         "spacy_model": spacy_model,
         "nouns": args.nouns,
         "resampled_by": "picture" if known else "question, as --query_file does not name the pictures",
@@ -1515,13 +1574,14 @@ def evaluate(
     if len(sides) > 1:
         scores["comparison"] = compare(sides, sections)
     folder = args.output_file.absolute().parent
-    for name in ("scores.png", "gallery.html"):
+    for name in ("scores.png", "gallery.html"):  # of an earlier run
         (folder / name).unlink(missing_ok=True)
     write_whole(folder / "scores.json", json.dumps(scores, indent=1))
     print_scores(scores)
     if scores["intervals"]:
         draw_scores(scores, folder / "scores.png")
-    write_gallery(sides, args.image_dir, folder / "gallery.html")
+    note = "Words for things that are not in the picture, by AMBER's annotation, are marked."
+    write_gallery(sides, args.image_dir, folder / "gallery.html", note)
     written = [name for name in ("scores.json", "scores.png", "gallery.html") if (folder / name).exists()]
     console.print(f"{escape(str(folder))} has {', '.join(written)}")
 
@@ -1529,15 +1589,14 @@ def evaluate(
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     queries, notes = read_queries(args.query_file) if args.query_file else ([], None)
+    if args.write_pairs and not args.query_file:
+        queries = ask_folder(args.image_dir, args.questions)
     sections = ["pope"] if notes else SECTIONS[args.evaluation_type]
     if notes is None and not (args.skip_evaluation and args.evaluation_type == "a"):
-        notes = read_annotations(args)
-    prepared = (None, None)
+        notes = {note["id"]: note for note in read_json(find_file(args, "annotation_file", "annotations.json"))}
     evaluating = MAIN_PROCESS and not args.skip_evaluation
-    if evaluating and sections != ["pope"]:  # what is missing shows before anything is answered
-        prepared = prepare_captions(args)
-    if evaluating and args.baseline_file:
-        read_answers(args.baseline_file, notes)
+    # before anything is answered, so that what is missing shows at once
+    prepared = prepare_captions(args) if evaluating and sections != ["pope"] else (None, None)
     failures_file = args.output_file.with_name(f"{args.output_file.stem}_failures.json")
     if args.skip_inference:
         failures, answered = read_json(failures_file) if failures_file.exists() else [], True
@@ -1547,7 +1606,11 @@ def main(argv: list[str] | None = None) -> None:
         answered = len(failures) < len(selected)
     if not MAIN_PROCESS:
         return
-    list_failures(failures_file, failures)
+    failures_file.unlink(missing_ok=True)
+    if failures:
+        write_whole(failures_file, json.dumps(failures, indent=1))
+        text = f"{len(failures):,} queries could not be answered and are listed in {failures_file}; the first: "
+        console.print(f"{text}{failures[0]['image']} {failures[0]['reason']}", markup=False)
     if evaluating and answered:
         evaluate(args, queries, notes, sections, prepared, failures)
     if failures:

@@ -1,16 +1,15 @@
 """AMBER's scores: every rule by hand, and a second, literal implementation on thousands of random answers."""
 
 import json
-import os
 import random
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import spacy
-from conftest import MINIATURE, ROOT, SHARED
+from conftest import MINIATURE, SHARED
 
 import llava_amber_validation_benchmark_with_lora as amber
 
@@ -200,6 +199,7 @@ def test_random_answers_to_the_miniature(seed, tmp_path, cache):
 
 
 @needs_amber
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_random_answers_to_amber_itself(seed, tmp_path, cache, monkeypatch):
     monkeypatch.setattr("nltk.data.path", [str(NLTK_DATA)])
@@ -222,6 +222,7 @@ def test_random_answers_to_amber_itself(seed, tmp_path, cache, monkeypatch):
     assert scores["spacy_model"].startswith("spacy_en_glove_100d_50k") and scores["nouns"] == "nltk"
 
 
+@pytest.mark.slow
 @needs_amber
 def test_always_no_scores_what_is_published(tmp_path, cache):
     notes = read_lists(AMBER)[0]
@@ -235,16 +236,7 @@ def test_always_no_scores_what_is_published(tmp_path, cache):
 
 # ---------------------------------------------------------------------------- each rule by hand
 
-RELATION = {
-    "cup": ["mug"],
-    "boat": ["ship", "mug"],
-    "ship": [],
-    "car": [],
-    "tree": [],
-    "lamp": [],
-    "bus": [],
-    "star": [],
-}
+RELATION = {"cup": ["mug"], "boat": ["ship", "mug"]} | {word: [] for word in "ship car tree lamp bus star".split()}
 TWINS = [("bus", "car"), ("star", "tree"), ("star", "lamp"), ("mug", "lamp")]
 
 
@@ -254,10 +246,11 @@ def judge(nouns: str, truth: str, hallu: str = "", safe: str = ""):
         alike[first].add(second)
         alike[second].add(first)
     note = {"truth": truth.split(), "hallu": hallu.split()}
-    counts, wrong = amber.judge_caption(nouns.split(), note, RELATION, set(safe.split()), alike)
-    return {name: int(counts[name]) for name in ("named", "hallucinated", "covered", "fallen", "clean")} | {
-        "wrong": wrong
-    }
+    pairs = [(noun, noun) for noun in nouns.split()]
+    counts, wrong = amber.judge_caption(pairs, note, RELATION, set(safe.split()), alike)
+    counts = dict(zip(amber.CAPTION_COUNTS, counts, strict=True))
+    assert counts["hallucinated"] == len(wrong) and counts["clean"] == (not wrong)
+    return {name: counts[name] for name in ("named", "hallucinated", "covered", "fallen")}
 
 
 @pytest.mark.parametrize(
@@ -283,10 +276,8 @@ def judge(nouns: str, truth: str, hallu: str = "", safe: str = ""):
     ],
 )  # fmt: skip
 def test_a_rule(nouns, truth, hallu, safe, named, hallucinated, covered, fallen):
-    found = judge(nouns, truth, hallu, safe)
-    assert found == {"named": named, "hallucinated": hallucinated, "covered": covered, "fallen": fallen,
-                     "clean": hallucinated == 0, "wrong": found["wrong"]}  # fmt: skip
-    assert len(found["wrong"]) == hallucinated
+    expected = {"named": named, "hallucinated": hallucinated, "covered": covered, "fallen": fallen}
+    assert judge(nouns, truth, hallu, safe) == expected
 
 
 def test_which_slot_gets_the_credit():
@@ -299,18 +290,10 @@ def test_which_slot_gets_the_credit():
 def test_figures_by_hand():
     """Seven answers: denominators start at 0.001 (attribute: three times), F1 from rounded figures."""
     sums = dict.fromkeys(amber.COUNTS, 0)
-    sums |= {
-        "captions": 3,
-        "clean": 2,
-        "named": 9,
-        "hallucinated": 2,
-        "present": 12,
-        "covered": 7,
-        "traps": 6,
-        "fallen": 1,
-    }
-    sums |= {"state asked": 1, "state correct": 1, "state no_true": 1, "state no_said": 1, "state no_right": 1}
-    figures = amber.compute_figures(sums, lambda value, digits=1: round(value, digits))
+    sums |= dict(zip(amber.CAPTION_COUNTS, [3, 2, 9, 2, 12, 7, 6, 1], strict=True))
+    sums |= {f"state {name}": 1 for name in amber.ANSWER_COUNTS}
+    figures, asked = amber.compute_figures(np.array(list(sums.values())), official=True)
+    assert asked["generative"] == 3 and asked["attribute"] == asked["amber"] == 1 and asked["relation"] == 0
     assert figures["generative"] == {"chair": 22.2, "cover": 58.3, "hal": 33.4, "cog": 16.7}
     assert figures["state"] == {"accuracy": 99.9, "precision": 99.9, "recall": 99.9, "f1": 99.9}
     assert figures["attribute"] == {"accuracy": 99.7, "precision": 99.7, "recall": 99.7, "f1": 99.7}
@@ -325,9 +308,9 @@ def test_figures_by_hand():
 )  # fmt: skip
 def test_a_yes_or_no(response, truth, strict, normalised):
     notes = {1: {"id": 1, "type": "discriminative-hallucination", "truth": truth}}
-    counts = amber.count_answers([{"id": 1, "response": response}], notes, None)
+    (row,) = amber.count_answers([{"id": 1, "response": response}], notes, {}, None)
     column = amber.COUNTS.index("existence correct")
-    assert (counts[0][0, column], counts[1][0, column]) == (strict, normalised)
+    assert (row["strict"][column], row["normalised"][column]) == (strict, normalised)
 
 
 @pytest.mark.skipif(not NLTK_DATA.is_dir(), reason="NLTK's data are not here")
@@ -341,29 +324,11 @@ def test_nouns_are_tagged_lemmatised_and_case_sensitive(monkeypatch):
 
 
 def test_nouns_by_vocabulary_find_plurals():
-    vocabulary = set(
-        [
-            "bus",
-            "knife",
-            "child",
-            "woman",
-            "berry",
-            "toy",
-            "e-book",
-            "shelf",
-            "glass",
-            "TV",
-            "scarf",
-            "can",
-            "mouse",
-            "giraffe",
-            "reef",
-        ]
-    )
-    find = amber.find_nouns("vocabulary", vocabulary)
+    vocabulary = "bus knife child woman berry toy e-book shelf glass TV scarf can mouse giraffe reef".split()
+    find = amber.find_nouns("vocabulary", set(vocabulary))
     text = "buses knives children women berries toys e-books shelves glasses TVs scarves cans canes mice Bus glass giraffes reefs."
-    assert [lemma for _, lemma in find(text)] == ["bus", "knife", "child", "woman", "berry", "toy", "e-book", "shelf", "glass",
-                                                  "TV", "scarf", "can", "mouse", "glass", "giraffe", "reef"]  # fmt: skip
+    found = [lemma for _, lemma in find(text)]
+    assert found == [*vocabulary[:13], "glass", "giraffe", "reef"]  # neither canes nor Bus
 
 
 # ---------------------------------------------------------------------------- POPE
@@ -432,7 +397,7 @@ def test_the_table_is_spacys_own_and_made_once(tmp_path, cache, monkeypatch):
         score(tmp_path / "c", rows, *flags[:2], "--spacy_model", other, *flags[4:])
 
 
-def test_the_miniatures_table_is_what_its_builder_writes():
+def test_the_miniatures_table_is_what_its_builder_writes(tmp_path):
     sys.path.insert(0, str(MINIATURE))
     import scenes
 
@@ -441,7 +406,8 @@ def test_the_miniatures_table_is_what_its_builder_writes():
     assert table["words"] == read_lists(MINIATURE / "amber")[3]
     glove = SHARED / "spacy_en_glove_100d_50k"
     if glove.is_dir():
-        assert amber.make_similarity_table(str(glove), "", table["words"])["similar"] == table["similar"]
+        amber.load_similarity(tmp_path / "made.json", str(glove), set(table["words"]))
+        assert json.loads((tmp_path / "made.json").read_text())["similar"] == table["similar"]
 
 
 # ---------------------------------------------------------------------------- scores.json, intervals, comparison
@@ -454,26 +420,21 @@ def mini_rows(answer) -> list[dict]:
     return [{"id": number, "response": answer(note)} for number, note in notes.items()]
 
 
+def say_truth(note) -> str:
+    return f"A {note['truth'][0]}" if note["type"] == "generative" else note["truth"].capitalize()
+
+
 def test_layout_and_extras(tmp_path):
     def answer(note):
         return "A bus and a tree." if note["type"] == "generative" else "no." if note["id"] % 10 else "Hm"
 
     scores = score(tmp_path, mini_rows(answer), *MINI)
-    assert list(scores["strict"]) == [
-        "generative",
-        "discriminative",
-        "existence",
-        "attribute",
-        "state",
-        "number",
-        "action",
-        "relation",
-    ]
+    sections = "generative discriminative existence attribute state number action relation"
+    assert list(scores["strict"]) == sections.split()
     assert set(scores["strict"]["generative"]) == {"chair", "cover", "hal", "cog"}
     assert set(scores["strict"]["relation"]) == {"accuracy", "precision", "recall", "f1"}
-    assert (
-        scores["strict"]["discriminative"]["accuracy"] == 0.0 < 40 < scores["normalised"]["discriminative"]["accuracy"]
-    )
+    strict, normalised = (scores[rule]["discriminative"]["accuracy"] for rule in ("strict", "normalised"))
+    assert strict == 0.0 < 40 < normalised
     hm = sum(number % 10 == 0 for number in range(241, 2522))
     assert scores["neither_yes_nor_no"] == round(100 * hm / 2281, 2)
     assert scores["mean_words"] == {"generative": 5.0, "discriminative": 1.0}
@@ -486,29 +447,37 @@ def test_layout_and_extras(tmp_path):
     assert (tmp_path / "scores.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(("kind", "sections"), [("g", {"generative"}), ("de", {"existence"}), ("dr", {"relation"}),
-                                                ("da", {"attribute", "state", "number", "action"})])  # fmt: skip
-def test_evaluation_type_chooses_the_sections(kind, sections, tmp_path):
+@pytest.mark.slow
+def test_evaluation_type_chooses_the_sections(tmp_path):
     rows = mini_rows(lambda note: "No")
-    scores = score(tmp_path, rows, *MINI, "--evaluation_type", kind)
-    everything = score(tmp_path, rows, *MINI)
-    assert set(scores["strict"]) == sections
-    assert scores["strict"] == {name: everything["strict"][name] for name in sections}
+    everything = score(tmp_path, rows, *MINI)["strict"]
+    kinds = {
+        "g": ["generative"],
+        "de": ["existence"],
+        "dr": ["relation"],
+        "da": ["attribute", "state", "number", "action"],
+    }
+    for kind, sections in kinds.items():
+        found = score(tmp_path, rows, *MINI, "--evaluation_type", kind)["strict"]
+        assert found == {name: everything[name] for name in sections}
+
+
+def picture_counts(pictures: int, **columns) -> np.ndarray:
+    """COUNTS of pictures, (pictures, COUNTS), by name; `state_asked` is the column `state asked`."""
+    counts = np.zeros((pictures, len(amber.COUNTS)))
+    for name, values in columns.items():
+        counts[:, amber.COUNTS.index(name.replace("_", " "))] = values
+    return counts
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
     """Of 200 samples of 100 images from a known population, about 95 % of the intervals hold its CHAIR and accuracy."""
     rng = np.random.default_rng(1)
     held = {"chair": 0, "accuracy": 0}
-    place = {name: amber.COUNTS.index(name) for name in amber.COUNTS}
     for _ in range(200):
-        counts = np.zeros((100, len(amber.COUNTS)))
         rate = rng.beta(2, 6, size=100)  # images differ, answers about one image are alike: mean 0.25
-        counts[:, place["captions"]] = 1
-        counts[:, place["named"]] = 8
-        counts[:, place["hallucinated"]] = rng.binomial(8, rate)
-        counts[:, place["state asked"]] = 10
-        counts[:, place["state correct"]] = rng.binomial(10, 1 - rate)
+        wrong, right = rng.binomial(8, rate), rng.binomial(10, 1 - rate)
+        counts = picture_counts(100, captions=1, named=8, hallucinated=wrong, state_asked=10, state_correct=right)
         found = amber.estimate(counts, None, ["generative", "state"], draws=500)
         held["chair"] += found["generative"]["chair"]["low"] <= 25 <= found["generative"]["chair"]["high"]
         held["accuracy"] += found["state"]["accuracy"]["low"] <= 75 <= found["state"]["accuracy"]["high"]
@@ -517,24 +486,20 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 
 def test_p_values_are_uniform_without_a_difference_and_small_with_one():
     rng = np.random.default_rng(2)
-    place = [amber.COUNTS.index(name) for name in ("state asked", "state correct")]
     values = []
     for _ in range(150):
-        first, second = np.zeros((2, 80, len(amber.COUNTS)))
-        for counts in (first, second):
-            counts[:, place[0]], counts[:, place[1]] = 10, rng.binomial(10, 0.7, size=80)
+        right = rng.binomial(10, 0.7, size=(2, 80))
+        first, second = (picture_counts(80, state_asked=10, state_correct=part) for part in right)
         values.append(amber.estimate(first, second, ["state"], draws=500)["state"]["accuracy"]["p_value"])
     assert 0.01 <= np.mean(np.array(values) < 0.05) <= 0.12 and 0.4 < np.mean(values) < 0.65
-    second[:, place[1]] -= 1
+    second = picture_counts(80, state_asked=10, state_correct=right[1] - 1)
     found = amber.estimate(first, second, ["state"])["state"]["accuracy"]
     assert found["p_value"] < 0.01 and found["low"] > 0 and found["low"] <= found["difference"] <= found["high"]
 
 
 def test_comparison_with_a_file_that_has_fewer_answers(tmp_path):
     rows = mini_rows(lambda note: "A tree." if note["type"] == "generative" else "No")
-    better = mini_rows(
-        lambda note: "A " + note["truth"][0] if note["type"] == "generative" else note["truth"].capitalize()
-    )
+    better = mini_rows(say_truth)
     (tmp_path / "earlier.json").write_text(json.dumps(rows[:2000]))
     scores = score(tmp_path, better, *MINI, "--baseline_file", tmp_path / "earlier.json")
     assert scores["answers"]["discriminative"] == 2281
@@ -550,40 +515,31 @@ def test_comparison_with_a_file_that_has_fewer_answers(tmp_path):
     assert page.count("<section>") == 24 and "<mark>tree</mark>" in page and "data:image/png" in page
 
 
+@pytest.mark.slow
 def test_intervals_are_by_picture(tmp_path, cache):
     """Answers that agree within a picture: by question, as without a query file, the interval would be half as wide."""
     queries = json.loads((MINIATURE / "amber" / "query" / "query_all.json").read_text())
     image_of = {query["id"]: query["image"] for query in queries}
     right = {image: number % 2 for number, image in enumerate(dict.fromkeys(image_of.values()))}
     rows = mini_rows(
-        lambda note: note["truth"].capitalize() if note["type"] != "generative" and right[image_of[note["id"]]] else ""
+        lambda note: say_truth(note) if note["type"] != "generative" and right[image_of[note["id"]]] else ""
     )
-    lists = (
-        "--annotation_file",
-        MINIATURE / "amber" / "annotations.json",
-        "--similarity_table",
-        MINIATURE / "amber" / "similarity.json",
-    )
+    folder = MINIATURE / "amber"
+    lists = ("--annotation_file", folder / "annotations.json", "--similarity_table", folder / "similarity.json")
     width = {}
     for name, flags in (("picture", MINI), ("question", ("--nouns", "vocabulary", *lists))):
         scores = score(tmp_path, rows, *flags)
         assert scores["resampled_by"].startswith(name)
         edges = scores["intervals"]["discriminative"]["accuracy"]
         width[name] = edges["high"] - edges["low"]
-    n = len(right)
-    assert (
-        width["picture"] == pytest.approx(2 * 1.96 * 100 * 0.5 / n**0.5, rel=0.1)
-        and width["question"] < width["picture"] / 2
-    )
+    assert width["picture"] == pytest.approx(2 * 1.96 * 100 * 0.5 / len(right) ** 0.5, rel=0.1)
+    assert width["question"] < width["picture"] / 2
 
 
 def test_a_difference_is_drawn_from_the_same_pictures():
     """Two files that differ in the same way on every picture: the difference has no spread, whatever the figures have."""
-    place = [amber.COUNTS.index(name) for name in ("state asked", "state correct")]
-    first, second = np.zeros((2, 60, len(amber.COUNTS)))
-    first[:, place[0]] = second[:, place[0]] = 10
-    second[:, place[1]] = np.arange(60) % 9
-    first[:, place[1]] = second[:, place[1]] + 1
+    right = np.arange(60) % 9
+    first, second = (picture_counts(60, state_asked=10, state_correct=part) for part in (right + 1, right))
     found = amber.estimate(first, second, ["state"])["state"]["accuracy"]
     assert found["low"] == found["high"] == found["difference"] == 10.0
     alone = amber.estimate(first, None, ["state"])["state"]["accuracy"]
@@ -592,9 +548,10 @@ def test_a_difference_is_drawn_from_the_same_pictures():
 
 def test_what_is_not_different_is_not_significant():
     """100 % precision of 3 and of 9 answers a picture, which AMBER's 0.001 makes 99.99 and 99.997."""
-    place = [amber.COUNTS.index(f"existence {name}") for name in amber.ANSWER_COUNTS]
-    first, second = np.zeros((2, 40, len(amber.COUNTS)))
-    first[:, place], second[:, place] = [10, 9, 10, 9, 9], [10, 3, 10, 3, 3]
+    columns = [f"existence_{name.replace(' ', '_')}" for name in amber.ANSWER_COUNTS]
+    first, second = (
+        picture_counts(40, **dict(zip(columns, row, strict=True))) for row in ([10, 9, 10, 9, 9], [10, 3, 10, 3, 3])
+    )
     found = amber.estimate(first, second, ["existence"])["existence"]
     assert found["precision"] == {"difference": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
     assert "-0.0" not in json.dumps(amber.estimate(second, first, ["existence"])["existence"]["precision"])
@@ -604,9 +561,7 @@ def test_what_is_not_different_is_not_significant():
 def test_the_chart_has_a_unit_and_no_label_on_another(tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(amber.plt, "close", kept.append)
-    rows = mini_rows(
-        lambda note: "A " + note["truth"][0] if note["type"] == "generative" else note["truth"].capitalize()
-    )
+    rows = mini_rows(say_truth)
     (tmp_path / "earlier.json").write_text(json.dumps(rows))
     score(tmp_path, rows, *MINI, "--baseline_file", tmp_path / "earlier.json")  # full bars beside full bars
     axis = kept[0].axes[0]
@@ -618,10 +573,8 @@ def test_the_chart_has_a_unit_and_no_label_on_another(tmp_path, monkeypatch):
 
 
 def test_a_rare_section_is_not_drawn_as_nothing():
-    counts = np.zeros((30, len(amber.COUNTS)))
-    counts[:, amber.COUNTS.index("captions")] = 1
-    for name in ("action asked", "action correct"):
-        counts[4, amber.COUNTS.index(name)] = 4
+    rare = np.where(np.arange(30) == 4, 4, 0)
+    counts = picture_counts(30, captions=1, action_asked=rare, action_correct=rare)
     found = amber.estimate(counts, None, ["action"])["action"]["accuracy"]
     assert found["low"] >= 99.9  # not 0, as draws without that picture would have it
 
@@ -637,70 +590,44 @@ def test_a_task_without_answers_has_scores_and_no_chart(kind, answered, tmp_path
 
 
 def test_odd_answers_are_scored(tmp_path):
-    rows = [{"id": 1, "response": "a tree \ud83d and a bus"}, {"id": 241, "response": None}]
+    rows = [{"id": 1, "response": "<script>alert(1)</script> a tree \ud83d and a bus"}, {"id": 241, "response": None}]
     scores = score(tmp_path, rows, *MINI)
-    assert scores["answers"] == {"generative": 1, "discriminative": 1} and (tmp_path / "gallery.html").exists()
+    assert scores["answers"] == {"generative": 1, "discriminative": 1}
+    assert "<script>" not in (tmp_path / "gallery.html").read_text()
 
 
 def test_two_files_of_one_name_have_two_labels(tmp_path):
-    rows = mini_rows(lambda note: "No")
+    rows = mini_rows(lambda note: "No")[:300]
     (tmp_path / "earlier").mkdir()
     (tmp_path / "earlier" / "results.json").write_text(json.dumps(rows))
     scores = score(tmp_path / "now", rows, *MINI, "--baseline_file", tmp_path / "earlier" / "results.json")
     assert scores["comparison"]["labels"] == ["earlier/results", "now/results"]
 
 
-def test_a_table_that_cannot_be_kept_is_used_all_the_same(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    vectors = build_vectors(tmp_path / "vectors", read_lists(MINIATURE / "amber")[3])
-    assert (
-        score(tmp_path / "run", mini_rows(lambda note: "No"), *MINI, "--spacy_model", vectors)["spacy_model"]
-        == "vectors-0.0.0"
-    )
-
-
-def test_html_in_an_answer_is_shown_and_not_run(tmp_path):
-    score(
-        tmp_path,
-        mini_rows(lambda note: "<script>alert(1)</script> tree" if note["type"] == "generative" else "No"),
-        *MINI,
-    )
-    assert "<script>" not in (tmp_path / "gallery.html").read_text()
-
-
 # ---------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
-    [("[", "cannot be read"), ("[]", "nothing"), ('{"id": 1}', "dict"), ('[{"id": 99999, "response": "No"}]', "entry 0"),
-     ('[{"id": 1}]', "entry 0"), ('[{"id": 1, "response": null}]', "entry 0"), ("[3]", "entry 0"),
-     ('[{"id": [1], "response": "x"}]', "entry 0")],
+    "content", ["[", "[]", '{"id": 1}', '[{"id": 99999, "response": "No"}]', '[{"id": 1}]', '[{"id": 1, "response": null}]'],
 )  # fmt: skip
-def test_a_bad_answer_file_is_one_sentence(content, words, tmp_path, capsys):
+def test_a_bad_answer_file_is_one_sentence(content, tmp_path, capsys):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(SystemExit) as stopped:
         amber.main([*MINI, "--skip_inference", "--output_file", str(tmp_path / "results.json")])
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.startswith("error: ") and words in error and error.count("\n") == 1
-    assert not (tmp_path / "scores.json").exists()
+    assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert "results.json" in error and not (tmp_path / "scores.json").exists()
 
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
-    [("relation.json", '{"ball": []}', "lacks"), ("annotations.json", '[{"id": 1, "type": "generative"}]', "entry 0"),
-     ("annotations.json", '[{"id": 1, "type": "relation", "truth": "maybe"}]', "entry 0"),
-     ("safe_words.txt", None, "--safe_words_file"), ("relation.json", None, "--relation_file"),
-     ("annotations.json", None, "--annotation_file"), ("similarity.json", '{"words": []}', "--similarity_table"),
-     ("similarity.json", '{"words": ["a"], "similar": [], "spacy_model": "x", "threshold": 0.8}', "lacks")],
+    [("safe_words.txt", None, "--safe_words_file"), ("relation.json", None, "--relation_file"),
+     ("annotations.json", None, "--annotation_file"),
+     ("similarity.json", '{"words": ["a"], "similar": [], "spacy_model": "x", "threshold": 0.8}', "--similarity_table")],
 )  # fmt: skip
 def test_bad_lists_are_one_sentence(name, content, words, tmp_path, capsys):
-    for file in ("annotations.json", "relation.json", "safe_words.txt", "similarity.json"):
-        (tmp_path / file).write_text((MINIATURE / "amber" / file).read_text())
+    shutil.copytree(MINIATURE / "amber", tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("image"))
     (tmp_path / name).write_text(content) if content else (tmp_path / name).unlink()
-    (tmp_path / "query").mkdir()
-    (tmp_path / "query" / "query_all.json").write_text((MINIATURE / "amber" / "query" / "query_all.json").read_text())
     with pytest.raises(SystemExit) as stopped:
         score(tmp_path / "run", mini_rows(lambda note: "No"), "--nouns", "vocabulary", "--query_file",
               tmp_path / "query" / "query_all.json", "--similarity_table", tmp_path / "similarity.json")  # fmt: skip
@@ -708,16 +635,11 @@ def test_bad_lists_are_one_sentence(name, content, words, tmp_path, capsys):
     assert stopped.value.code == 2 and error.startswith("error: ") and words in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [(("--spacy_model", "xx_not_there"), "python -m spacy download xx_not_there"),
-     (("--similarity_table", str(MINIATURE / "amber" / "similarity.json"), "--nouns", "nltk"), "python -m nltk.downloader")],
-)  # fmt: skip
-def test_missing_language_data_are_one_sentence_with_the_command(flags, words, tmp_path, cache):
-    (tmp_path / "results.json").write_text(json.dumps(mini_rows(lambda note: "No")))
-    command = [sys.executable, str(ROOT / "llava_amber_validation_benchmark_with_lora.py"), "--skip_inference", "--query_file",
-               str(MINIATURE / "amber" / "query" / "query_all.json"), "--output_file", str(tmp_path / "results.json"), *flags]  # fmt: skip
-    # no user's home, no machine's share: NLTK finds nothing
-    hide = "import nltk.data, runpy, sys; nltk.data.path[:] = []; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", hide, *command[1:]], capture_output=True, text=True, env={**os.environ, "NLTK_DATA": ""})  # fmt: skip
-    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+def test_missing_data_of_nltk_are_one_sentence_with_the_command(tmp_path, monkeypatch, capsys):
+    def not_there(*_):
+        raise LookupError
+
+    monkeypatch.setattr("nltk.word_tokenize", not_there)
+    with pytest.raises(SystemExit) as stopped:
+        score(tmp_path, mini_rows(lambda note: "No"), "--test_mode")
+    assert stopped.value.code == 2 and "python -m nltk.downloader punkt_tab" in capsys.readouterr().err

@@ -10,8 +10,9 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 
+@pytest.mark.slow
 def test_orpo_step_compares_equal_log_probabilities():
-    command = [sys.executable, str(ROOT / "benchmarks" / "bench_orpo_step.py"), "--steps", "2"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "bench_orpo_step.py"), "--steps", "1"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
     found = {result["form"]: result for result in json.loads(printed.splitlines()[-1])["results"]}
     assert list(found) == ["trl", "plain", "shared"]
@@ -24,6 +25,7 @@ def test_orpo_step_compares_equal_log_probabilities():
     assert found["shared"]["memory_of_trl"] < 0.7 and 0 < found["shared"]["share_of_matmul"] < 1
 
 
+@pytest.mark.slow
 def test_the_flops_are_those_that_run_and_two_rows_take_three_times_as_many():
     import bench_orpo_step
     from torch.utils.flop_counter import FlopCounterMode
@@ -57,6 +59,7 @@ def test_memory_is_accounted_as_it_is_used():
     assert short - packed == pytest.approx(4 * layers * (1 - (0.5 + 1 / 64 + 1 / 4096) / 4), rel=0.15)
 
 
+@pytest.mark.slow
 def test_amber_generation_is_faster_and_the_same():
     command = [sys.executable, str(ROOT / "benchmarks" / "bench_amber_generation.py"), "--limit", "40"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=400).stdout

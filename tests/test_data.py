@@ -141,6 +141,7 @@ def test_a_set_left_empty_is_one_sentence(tmp_path, processor, capsys):
     assert "has no usable pair (1 x question is empty)" in error
 
 
+@pytest.mark.slow
 def test_pictures_that_all_break_off_are_one_sentence(tmp_path, processor, capsys):
     broken = {"bytes": picture((400, 300), seed=3, kind="JPEG")[:-9000], "path": None}
     pairs = make_pairs([row(image=broken)], tmp_path, processor)

@@ -26,6 +26,8 @@ from PIL import Image
 import llava_gradio_lora_host as host
 from llava_orpo_training import generate_answers
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = ROOT / "llava_gradio_lora_host.py"
 PICTURES = sorted((MINIATURE / "amber" / "image").glob("*.webp"))
 QUESTIONS = ["Describe this image.", "Name everything you can see in this image.", "Is there a cup in this image?"]

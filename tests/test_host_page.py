@@ -10,6 +10,8 @@ from test_host import PICTURES, REFUSED, endless, engine, plain, rest  # noqa: F
 
 import llava_gradio_lora_host as host
 
+pytestmark = pytest.mark.slow
+
 expect.set_options(timeout=30_000)  # both cores may be busy
 SCREENSHOTS = os.environ.get("SCREENSHOTS")  # a folder to keep pictures of the page in
 CAPTION = "Describe this image."

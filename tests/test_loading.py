@@ -415,6 +415,7 @@ def test_a_model_that_is_not_there_is_one_sentence(model_path, tmp_path, capsys)
     assert "--model_path" in refused(capsys, tmp_path / model_path)
 
 
+@pytest.mark.slow
 def test_a_processor_with_code_is_refused_whatever_is_typed(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(MINIATURE / "model", folder)

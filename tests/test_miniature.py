@@ -133,6 +133,7 @@ def test_yes_no_questions_are_answered_better_than_by_chance(llava):
     assert 140 <= right <= 198
 
 
+@pytest.mark.slow
 def test_orpo_cures_the_miniature(tmp_path, capsys):
     """The main claim, on one seed: accuracy to 0.9, CHAIR halved and Hal lowered beyond chance, Cover held."""
     torch.manual_seed(0)

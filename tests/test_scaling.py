@@ -22,6 +22,8 @@ from torch.distributed.run import get_args_parser
 import llava_amber_validation_benchmark_with_lora as amber
 import llava_orpo_training as training
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = ROOT / "accelerate_configs"
 KINDS = {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}
 FLAGS = ["--model_path", str(MINIATURE / "model"), *"--report_to none --batch_size 4 --learning_rate 1e-3".split()]

@@ -104,6 +104,7 @@ def test_compiled_flex_attention_equals_two_rows_on_a_gpu(adapted):
         torch.testing.assert_close(gradient.cpu(), adapted[4][name], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_block_mask_hides_what_the_dense_one_hides(photo_llava):
     """At a real photo's length, where whole blocks of 128 are skipped; compiled, as on a GPU, but without gradients."""
     model, processor = training.load_llava(str(photo_llava), device="cpu")

@@ -81,6 +81,7 @@ class FirstStepReached(Exception):
     """Ends a run after its first optimizer step."""
 
 
+@pytest.mark.slow
 def test_a_set_of_rlaif_vs_size_reaches_its_first_step_soon(tmp_path, one_layer, monkeypatch):
     """With every flag of the training at its default; the evaluation before the first step counts."""
     write_pairs(tmp_path / "pairs.parquet", 83132, (80, 120), 20000, (96, 72))
@@ -105,6 +106,7 @@ def test_a_set_of_rlaif_vs_size_reaches_its_first_step_soon(tmp_path, one_layer,
     assert seen["stepped"] - seen["loaded"] < FIRST_STEP_SECONDS
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_2000_steps(tmp_path, one_layer):
     """Of the process and its data loader's worker together. 200 texts come again and again: the tokenizer keeps up to
     10,000 that it met, which is no leak."""

@@ -24,6 +24,8 @@ from transformers import LlavaNextForConditionalGeneration
 
 import llava_orpo_training as training
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = str(ROOT / "llava_orpo_training.py")
 SMALL = ["--report_to", "none", "--batch_size", "4", "--gradient_accumulation_steps", "2"]
 SMALL += ["--learning_rate", "1e-3", "--gradient_checkpointing", "off", "--num_workers", "0"]

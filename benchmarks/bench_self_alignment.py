@@ -1,0 +1,184 @@
+"""Alignment without labels on the miniature: rounds of pairs that the model makes itself, from the base and from an adapter.
+
+In every round llava_amber_validation_benchmark_with_lora.py --write_pairs makes pairs about newly drawn pictures,
+llava_orpo_training.py trains on them from the round before, and the result goes through miniature/amber, whose pictures
+nothing is trained or tuned on. What is in the drawn pictures is read only to count the errors of the check.
+
+    python benchmarks/bench_self_alignment.py                                     # three seeds, three rounds, from both
+    python benchmarks/bench_self_alignment.py --seeds 0 --starts base --weights 0.25 0.5 1 2    # the frontier
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "miniature"), str(ROOT / "benchmarks")]
+
+import scenes
+from bench_effect import SETTINGS, pick_nouns
+
+FIGURES = {"chair": "CHAIR ↓", "cover": "Cover ↑", "hal": "Hal ↓", "cog": "Cog ↓", "f1": "F1 ↑"}
+STARTS = {"base": None, "labelled": str(ROOT / "miniature" / "adapter")}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run is made for each")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of pairs and training (default: 3)")
+    parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=STARTS, help="what round 1 starts from")
+    parser.add_argument("--weights", type=float, nargs="+", help="what a denied object costs (default: the script's)")
+    parser.add_argument("--pictures", type=int, default=640, help="pictures drawn for a round (default: 640)")
+    parser.add_argument("--verify", type=int, default=12, help="candidates for a picture (default: 12)")
+    parser.add_argument("--settings", default=SETTINGS, help=f"flags of the training script (default: {SETTINGS})")
+    parser.add_argument(
+        "--output_dir", type=Path, default=ROOT / "outputs" / "self_alignment", help="where the runs go"
+    )
+    parser.add_argument("--figure", type=Path, help="where the picture goes (default: in --output_dir)")
+    return parser.parse_args(argv)
+
+
+def draw_pictures(folder: Path, first: int, count: int) -> None:
+    """Draw `count` scenes into a folder, each named by its seed, and the questions that ask for a caption beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in range(first, first + count):
+        if not (path := folder / f"{seed}.png").exists():
+            scenes.draw_scene(scenes.sample_scene(seed))[0].save(path)
+    folder.with_suffix(".txt").write_text("\n".join(scenes.CAPTION_REQUESTS))
+
+
+def judge_pairs(path: Path) -> dict[str, float]:
+    """Return the number of pairs and, in %, how many of their objects the check gets wrong, its precision and its recall,
+    all by what was drawn."""
+    import pyarrow.parquet as parquet
+
+    rows = parquet.read_table(path, columns=["image_path", "checks"]).to_pylist()
+    judged = [
+        (word in scenes.sample_scene(int(Path(row["image_path"]).stem)).names(), found["belief"] > 0.5)
+        for row in rows
+        for word, found in json.loads(row["checks"])["objects"].items()
+    ]
+    right = sum(there and believed for there, believed in judged)
+    shares = {
+        "check_wrong": statistics.mean(there != believed for there, believed in judged),
+        "check_precision": right / sum(believed for _, believed in judged),
+        "check_recall": right / sum(there for there, _ in judged),
+    }
+    return {"pairs": len(rows)} | {name: 100 * value for name, value in shares.items()}
+
+
+def measure(folder: Path, lora: str | None, nouns: str) -> dict[str, float]:
+    """Return AMBER's figures of the miniature with an adapter, or without one."""
+    import llava_amber_validation_benchmark_with_lora as amber
+
+    flags = f"--test_mode --batch_size 40 --nouns {nouns} --output_file {folder / 'amber' / 'results.json'}"
+    amber.main([*flags.split(), *(["--lora_path", lora] if lora else [])])
+    strict = json.loads((folder / "amber" / "scores.json").read_text())["strict"]
+    return {**strict["generative"], "f1": strict["discriminative"]["f1"]}
+
+
+def align(folder: Path, lora: str | None, seed: int, number: int, args) -> tuple[str, dict]:
+    """Run one round: draw pictures, make pairs, train on them; return the adapter and what judge_pairs says."""
+    import llava_amber_validation_benchmark_with_lora as amber
+    import llava_orpo_training as training
+
+    first = 10_000_000 + 1_000_000 * seed + 100_000 * number
+    pictures = args.output_dir / "pictures" / str(first)
+    draw_pictures(pictures, first, args.pictures)
+    start = ["--lora_path", lora] if lora else []
+    flags = f"--test_mode --nouns vocabulary --batch_size 40 --max_new_tokens 96 --verify {args.verify}"
+    flags += (
+        f" --image_dir {pictures} --questions {pictures.with_suffix('.txt')} --write_pairs {folder / 'pairs.parquet'}"
+    )
+    amber.main([*flags.split(), *start])
+    flags = (
+        f"--test_mode --dataset {folder / 'pairs.parquet'} --resume --seed {seed} --report_to none --eval_fraction 0"
+    )
+    training.main([*flags.split(), *args.settings.split(), "--output_dir", str(folder / "adapter"), *start])
+    return str(folder / "adapter"), judge_pairs(folder / "pairs.parquet")
+
+
+def draw_frontier(rows: list[dict], before: dict[str, dict], path: Path) -> None:
+    """Draw CHAIR against Cover, a line for each start and weight, with a point for each round (mean of the seeds); `before`
+    has the figures of each start."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    for start, weight in dict.fromkeys((row["start"], row["weight"]) for row in rows):
+        line = [row for row in rows if (row["start"], row["weight"]) == (start, weight)]
+        points = []
+        for number in sorted({row["round"] for row in line}):
+            part = [row for row in line if row["round"] == number]
+            points.append([statistics.mean(row[name] for row in part) for name in ("cover", "chair")])
+        name = "without labels" if start == "base" else "on top of the labelled pairs"
+        axis.plot(*zip(*points, strict=True), "o-", ms=4, label=f"{name}, weight {weight:g}")
+        for number, point in enumerate(points[1:], 1):
+            axis.annotate(f"round {number}", point, xytext=(6, 3), textcoords="offset points", fontsize=8)
+    for start, figures in before.items():
+        point = figures["cover"], figures["chair"]
+        axis.plot(*point, "s", color="black", ms=7, zorder=3)
+        name = "base" if start == "base" else "trained on labelled pairs"
+        axis.annotate(name, point, xytext=(8, -3), textcoords="offset points")
+    axis.set(
+        xlabel="Cover: objects that are there and are named, %", ylabel="CHAIR: named objects that are not there, %"
+    )
+    axis.margins(x=0.25)
+    axis.set_ylim(bottom=0)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def show(rows: list[dict], name: str) -> str:
+    """Return a figure's mean over `rows`, which differ in the seed, with its standard deviation."""
+    values = [row[name] for row in rows if name in row]
+    sd = f" ± {statistics.stdev(values):.1f}" if len(set(values)) > 1 else ""
+    return f"{statistics.mean(values):.{0 if name == 'pairs' else 1}f}{sd}" if values else ""
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    from rich.console import Console
+    from rich.table import Table
+
+    import llava_amber_validation_benchmark_with_lora as amber
+
+    rows, nouns = [], pick_nouns()
+    before = {start: measure(args.output_dir / start, lora, nouns) for start, lora in STARTS.items()}
+    for weight in args.weights or [amber.DENIED_COSTS]:
+        amber.DENIED_COSTS = weight
+        for start in args.starts:
+            for seed in args.seeds:
+                run = {"start": start, "weight": weight, "seed": seed}
+                rows.append({**run, "round": 0, **before[start]})
+                lora = STARTS[start]
+                for number in range(1, args.rounds + 1):
+                    folder = args.output_dir / f"{start}-{weight:g}-seed{seed}" / f"round{number}"
+                    lora, judged = align(folder, lora, seed, number, args)
+                    rows.append({**run, "round": number, **judged, **measure(folder, lora, nouns)})
+                    print(json.dumps(rows[-1]), file=sys.stderr)
+
+    table = Table(f"%, nouns: {nouns}", "pairs", "check wrong", *FIGURES.values())
+    for start, weight, number in dict.fromkeys((row["start"], row["weight"], row["round"]) for row in rows):
+        part = [row for row in rows if (row["start"], row["weight"], row["round"]) == (start, weight, number)]
+        table.add_row(
+            f"{start}, weight {weight:g}, round {number}",
+            *(show(part, name) for name in ("pairs", "check_wrong", *FIGURES)),
+        )
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    figure = args.figure or args.output_dir / "self_alignment.png"
+    draw_frontier(rows, before, figure)
+    print(f"look at {figure} and, in {args.output_dir}, at the pages pairs.html")
+    settings = {name: getattr(args, name) for name in ("settings", "verify", "pictures", "seeds")}
+    print(json.dumps({"benchmark": "self_alignment", **settings, "nouns": nouns, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
