@@ -163,18 +163,19 @@ def test_a_server_of_somebody_else_is_used_as_it_is(served):
     client, name = models.served["model"][0], "model"
     _, processor = serving_processor(MINIATURE / "model")
     image = load_image(PICTURES[3])
-    for question in (CAPTION, "Is there\n a chair, please?", "日本語 🎉"):
-        for turns in ([(question, None)], [(CAPTION, "The image shows a tree."), (question, None)]):
+    questions = (CAPTION, "Is there\n a chair, please?", "日本語 🎉")
+    talks = [[(question, None)] for question in questions]
+    talks += [[(CAPTION, "The image shows a tree."), (question, None)] for question in questions]
 
-            async def ask(turns=turns):
-                return await client.chat.completions.create(
-                    model=name, messages=serving.write_messages(image, turns), max_completion_tokens=1,
-                    extra_body=extra | {"return_token_ids": True},
-                )  # fmt: skip
+    async def ask_all():
+        fields = {"model": name, "max_completion_tokens": 1, "extra_body": extra | {"return_token_ids": True}}
+        create = client.chat.completions.create
+        return [await create(messages=serving.write_messages(image, turns), **fields) for turns in talks]
 
-            with ThreadPoolExecutor(1) as pool:  # Playwright's loop runs in this thread
-                reply = pool.submit(asyncio.run, ask()).result()
-            assert reply.prompt_token_ids == serving.build_chat(processor, image.size, turns)
+    with ThreadPoolExecutor(1) as pool:  # Playwright's loop runs in this thread
+        replies = pool.submit(asyncio.run, ask_all()).result()
+    for reply, turns in zip(replies, talks, strict=True):
+        assert reply.prompt_token_ids == serving.build_chat(processor, image.size, turns)
 
 
 def serving_processor(folder):
