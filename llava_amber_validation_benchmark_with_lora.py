@@ -12,7 +12,7 @@ Needs   pip install -r requirements/train.txt -r requirements/eval.txt
         --query_file AMBER/data/query/query_all.json --image_dir AMBER/image --output_file amber/results.json
     python llava_amber_validation_benchmark_with_lora.py --lora_path checkpoints/llava-orpo-prod --compare_base \\
         --query_file coco_pope_popular.json --image_dir val2014 --output_file pope_popular/results.json
-    python llava_amber_validation_benchmark_with_lora.py --image_dir my_photos --verify 8 --write_pairs pairs.parquet
+    python llava_amber_validation_benchmark_with_lora.py --image_dir my_photos --verify 12 --write_pairs pairs.parquet
     python llava_amber_validation_benchmark_with_lora.py --test_mode --nouns vocabulary --output_file outputs/amber/results.json
 """
 
@@ -129,7 +129,7 @@ def find_wrong_flags(args: argparse.Namespace):
     if args.write_pairs:
         words = args.nouns != "vocabulary" or args.query_file or args.relation_file
         yield not args.image_dir, "--write_pairs needs the pictures: give --image_dir"
-        yield args.verify == 1, "--write_pairs compares candidates; give --verify 8 too"
+        yield args.verify == 1, "--write_pairs compares candidates; give --verify 12 too"
         yield args.compare_base or args.clip_model, "--write_pairs takes neither --compare_base nor --clip_model"
         yield not words, "--nouns vocabulary needs the words to look up; give --relation_file"
     else:

@@ -130,7 +130,7 @@ def draw_frontier(rows: list[dict], before: dict[str, dict], path: Path) -> None
     axis.margins(x=0.25)
     axis.set_ylim(bottom=0)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

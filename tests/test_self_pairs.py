@@ -124,9 +124,9 @@ def test_a_run_goes_on_where_it_was_broken_off_and_lists_broken_pictures(photos,
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--image_dir", "."], "give --verify 8 too"),
-        (["--verify", "8"], "give --image_dir"),
-        (["--image_dir", ".", "--verify", "8", "--nouns", "vocabulary"], "give --relation_file"),
+        (["--image_dir", "."], "give --verify 12 too"),
+        (["--verify", "12"], "give --image_dir"),
+        (["--image_dir", ".", "--verify", "12", "--nouns", "vocabulary"], "give --relation_file"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags, message, capsys):
