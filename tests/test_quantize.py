@@ -1,5 +1,6 @@
 """Quantizing: the merge is PEFT's, a shard at a time; what is written loads right; the gate's figures are the real ones."""
 
+import functools
 import hashlib
 import json
 import os
@@ -333,8 +334,10 @@ def test_a_killed_run_leaves_nothing_that_looks_finished_and_memory_is_that_of_a
     command = [sys.executable, str(SCRIPT), "--model_path", str(sharded), "--gate_samples", "0", "--output_dir"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     folder, partial = tmp_path / "q", tmp_path / "q.partial"
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a job in the background ignores
+    options = {"env": environment, "preexec_fn": listen}
     for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        process = subprocess.Popen([*command, str(folder)], env=environment, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen([*command, str(folder)], stderr=subprocess.PIPE, text=True, **options)
         deadline = time.monotonic() + 120
         while not (partial.exists() and list(partial.glob("*.safetensors"))):
             assert time.monotonic() < deadline and process.poll() is None
