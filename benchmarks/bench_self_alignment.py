@@ -118,7 +118,7 @@ def draw_frontier(rows: list[dict], before: dict[str, dict], path: Path) -> None
         name = "without labels" if start == "base" else "on top of the labelled pairs"
         axis.plot(*zip(*points, strict=True), "o-", ms=4, label=f"{name}, weight {weight:g}")
         for number, point in enumerate(points[1:], 1):
-            axis.annotate(f"round {number}", point, xytext=(6, 3), textcoords="offset points", fontsize=8)
+            axis.annotate(f"round {number}", point, xytext=(9, 2), textcoords="offset points", fontsize=8)
     for start, figures in before.items():
         point = figures["cover"], figures["chair"]
         axis.plot(*point, "s", color="black", ms=7, zorder=3)
