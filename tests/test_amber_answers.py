@@ -112,6 +112,7 @@ def test_shared_prefill_equals_one_question_at_a_time(llava, unbroken):
     assert len(captions) > 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_new_tokens", [1, pytest.param(24, marks=pytest.mark.slow)])
 def test_equal_at_llavas_own_geometry(photo_llava, max_new_tokens):
     """Pictures of five shapes, from one question to four, answers that never end by themselves."""

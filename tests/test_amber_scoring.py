@@ -183,6 +183,7 @@ def vocabulary_nouns(words):
     return lambda text: [forms[part.strip(".,")] for part in text.split() if part.strip(".,") in forms]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_random_answers_to_the_miniature(seed, tmp_path, cache):
     folder = MINIATURE / "amber"
@@ -558,6 +559,7 @@ def test_what_is_not_different_is_not_significant():
     assert found["recall"]["p_value"] < 0.001
 
 
+@pytest.mark.slow
 def test_the_chart_has_a_unit_and_no_label_on_another(tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(amber.plt, "close", kept.append)

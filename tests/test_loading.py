@@ -53,6 +53,7 @@ def picture(size) -> Image.Image:
 # ---------------------------------------------------------------------------- the original code as oracle
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [["landscape", "tiny"], ["portrait", "square", "very wide"]])
 def test_original_format_equals_the_original_code(original, sizes):
     """Token ids, pixels, logits and greedy answers."""

@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 import llava_quantize_vllm as quantizing
 from llava_orpo_training import build_prompt, generate_answers, load_llava, probe_logits
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = ROOT / "llava_quantize_vllm.py"
 BASE, ADAPTER = MINIATURE / "model", MINIATURE / "adapter"
 

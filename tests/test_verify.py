@@ -186,6 +186,7 @@ def test_a_clip_model_that_is_none_is_one_sentence(tmp_path, clip_folder, capsys
     assert len(json.loads((tmp_path / "good.json").read_text())) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "nltk_data").is_dir(), reason="NLTK's data are not here")
 def test_without_a_vocabulary_things_are_found_and_other_nouns_are_not(monkeypatch):
     import nltk
