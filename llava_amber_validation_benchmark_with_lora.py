@@ -136,8 +136,8 @@ def find_wrong_flags(args: argparse.Namespace):
     yield out.is_dir(), f"--output_file {out} is a folder; name a file in it"
     yield out.name == "scores.json", "scores.json is where the scores go; give the answers another name"
     yield answering and args.compare_base and not args.lora_path, "--compare_base needs --lora_path"
-    yield args.baseline_file and not args.baseline_file.is_file(), f"--baseline_file {args.baseline_file} is no file"
     yield args.compare_base and args.baseline_file, "--compare_base and --baseline_file exclude each other; give one"
+    yield args.baseline_file and not args.baseline_file.is_file(), f"--baseline_file {args.baseline_file} is no file"
     partly = args.limit or args.skip_evaluation
     yield not answering and partly, "--skip_inference scores a whole file; leave --limit and --skip_evaluation out"
     yield args.clip_model and args.verify == 1, "--clip_model is what --verify checks with; give --verify 4 too"
