@@ -1,8 +1,9 @@
-"""The scripts' copied blocks are what they say they are, and the checker that says so can tell."""
+"""The scripts' copied blocks are what they say they are, the checker can tell, and every mutation still has its place."""
 
 import pytest
 from check_copies import check
 from conftest import ROOT
+from mutants import read_mutations
 
 SOURCE = '''LIMIT = 3
 
@@ -73,3 +74,10 @@ def test_a_marker_that_points_nowhere_is_reported(pair):
 def test_a_copy_of_a_copy_is_reported(pair, tmp_path):
     (tmp_path / "third.py").write_text(COPY.replace("first.", "second.").replace("before", "earlier"))
     assert sum("written in no script" in fault for fault in check([*pair, tmp_path / "third.py"])) == 2
+
+
+def test_every_mutation_has_one_place_and_a_test():
+    for name, old, new, test in read_mutations():
+        assert (ROOT / name).read_text().count(old) == 1 and old != new, old
+        file, function = test.split("::")
+        assert f"def {function}(" in (ROOT / file).read_text(), test
