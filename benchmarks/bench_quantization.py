@@ -3,7 +3,7 @@
 The miniature is measured as base, base + adapter, merged, FP8 and INT8. The first two answer in transformers, the others in
 vLLM (--vllm_python). Checkpoints and answers that are in --output_dir are used again. With --size 7b, a random checkpoint of
 LLaVA-1.6-Mistral-7B's exact shapes is written to $TMPDIR, quantized to FP8 and deleted, which needs 24 GB of disk, 10 GB of
-memory and about ten minutes on two cores. Both end with one line of JSON.
+memory and about twenty minutes on two cores. Both end with one line of JSON.
 
     python benchmarks/bench_quantization.py                # the miniature, on the CPU
     python benchmarks/bench_quantization.py --size 7b      # seconds, memory and output size at real size
