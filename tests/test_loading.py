@@ -16,13 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import llava_orpo_training as training
 
-SIZES = {
-    "landscape": (640, 480),
-    "portrait": (333, 500),
-    "square": (500, 500),
-    "very wide": (1200, 200),
-    "tiny": (30, 20),
-}
+WIDE_AND_TINY, OTHERS = [(640, 480), (30, 20)], [(333, 500), (500, 500), (1200, 200)]
 
 
 @pytest.fixture(scope="module", params=["mistral", "llama"])
@@ -54,7 +48,7 @@ def picture(size) -> Image.Image:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [["landscape", "tiny"], ["portrait", "square", "very wide"]])
+@pytest.mark.parametrize("sizes", [WIDE_AND_TINY, OTHERS])
 def test_original_format_equals_the_original_code(original, sizes):
     """Token ids, pixels, logits and greedy answers."""
     from llava.conversation import conv_templates
@@ -69,7 +63,7 @@ def test_original_format_equals_the_original_code(original, sizes):
     talk.append_message(talk.roles[1], None)
     tokenizer = LlamaTokenizer.from_pretrained(folder, add_bos_token=True, legacy=True)
     ids = tokenizer_image_token(talk.get_prompt(), tokenizer, return_tensors="pt")[None]
-    for image in (picture(SIZES[name]) for name in sizes):
+    for image in map(picture, sizes):
         tiles = process_images([image], oracle.get_vision_tower().image_processor, config)
         prompt = training.build_prompt(processor, question, image.size)
         assert [token for token in prompt if token != 32000] == [token for token in ids[0].tolist() if token >= 0]
@@ -180,11 +174,8 @@ def make_adapter(folder, model_path=MINIATURE / "model", rank=4, **options):
 
     torch.manual_seed(0)
     model, processor = load(model_path)
-    settings = {
-        "target_modules": r".*language_model.*\.(q_proj|v_proj|down_proj)",
-        "init_lora_weights": False,
-    } | options
-    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=8, **settings)).eval()
+    options = {"target_modules": r".*language_model.*\.(q_proj|v_proj|down_proj)"} | options
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=8, init_lora_weights=False, **options)).eval()
     model.save_pretrained(folder)
     return folder, training.probe_logits(model, processor)
 
@@ -246,6 +237,12 @@ def cut(file):
     file.write_bytes(file.read_bytes()[:-1000])
 
 
+def add_a_head(folder):
+    weights = load_file(folder / "adapter_model.safetensors")
+    weights["base_model.model.lm_head.weight"] = torch.zeros(577, 128)
+    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
 def pickle_weights(folder):
     torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
     (folder / "adapter_model.safetensors").unlink()
@@ -255,10 +252,8 @@ BAD_ADAPTERS = {  # what is wrong with it: (what the sentence names, what makes 
     "foreign": ("attention.wq", lambda folder: rename(folder, r"self_attn\.q_proj", "attention.wq")),
     "missing": ("layers.2.mlp", change_weights(lambda key, weight: None if "layers.2.mlp" in key else weight)),
     "rank": ("size mismatch", lambda folder: change_config(folder, r=16)),
-    "other base": (
-        "size mismatch",
-        change_weights(lambda key, weight: torch.cat([weight] * 2, 1 if "lora_A" in key else 0)),
-    ),
+    "other base": ("size mismatch", change_weights(lambda key, weight: torch.cat([weight] * 2, int("lora_A" in key)))),
+    "other vocabulary": ("[577, 128]", add_a_head),  # seed 000's second challenge: `<image>` is one more row
     "zero": ("the same with it and without it", change_weights(lambda key, weight: weight * ("lora_A" in key))),
     "not a number": ("not finite", change_weights(lambda key, weight: weight * float("nan"))),
     "pickled": ("convert", pickle_weights),
@@ -283,7 +278,7 @@ KINDS = {
     "some layers": {"target_modules": r".*language_model.layers.[12].*\.(q_proj|v_proj)"},
     "vision": {"target_modules": r".*vision_tower.*\.(q_proj|v_proj)"},
     "full names": {
-        "target_modules": ["language_model.layers.1.self_attn.q_proj", "language_model.layers.2.mlp.up_proj"]
+        "target_modules": [f"language_model.layers.{name}" for name in ("1.self_attn.q_proj", "2.mlp.up_proj")]
     },
     "excluded": {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*(vision_tower|layers\.0\.mlp).*"},
     "rslora": {"use_rslora": True},
@@ -309,21 +304,10 @@ def test_patterns_of_an_older_layout_keep_their_scale(tmp_path):
     folder, expected = make_adapter(tmp_path / "adapter", alpha_pattern={layer: 64}, rank_pattern={layer: 2})
     rename(folder, r"model\.language_model\.layers", "language_model.model.layers")
     older = layer.replace("model.language_model", "language_model.model")
-    change_config(
-        folder, alpha_pattern={older: 64}, rank_pattern={older: 2}, target_modules=["q_proj", "v_proj", "down_proj"]
-    )
+    modules = ["q_proj", "v_proj", "down_proj"]
+    change_config(folder, alpha_pattern={older: 64}, rank_pattern={older: 2}, target_modules=modules)
     model, processor = load(MINIATURE / "model", str(folder))
     assert torch.equal(training.probe_logits(model, processor), expected)
-
-
-def test_an_adapter_of_another_vocabulary_is_refused(tmp_path, capsys):
-    """Seed 000's second challenge: embedding and head saved with `<image>` as one more row."""
-    folder, _ = make_adapter(tmp_path / "adapter")
-    weights = load_file(folder / "adapter_model.safetensors")
-    weights["base_model.model.lm_head.weight"] = torch.zeros(577, 128)
-    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
-    sentence = refused(capsys, MINIATURE / "model", str(folder))
-    assert "lm_head" in sentence and "[577, 128]" in sentence and "[576, 128]" in sentence
 
 
 def test_an_adapter_is_refused_before_the_base_is_read(tmp_path, capsys):
@@ -384,10 +368,7 @@ BAD_CHECKPOINTS = {  # what is wrong with it: (what the sentence names, what mak
     "missing shard": ("model-00002-of-00002.safetensors", lose_a_shard),
     "truncated": ("cannot be loaded", lambda folder: cut(folder / "model.safetensors")),
     "layers": ("config.json", set_config(num_hidden_layers=3)),
-    "width": (
-        "ignore_mismatched_sizes",
-        set_config(intermediate_size=96),
-    ),  # after transformers' own table of the sizes
+    "width": ("ignore_mismatched_sizes", set_config(intermediate_size=96)),  # after transformers' own table of sizes
     "missing key": ("norm.weight", lose_weights("model.norm.weight")),
     "part of a tower": ("post_layernorm.bias", lose_weights("post_layernorm.bias")),
     "extra key": ("model.extra.weight", add_weight),
@@ -420,9 +401,8 @@ def test_a_model_that_is_not_there_is_one_sentence(model_path, tmp_path, capsys)
 def test_a_processor_with_code_is_refused_whatever_is_typed(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(MINIATURE / "model", folder)
-    (folder / "processor_config.json").write_text(
-        '{"processor_class": "Evil", "auto_map": {"AutoProcessor": "evil.Evil"}}'
-    )
+    code = '{"processor_class": "Evil", "auto_map": {"AutoProcessor": "evil.Evil"}}'
+    (folder / "processor_config.json").write_text(code)
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     code = f"import llava_orpo_training as t; t.load_llava({str(folder)!r}, device='cpu')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, input="y\ny\n", capture_output=True, text=True)
@@ -435,12 +415,8 @@ def test_the_tower_of_all_published_checkpoints_is_spelled_out_right(original):
     written["mm_vision_tower"] = "openai/clip-vit-large-patch14-336"
     vision = training.read_original(str(original[0]), written)[0].vision_config
     assert (vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers) == (1024, 4096, 24)
-    assert (vision.num_attention_heads, vision.image_size, vision.patch_size, vision.hidden_act) == (
-        16,
-        336,
-        14,
-        "quick_gelu",
-    )
+    assert (vision.num_attention_heads, vision.image_size, vision.patch_size) == (16, 336, 14)
+    assert vision.hidden_act == "quick_gelu"
 
 
 def test_a_prompt_template_that_is_not_known_is_refused(tmp_path, capsys):

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import MINIATURE, ROOT, build_original_llava
 from safetensors.torch import load_file, save_file
+from test_loading import make_adapter
 
 import llava_quantize_vllm as quantizing
 from llava_orpo_training import build_prompt, generate_answers, load_llava, probe_logits
@@ -66,14 +67,9 @@ def test_the_merge_is_pefts_and_in_the_hubs_layout(made):
     assert (adapter["layers"], adapter["changed"], adapter["into"]) == (28, 28, "the base's own weights")
 
 
-def make_adapter(folder, **options):
+def train_adapter(folder, **options):
     """Save an adapter of random weights. What it trains as a whole is moved, too."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    settings = {"target_modules": r".*language_model.*\.(q_proj|v_proj|down_proj)", "r": 4, "lora_alpha": 8}
-    config = LoraConfig(**{**settings, "init_lora_weights": False, **options})
-    get_peft_model(load_llava(str(BASE))[0], config).save_pretrained(folder)
+    make_adapter(folder, **options)
     weights = load_file(folder / "adapter_model.safetensors")
     whole = [key for key in weights if "linear_1" in key and "lora" not in key]
     weights |= {key: weights[key] + 0.1 * torch.randn_like(weights[key]) for key in whole}
@@ -81,11 +77,14 @@ def make_adapter(folder, **options):
     return {key.removeprefix("base_model.model.").removesuffix(".weight") for key in whole}
 
 
-@pytest.mark.parametrize("options", [{"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
-                                     {"modules_to_save": ["linear_1"]}, {"target_modules": ["lm_head", "embed_tokens", "v_proj"]},
-                                     {"target_modules": "all-linear", "exclude_modules": ["lm_head"]}])  # fmt: skip
+KINDS = [{"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}]
+KINDS += [{"modules_to_save": ["linear_1"]}, {"target_modules": ["lm_head", "embed_tokens", "v_proj"]}]
+KINDS += [{"target_modules": "all-linear", "exclude_modules": ["lm_head"]}]
+
+
+@pytest.mark.parametrize("options", KINDS)
 def test_every_kind_of_lora_is_merged_as_peft_does(options, tmp_path):
-    whole = make_adapter(tmp_path / "adapter", **options)
+    whole = train_adapter(tmp_path / "adapter", **options)
     report = run(tmp_path / "q", "--scheme", "BF16", "--lora_path", tmp_path / "adapter")["adapter"]
     wanted = merge_by_peft(tmp_path / "adapter")[0].state_dict()
     base, changed = read_tensors(BASE, own_names=True), set()
@@ -407,22 +406,7 @@ def test_a_disk_that_fills_up_is_one_sentence(sharded, tmp_path):
     assert "Traceback" not in finished.stderr and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("flags", "words"), [(["--scheme", "FP4"], "invalid choice"), (["--max_kl", "0"], "above 0"),
-                                              (["--gate_samples", "-1"], "at least 0")])  # fmt: skip
-def test_bad_flags_are_one_sentence(flags, words, capsys):
-    with pytest.raises(SystemExit) as error:
-        quantizing.parse_args(flags)
-    assert error.value.code == 2 and words in capsys.readouterr().err
-
-
 def test_the_seeds_names_are_the_defaults():
     args = quantizing.parse_args(["--model_path", "liuhaotian/llava-v1.6-mistral-7b"])
     folder = Path("quantized_models/llava-v1.6-mistral-7b-FP8-Dynamic").resolve()
     assert args.output_dir == folder and args.scheme == "FP8_DYNAMIC"
-
-
-def test_help_lists_every_flag():
-    text = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True).stdout
-    flags = ["model_path", "lora_path", "merge_lora", "device", "test_mode", "output_dir", "scheme", "ignore", "dataset",
-             "calibration_samples", "gate_samples", "max_new_tokens", "max_kl"]  # fmt: skip
-    assert sorted(set(re.findall(r"--(\w+)", text)) & set(flags)) == sorted(flags)

@@ -1,5 +1,6 @@
 """How a run starts and goes on: --help at once, a set of RLAIF-V's size soon at its first step, memory flat over 2,000."""
 
+import importlib
 import io
 import random
 import shutil
@@ -32,6 +33,26 @@ def test_help_answers_at_once(script):
         return time.perf_counter() - started
 
     assert min(seconds() for _ in range(3)) < 1.5
+
+
+COMMANDS = """\
+llava_orpo_training --output_dir run --epochs 3 --batch_size 4 --lora_rank 8 --gradient_accumulation_steps 8
+llava_orpo_training --output_dir run --wandb_project project --wandb_entity team --test_mode
+llava_amber_validation_benchmark_with_lora --model_path base --lora_path adapter --query_file query_all.json --image_dir . --output_file results.json
+llava_amber_validation_benchmark_with_lora --query_file query_all.json --output_file results.json --skip_inference
+llava_amber_validation_benchmark_with_lora --query_file query_all.json --image_dir . --output_file results.json --skip_evaluation
+llava_gradio_lora_host --model_path base --lora_path adapter --device cuda --load_8bit
+llava_gradio_lora_host --model_path base --lora_path adapter --device cpu --load_4bit
+llava_quantize_vllm
+llava_gradio_lora_host_quantized --model_path quantized --tensor_parallel_size 2 --max_num_seqs 8 --temperature 0.5 --max_tokens 100
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS.splitlines())
+def test_the_published_commands_are_understood(command):
+    """The flags by which these scripts are known elsewhere."""
+    script, *flags = command.split()
+    importlib.import_module(script).parse_args(flags)
 
 
 def write_pairs(path, n: int, words: tuple[int, int], distinct: int, size: tuple[int, int]) -> None:

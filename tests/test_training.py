@@ -1,6 +1,5 @@
 """The training script run whole: what it writes, that it resumes, and that it stops where it should."""
 
-import io
 import json
 import os
 import re
@@ -12,14 +11,13 @@ import time
 from functools import partial
 
 import datasets
-import numpy as np
 import psutil
 import pytest
 import torch
 from conftest import MINIATURE, ROOT
 from peft import PeftModel
-from PIL import Image, ImageDraw
 from safetensors.torch import load_file
+from test_data import picture
 from transformers import LlavaNextForConditionalGeneration
 
 import llava_orpo_training as training
@@ -311,24 +309,12 @@ def test_qlora_on_the_cpu(tmp_path, few_pairs):
     assert state.quant_type == "nf4" and state.nested
 
 
-def photo(width: int, height: int, seed: int) -> bytes:
-    """A picture with a photo's size and smooth colours."""
-    rng = np.random.default_rng(seed)
-    image = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize(
-        (width, height), Image.Resampling.BICUBIC
-    )
-    ImageDraw.Draw(image).ellipse((width // 4, height // 4, width // 2, height // 2), fill=(200, 60, 40))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
-
-
 def test_photos_at_llavas_own_geometry(tmp_path, photo_llava):
     """Steps on photo-sized pictures: 336-pixel tiles, five grid shapes, Mistral's tokenizer, 2,340 image tokens."""
     sizes = [(640, 480), (480, 640), (640, 427), (500, 500), (900, 300), (333, 500)]
     rows = [
         {
-            "image": {"bytes": photo(*size, seed), "path": f"{seed}.jpg"},
+            "image": {"bytes": picture(size, seed, "JPEG"), "path": f"{seed}.jpg"},
             "question": "Describe this image in detail.",
             "chosen": f"A red ball on a lawn, picture {seed}.",
             "rejected": f"A red ball and a dog on a lawn, picture {seed}, at night.",
@@ -395,11 +381,7 @@ def test_preflight_stops_a_faulty_run(owner, name, fault, sentence, tmp_path, fe
     assert not (tmp_path / "faulty" / "metrics.jsonl").exists()
 
 
-def test_the_flags_of_the_interface_and_test_mode():
-    shown = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
-    for flag in ("--output_dir", "--epochs", "--batch_size", "--lora_rank", "--gradient_accumulation_steps", "--wandb_project",
-                 "--wandb_entity", "--test_mode", "--resume", "--lora_path", "--load_4bit"):  # fmt: skip
-        assert flag in shown
+def test_test_mode_fills_in_what_is_not_given():
     plain, test_mode = vars(training.parse_args([])), vars(training.parse_args(["--test_mode"]))
     assert {name for name in plain if plain[name] != test_mode[name]} == {"model_path", "dataset", "test_mode"}
     args = training.parse_args(["--test_mode", "--dataset", "pairs.parquet"])
@@ -408,14 +390,11 @@ def test_the_flags_of_the_interface_and_test_mode():
 
 def test_wandb_runs_offline_without_asking(tmp_path, few_pairs):
     """No login, no terminal: the run ends by itself and leaves an offline W&B run with the samples table."""
-    command = [
-        sys.executable,
-        SCRIPT,
-        *flags_for(tmp_path / "run", few_pairs, "--max_samples", "8", "--report_to", "wandb"),
-    ]
+    flags = flags_for(tmp_path / "run", few_pairs, "--max_samples", "8", "--report_to", "wandb")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     environment.update(HOME=str(tmp_path), NETRC=str(tmp_path / "none"))
-    subprocess.run(command, env=environment, timeout=240, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+    options = {"env": environment, "timeout": 240, "stdin": subprocess.DEVNULL, "capture_output": True}
+    subprocess.run([sys.executable, SCRIPT, *flags], check=True, **options)
     runs = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert len(runs) == 1 and list(runs[0].glob("run-*.wandb"))
     assert list(runs[0].rglob("samples*.table.json"))
