@@ -31,7 +31,7 @@ test: .venv/test.done .venv/browser.done .venv-vllm/done ## everything that cont
 mutants: .venv/test.done ## plant the faults of tests/mutations.txt one by one and see that a test notices each
 	$(BIN)/python tests/mutants.py
 
-real-size: .venv/host.done .venv/quantize.done ## take a random 7B model through all stages on the CPU (24 GB of memory, 30 GB of disk, 90 minutes)
+real-size: .venv/test.done ## take a random 7B model through all stages on the CPU (24 GB of memory, 30 GB of disk, 90 minutes)
 	$(BIN)/python benchmarks/real_size.py
 
 quality: .venv/test.done ## format, lint and check the copied blocks

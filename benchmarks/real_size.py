@@ -47,7 +47,7 @@ def parse_args(argv=None):
         parser.add_argument(flag, help=help + (f" (default: {shown})" if shown is not None else ""), **options)
 
     add("--work_dir", "folder for everything that is made; delete it afterwards", type=Path, default=Path("real_size"))
-    add("--fresh", "delete what is in --work_dir and start again", action="store_true")
+    add("--fresh", "run every step again, in place of what is in --work_dir", action="store_true")
     add("--layers", "layers of the language model; fewer make a quick try", type=int, default=32)
     pairs = ROOT / "miniature" / "preferences" / "train.parquet"
     add("--dataset", "preference pairs, the first of which is trained on", type=Path, default=pairs)
@@ -70,7 +70,7 @@ def check_room(work_dir: Path, layers: int) -> None:
 
 
 def list_steps(args) -> dict[str, tuple[Path, list]]:
-    """Return the steps in order, each with the folder that it writes (None if it writes nothing) and its command."""
+    """Return the steps in order, each with the folder that it writes, or None, and its command."""
     base, adapter, fp8 = (args.work_dir / name for name in ("base", "adapter", "fp8"))
 
     def script(name, *flags):
@@ -86,7 +86,7 @@ def list_steps(args) -> dict[str, tuple[Path, list]]:
     return {
         "random checkpoint": (base, [sys.executable, "-c", BUILD, ROOT / "benchmarks", base, args.layers]),
         TRAINING: (adapter, script("llava_orpo_training.py", "--dataset", args.dataset, "--output_dir", adapter,
-                                           *train.split())),
+                                 *train.split())),
         "two answers of 8 tokens": (None, script("llava_gradio_lora_host.py", "--load_4bit", "--device", "cpu", "--lora_path",
                                                  adapter, "--image", PICTURE, *question)),
         "merged and quantized": (fp8, script("llava_quantize_vllm.py", "--lora_path", adapter, "--gate_samples", "0",
@@ -157,7 +157,7 @@ includes the pages of mapped files, which are the checkpoint; the system takes t
 def main(argv=None):
     args = parse_args(argv)
     if args.fresh:
-        shutil.rmtree(args.work_dir, ignore_errors=True)
+        (args.work_dir / "steps.json").unlink(missing_ok=True)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     if not (args.work_dir / "steps.json").exists():  # otherwise some of the disk is used already
         check_room(args.work_dir, args.layers)
