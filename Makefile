@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: demo page serve check test mutants quality fix-copies help
+.PHONY: demo page serve check test mutants real-size quality fix-copies help
 PYTHON ?= python3
 BIN := .venv/bin
 VLLM := .venv-vllm/bin
@@ -30,6 +30,9 @@ test: .venv/test.done .venv/browser.done .venv-vllm/done ## everything that cont
 
 mutants: .venv/test.done ## plant the faults of tests/mutations.txt one by one and see that a test notices each
 	$(BIN)/python tests/mutants.py
+
+real-size: .venv/test.done ## take a random 7B model through all stages on the CPU (24 GB of memory, 30 GB of disk, 90 minutes)
+	$(BIN)/python benchmarks/real_size.py
 
 quality: .venv/test.done ## format, lint and check the copied blocks
 	$(BIN)/ruff format $(SCRIPTS)

@@ -375,7 +375,7 @@ def stage_checkpoint(model_path: str, folder: Path):
         for file in source.iterdir():
             if file.suffix in (".json", ".jinja", ".model") and file.name != "quantization_report.json":
                 shutil.copyfile(file, folder / file.name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
     found = json.loads((folder / "config.json").read_text())
     if "quantization_config" in found:
         stop(f"--model_path {model_path} is quantized already; give the checkpoint that it was made from.")

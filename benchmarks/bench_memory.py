@@ -36,7 +36,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def fake_model(size: str, load_4bit: bool):
+def fake_model(size: str, load_4bit: bool, dtype):
     """The model with its adapter and optimizer, in tensors without content. To be called in FakeTensorMode."""
     import bench_orpo_step
     import torch
@@ -71,7 +71,6 @@ def fake_model(size: str, load_4bit: bool):
             )
 
     with torch._subclasses.fake_tensor.unset_fake_temporarily():
-        dtype = torch.float32 if size == "narrow" else torch.bfloat16
         model = bench_orpo_step.build_model(size, "meta", dtype=dtype)
         model = training.add_adapter(model, training.parse_args([])).train()
     for module in list(model.modules()):
@@ -83,13 +82,14 @@ def fake_model(size: str, load_4bit: bool):
                     kind[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
         if load_4bit and hasattr(module, "base_layer"):
             module.base_layer = Packed(module.base_layer)
-    training.speed_up(model, packed=False, autocast=size != "narrow")
+    training.speed_up(model, packed=False, autocast=dtype == torch.bfloat16)
     model.get_base_model().model.language_model.gradient_checkpointing_enable()
     return model
 
 
-def account(size: str, load_4bit: bool, rows: int, length: int, kept: int) -> int:
-    """Bytes at the peak of a step of `rows` rows of `length` tokens, of each of which `kept` get logits."""
+def account(size: str, load_4bit: bool, rows: int, length: int, kept: int, on_cpu: bool = False) -> int:
+    """Bytes at the peak of a step of `rows` rows of `length` tokens, of each of which `kept` get logits. What is not packed
+    is in bfloat16, or in float32 in the narrow model and, as the training script has it there, `on_cpu`."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -121,8 +121,9 @@ def account(size: str, load_4bit: bool, rows: int, length: int, kept: int) -> in
                     self.enter(leaf)
             return result
 
+    dtype = torch.float32 if on_cpu or size == "narrow" else torch.bfloat16
     with FakeTensorMode():
-        model = fake_model(size, load_4bit)
+        model = fake_model(size, load_4bit, dtype)
         base = model.get_base_model()
         optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], foreach=False)
         ledger = Ledger()
@@ -134,7 +135,7 @@ def account(size: str, load_4bit: bool, rows: int, length: int, kept: int) -> in
             optimizer.step()  # its moments are there from the first step on
             optimizer.zero_grad()
             inputs = torch.empty(rows, length, base.config.text_config.hidden_size, dtype=base.lm_head.weight.dtype)
-            with torch.autocast("cpu", torch.bfloat16, enabled=size != "narrow"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 hidden = base.model.language_model(
                     inputs_embeds=inputs, position_ids=torch.arange(length)[None], use_cache=False,
                     attention_mask=torch.zeros(1, 1, 1, 1, dtype=inputs.dtype).expand(rows, 1, length, length),

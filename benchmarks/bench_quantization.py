@@ -41,10 +41,11 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def build_random_llava(folder: Path, seed: int = 0) -> Path:
+def build_random_llava(folder: Path, seed: int = 0, layers: int = 32) -> Path:
     """Write a random checkpoint of LLaVA-1.6-Mistral-7B's exact shapes in the hub's layout, and return its folder.
 
-    It has 15.1 GB in bfloat16 and is written a shard at a time. The tokenizer is Mistral's, from mistral-common.
+    It has 15.1 GB in bfloat16 and is written a shard at a time. The tokenizer is Mistral's, from mistral-common. Fewer
+    `layers` of the language model make a smaller one.
     """
     sys.path.insert(0, str(ROOT))
     import torch
@@ -69,7 +70,8 @@ def build_random_llava(folder: Path, seed: int = 0) -> Path:
     images = LlavaNextImageProcessorPil(size={"shortest_edge": 336}, crop_size=336, image_grid_pinpoints=grid)
     LlavaNextProcessor(images, tokenizer, 14, "default", num_additional_image_tokens=1).save_pretrained(folder)
     text = MistralConfig(vocab_size=32064, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=32768,
-                         rope_theta=1e6, sliding_window=None, bos_token_id=1, eos_token_id=2)  # fmt: skip
+                         rope_theta=1e6, sliding_window=None, bos_token_id=1, eos_token_id=2,
+                         num_hidden_layers=layers)  # fmt: skip
     config = LlavaNextConfig(text_config=text, image_token_index=32000, image_grid_pinpoints=grid, dtype="bfloat16")
     config.architectures = ["LlavaNextForConditionalGeneration"]
     config.save_pretrained(folder)
@@ -95,7 +97,7 @@ def build_random_llava(folder: Path, seed: int = 0) -> Path:
         shard[name_in_hub(name)] = weight.to(torch.bfloat16)
         size += 2 * place.numel()
     close_shard()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 

@@ -69,3 +69,24 @@ def test_amber_generation_is_faster_and_the_same():
         figures["speedup"] == pytest.approx(figures["single_seconds"] / figures["shared_seconds"])
         and figures["speedup"] > 4
     )
+
+
+def test_real_size_refuses_a_small_disk_and_goes_on_where_it_broke_off(tmp_path, monkeypatch, capsys):
+    import real_size
+
+    args = real_size.parse_args(["--work_dir", str(tmp_path)])
+    works = [sys.executable, "-c", "import sys; open(sys.argv[1], 'w').write('123')", tmp_path / "made" / "file"]
+    steps = {"first": (tmp_path / "made", works), "second": (None, [sys.executable, "-c", "raise SystemExit(3)"])}
+    monkeypatch.setattr(real_size, "list_steps", lambda args: steps)
+    with pytest.raises(SystemExit, match="first ended with exit code 1"):
+        real_size.run_steps(args)
+    works[2] = "import os; os.mkdir(os.path.dirname(__import__('sys').argv[1]));" + works[2]
+    with pytest.raises(SystemExit, match="second ended with exit code 3"):
+        real_size.run_steps(args)
+    steps["second"][1][2] = "pass"
+    done = real_size.run_steps(args)
+    assert "first: done before" in capsys.readouterr().err
+    assert done["first"]["output_bytes"] == 3 and done["second"]["resident_bytes"] > 0
+    monkeypatch.setattr(real_size, "DISK", 10**9)
+    with pytest.raises(SystemExit, match="GB of disk are free"):
+        real_size.check_room(tmp_path, 32)

@@ -288,6 +288,11 @@ def sharded(tmp_path_factory):
     return folder
 
 
+def test_the_gate_asks_a_base_of_several_files(sharded, tmp_path):
+    flags = ["--model_path", sharded, "--gate_samples", "1", "--max_new_tokens", "2", "--max_kl", "100"]
+    assert run(tmp_path / "q", *flags)["quality"]["tokens"] > 0
+
+
 @pytest.mark.parametrize("language", ["mistral", "llama"])
 def test_llavas_own_format_becomes_the_hubs(tmp_path, language):
     folder, _, _ = build_original_llava(tmp_path / "liuhaotian", language)
