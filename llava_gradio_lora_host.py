@@ -418,7 +418,6 @@ class Job:
     tokens: list[int] = field(default_factory=list)
     over: bool = False  # whole, or failed
     failed: bool = False
-    stopped: bool = False  # nobody reads it any more
 
 
 class Engine:
@@ -434,34 +433,32 @@ class Engine:
         if self.mixes:
             config = model.peft_config["default"]
             self.mixes = not config.use_dora and not config.modules_to_save
-        ends = model.generation_config.eos_token_id
-        self.ends = set(ends) if isinstance(ends, list) else {ends}
+        self.ends = set(np.ravel(model.generation_config.eos_token_id).tolist())
         self.jobs: list[Job] = []  # which somebody waits for
         threading.Thread(target=self.work, daemon=True).start()
 
-    async def stream(self, model: str, image, turns: list, temperature=0.0, top_p=1.0, max_new_tokens=1024):
-        """Yield the answer so far, again and again. `turns` are (question, answer), and the last answer is None. Closing
-        the generator ends the generation."""
-        ids = build_chat(self.processor, image.size, turns)
-        room = self.model.config.text_config.max_position_embeddings - len(ids)
-        if room < 1:
-            refuse("The conversation is longer than the model can read; start a new one with Clear.")
-        sampling = (temperature, top_p) if temperature > 0 else (0, 1)
-        job = Job(ids, image, model == "Adapter", sampling, min(max_new_tokens, room))
-        self.jobs.append(job)
+    async def stream(self, image, conversations: dict[str, list], temperature=0.0, top_p=1.0, max_new_tokens=1024):
+        """Yield {model: answer so far} again and again. `conversations` has the (question, answer) turns of each model, and
+        the last answer is None. Closing the generator ends the generation."""
+        sampling, jobs = (temperature, top_p) if temperature > 0 else (0, 1), {}
+        for model, turns in conversations.items():
+            ids = build_chat(self.processor, image.size, turns)
+            room = self.model.config.text_config.max_position_embeddings - len(ids)
+            if room < 1:
+                refuse("The conversation is longer than the model can read; start a new one with Clear.")
+            jobs[model] = Job(ids, image, model == "Adapter", sampling, min(max_new_tokens, room))
+        self.jobs += jobs.values()
+        answers, over = None, False
         try:
-            shown = 0
-            while not job.over:
+            while not over:
+                over = all(job.over for job in jobs.values())
+                if answers != (grown := {model: self.decode(job.tokens) for model, job in jobs.items()}):
+                    yield (answers := grown)
                 await asyncio.sleep(0.02)
-                if len(job.tokens) > shown:
-                    shown = len(job.tokens)
-                    yield self.decode(job.tokens)
-            if job.failed:
-                refuse("The model failed on this question. Ask again, or start with a smaller --max_batch_size.")
-            yield self.decode(job.tokens)
         finally:
-            job.stopped = True
-            self.jobs.remove(job)
+            self.jobs = [job for job in self.jobs if job not in jobs.values()]
+        if any(job.failed for job in jobs.values()):
+            refuse("The model failed on this question. Ask again, or start with a smaller --max_batch_size.")
 
     def decode(self, tokens: list[int]) -> str:
         text = self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -470,8 +467,8 @@ class Engine:
     def work(self) -> None:
         """Answer those who wait, a batch at a time. The engine's thread runs this forever."""
         while True:
-            time.sleep(0.01)  # both sides of a comparison come within this time
-            waiting = [job for job in list(self.jobs) if not job.over]
+            time.sleep(0.01)
+            waiting = [job for job in self.jobs if not job.over]
             alike = [job for job in waiting if job.sampling == waiting[0].sampling]
             batch = [job for job in alike if self.mixes or job.adapter == alike[0].adapter][: self.max_batch_size]
             try:
@@ -491,11 +488,9 @@ class Engine:
                 if not job.over:
                     job.tokens.append(token)
                     job.over = token in self.ends or len(job.tokens) == job.max_new_tokens
-            return torch.tensor([job.over or job.stopped for job in batch], device=device)
+            return torch.tensor([job.over or job not in self.jobs for job in batch], device=device)
 
-        images = list(
-            {id(job.image): job.image for job in batch}.values()
-        )  # whoever shares a picture shares its pixels
+        images = list({id(job.image): job.image for job in batch}.values())  # who shares a picture shares its pixels
         rows = [[image is job.image for image in images].index(True) for job in batch]
         pixels = self.processor.image_processor(images, return_tensors="pt")
         (temperature, top_p), use_adapter = batch[0].sampling, nullcontext()
@@ -541,36 +536,26 @@ NAMES = """person man woman child boy girl baby bicycle bike car motorcycle airp
     tent tree flower mushroom fish star moon sun cloud sky grass sand beach water river lake mountain hill road street bridge
     building tower door window wall fence sign pole curtain carpet mirror painting candle basket box plate pillow towel hat
     cap helmet shoe shirt dress jacket glasses watch camera flag balloon statue leaf rock stairs shelf desk stove pot pan"""
-OBJECTS = {
+OBJECTS = dict(people="person", men="man", women="woman", children="child", babies="baby", knives="knife")
+OBJECTS |= {
     form: name for name in NAMES.split() for form in (name, f"{name}s", f"{name}es")
 }  # {word in an answer: name}
-OBJECTS |= {
-    "people": "person",
-    "men": "man",
-    "women": "woman",
-    "children": "child",
-    "babies": "baby",
-    "knives": "knife",
-}
-
-
-async def finish(engine, model: str, image: Image.Image, question: str, max_new_tokens: int) -> str:
-    """Return a model's whole answer, with the likeliest tokens."""
-    turns = [(question, None)]
-    return [text async for text in engine.stream(model, image, turns, max_new_tokens=max_new_tokens)][-1]
 
 
 async def find_doubtful(engine, image: Image.Image, answers: dict[str, str]) -> set[str]:
     """Return the words of the models' answers that name an object that the base denies when it is asked about it."""
+
+    async def deny(name: str) -> bool:
+        question = f"Is there {'an' if name[0] in 'aeiou' else 'a'} {name} in this image?"
+        replies = [reply async for reply in engine.stream(image, {"Base": [(question, None)]}, max_new_tokens=2)]
+        return not replies[-1]["Base"].lower().startswith("yes")
+
     words = list({word for answer in answers.values() for word in split_words(answer.lower())} & OBJECTS.keys())
-    names = [OBJECTS[word] for word in words]
-    questions = [f"Is there {'an' if name[0] in 'aeiou' else 'a'} {name} in this image?" for name in names]
-    replies = await asyncio.gather(*[finish(engine, "Base", image, question, 2) for question in questions])
-    return {word for word, reply in zip(words, replies, strict=True) if not reply.lower().startswith("yes")}
+    denied = await asyncio.gather(*[deny(OBJECTS[word]) for word in words])
+    return {word for word, no in zip(words, denied, strict=True) if no}
 
 
 # ---------------------------------------------------------------------------- pictures, questions and words of the page
-
 
 MAX_QUESTION = 4_000  # characters
 
@@ -648,7 +633,6 @@ def mark_answers(answers: dict[str, str], doubtful: set[str] = frozenset()) -> d
 
 # ---------------------------------------------------------------------------- the page
 
-
 ANSWERS = jinja2.Template(
     """\
 {% for turn in turns | reverse %}
@@ -672,32 +656,13 @@ CSS = """
 #examples .gallery-item { height: 90px } #examples .gallery-item * { height: 100%; object-fit: contain }
 #question button { background: var(--button-primary-background-fill); color: var(--button-primary-text-color) }
 #answers article { display: flex; flex-wrap: wrap; gap: .3em 1.5em; padding-bottom: .8em }
-#answers h3 { flex-basis: 100%; margin: 0 } #answers section { flex: 1 1 260px }
+#answers h3 { flex-basis: 100%; margin: 0; font-weight: 400 } #answers section { flex: 1 1 260px }
 #answers h3, #answers p { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7 }
-#answers h4 { margin: 0 } #answers button { text-decoration: underline; font-size: .8em }
+#answers h4 { margin: 0 } #answers button { all: unset; cursor: pointer; text-decoration: underline; font-size: .8em }
 #answers .differs, #about mark { background: #ffdf80; color: #222; padding: .1em 0 }
 #answers .doubtful, #about u { text-decoration: underline wavy #e33 1.5px; text-underline-offset: 3px }
 """
 IDLE = {"submit_btn": "Ask", "stop_btn": False}  # the question's box, as long as no answer grows
-
-
-async def grow_answers(engine, answers: dict[str, str], conversations: dict[str, list], image: Image.Image, *sampling):
-    """Fill in the answers to each model's conversation, and yield again and again while they grow."""
-
-    async def grow(model: str) -> None:
-        async with aclosing(engine.stream(model, image, conversations[model], *sampling)) as stream:
-            async for answers[model] in stream:
-                pass
-
-    tasks = [asyncio.create_task(grow(model)) for model in conversations]
-    try:
-        while not all(task.done() for task in tasks):
-            await asyncio.wait(tasks, timeout=0.05, return_when=asyncio.FIRST_EXCEPTION)
-            yield
-        await asyncio.gather(*tasks)  # raises what went wrong
-    finally:  # also when the user stops or leaves
-        for task in tasks:
-            task.cancel()
 
 
 async def ask(engine, check, picture, question, turns, models, temperature, top_p, length, remember):
@@ -708,22 +673,21 @@ async def ask(engine, check, picture, question, turns, models, temperature, top_
         image = await asyncio.to_thread(open_picture, picture and picture["path"])
         if not models:
             refuse("Choose at least one model in the settings.")
-        answers, conversations = dict.fromkeys(models, ""), {}
+        conversations = {}
         for model in models:
-            known = [(old["question"], old["answers"].get(model)) for old in turns if remember]
+            known = [(turn["question"], turn["answers"].get(model)) for turn in turns if remember]
             conversations[model] = [*filter(all, known), (question, None)]
-        turn = {"question": question, "answers": answers, "marked": {}}
+        turn = {"question": question, "answers": dict.fromkeys(models, ""), "marked": {}}
         turns = [*turns, turn]
         yield gr.Textbox("", submit_btn=False, stop_btn="Stop"), turns, ANSWERS.render(turns=turns)
-        growing = grow_answers(engine, answers, conversations, image, temperature, top_p, int(length))
-        async with aclosing(growing):
-            async for _ in growing:
+        async with aclosing(engine.stream(image, conversations, temperature, top_p, int(length))) as growing:
+            async for turn["answers"] in growing:
                 yield gr.skip(), turns, ANSWERS.render(turns=turns)
-        turn["marked"] = mark_answers(answers)
+        turn["marked"] = mark_answers(turn["answers"])
         yield gr.skip(), turns, ANSWERS.render(turns=turns)
         kept, typed = turns, ""
         if check:
-            turn["marked"] = mark_answers(answers, await check(engine, image, answers))
+            turn["marked"] = mark_answers(turn["answers"], await check(engine, image, turn["answers"]))
         yield gr.Textbox(**IDLE), turns, ANSWERS.render(turns=turns)
     except gr.Error as error:
         gr.Warning(error.message)
@@ -756,10 +720,10 @@ def make_api(engine):
             names = ", ".join(engine.models)
             refuse(f"Give a model of {names}, temperature 0 to 2, top_p above 0 up to 1, max_new_tokens above 0.")
         picture = await asyncio.to_thread(open_picture, image and image["path"])
-        turns = [(check_question(question), None)]
-        async with aclosing(engine.stream(model, picture, turns, temperature, top_p, int(max_new_tokens))) as answers:
-            async for text in answers:
-                yield text
+        conversations = {model: [(check_question(question), None)]}
+        async with aclosing(engine.stream(picture, conversations, temperature, top_p, int(max_new_tokens))) as stream:
+            async for answers in stream:
+                yield answers[model]
 
     return answer
 
@@ -847,9 +811,9 @@ def launch_page(page: gr.Blocks, host="127.0.0.1", port=None, share=False, users
 async def print_answers(engine, paths: list[Path], questions: list[str], max_new_tokens: int) -> None:
     """Print the answers of all models to each question about each picture, side by side, with their differences marked."""
     for path, question in product(paths, questions):
-        image, asked = open_picture(path), check_question(question)
-        answering = [finish(engine, model, image, asked, max_new_tokens) for model in engine.models]
-        answers = dict(zip(engine.models, await asyncio.gather(*answering), strict=True))
+        conversations = dict.fromkeys(engine.models, [(check_question(question), None)])
+        stream = engine.stream(open_picture(path), conversations, max_new_tokens=max_new_tokens)
+        answers = [answers async for answers in stream][-1]
         table = Table(*answers, title=Text(f"{path}: {question}"), title_justify="left", expand=True)
         marked = mark_answers(answers).values()
         cells = [[(piece, marks and "black on yellow") for piece, marks in cell] for cell in marked]

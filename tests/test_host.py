@@ -69,7 +69,8 @@ def plain(engine, picture, question, model="Adapter", max_new_tokens=100):
 
 
 async def finish(engine, model, picture, turns, *sampling):
-    return [text async for text in engine.stream(model, host.load_image(picture), turns, *sampling)][-1]
+    stream = engine.stream(host.load_image(picture), {model: turns}, *sampling)
+    return [answers async for answers in stream][-1][model]
 
 
 def rest(engine, seconds=30):
@@ -131,8 +132,8 @@ def test_a_conversation_is_one_prompt_and_a_question_is_plain_text(engine, photo
 
 def test_an_answer_is_as_long_as_asked_and_grows(endless):
     async def parts():
-        stream = endless.stream("Base", host.load_image(PICTURES[0]), [(QUESTIONS[0], None)], 0, 1, 60)
-        return [text async for text in stream]
+        stream = endless.stream(host.load_image(PICTURES[0]), {"Base": [(QUESTIONS[0], None)]}, 0, 1, 60)
+        return [answers["Base"] async for answers in stream]
 
     texts = asyncio.run(parts())
     assert len(texts) > 3 and len(endless.processor.tokenizer(texts[-1], add_special_tokens=False).input_ids) <= 60
@@ -142,9 +143,9 @@ def test_who_stops_reading_ends_the_generation_and_nobody_elses(endless):
     async def leave():
         other = asyncio.create_task(finish(endless, "Adapter", PICTURES[1], [(QUESTIONS[0], None)], 0, 1, 150))
         image = host.load_image(PICTURES[0])
-        async with aclosing(endless.stream("Base", image, [(QUESTIONS[0], None)], 0, 1, 900)) as answers:
-            async for text in answers:
-                if text:
+        async with aclosing(endless.stream(image, {"Base": [(QUESTIONS[0], None)]}, 0, 1, 900)) as stream:
+            async for answers in stream:
+                if answers["Base"]:
                     (mine,) = (job for job in running(endless) if not job.adapter)
                     break
         waiting = asyncio.create_task(finish(endless, "Base", PICTURES[2], [(QUESTIONS[0], None)], 0, 1, 900))
@@ -366,7 +367,7 @@ def test_a_curl_user_who_leaves_costs_nothing_more(endless, address):
     event = httpx.post(f"{address}/gradio_api/call/answer", json={"data": data}).json()["event_id"]
     with httpx.stream("GET", f"{address}/gradio_api/call/answer/{event}") as stream:
         next(stream.iter_lines())
-        (job,) = running(endless)
+        (job,) = endless.jobs
     rest(endless)
     assert len(job.tokens) < 500
 

@@ -123,10 +123,11 @@ def test_two_answers_stream_and_what_differs_is_marked(site, open_page):
 def test_a_follow_up_sees_the_conversation_about_its_picture_alone(site, open_page, monkeypatch):
     conversations, stream = [], site.engine.stream
 
-    def note(model, image, turns, *rest, **options):
-        if turns[-1][0] in ("One?", "Two?", "Three?") and model == site.engine.models[0]:
-            conversations.append([question for question, _ in turns])
-        return stream(model, image, turns, *rest, **options)
+    def note(image, talks, *rest, **options):
+        questions = [question for question, _ in talks.get(site.engine.models[0], [])]
+        if questions[-1:] in (["One?"], ["Two?"], ["Three?"]):
+            conversations.append(questions)
+        return stream(image, talks, *rest, **options)
 
     monkeypatch.setattr(site.engine, "stream", note)
     page = open_page()
