@@ -222,6 +222,41 @@ def test_a_killed_page_leaves_no_process(served):
 
 @needs_vllm
 @pytest.mark.slow
+def test_an_adapter_on_an_fp8_base_answers_as_in_transformers(tmp_path):
+    import llava_quantize_vllm as quantizing
+
+    folder = tmp_path / "fp8"
+    flags = [
+        "--model_path",
+        MINIATURE / "model",
+        "--scheme",
+        "FP8_DYNAMIC",
+        "--output_dir",
+        folder,
+        "--gate_samples",
+        "0",
+    ]
+    quantizing.main(list(map(str, flags)))
+    model, processor = load_llava(str(folder), str(MINIATURE / "adapter"), "cpu")
+    images = [load_image(picture) for picture in PICTURES[:32]]
+    wanted = generate_answers(model, processor, images, [CAPTION] * 32, 60)
+    process, address = start_page(["--model_path", folder, "--lora_path", MINIATURE / "adapter"], tmp_path / "page.log")
+    try:
+        client = Client(address, verbose=False)
+        jobs = [
+            client.submit(handle_file(str(picture)), CAPTION, "adapter", 0, 1, 60, api_name="/answer")
+            for picture in PICTURES[:32]
+        ]
+        same = sum(job.result(timeout=120) == answer for job, answer in zip(jobs, wanted, strict=True))
+    finally:
+        process.terminate()
+        process.wait(30)
+    print(f"{same} of 32 answers the same")
+    assert same >= 28
+
+
+@needs_vllm
+@pytest.mark.slow
 def test_vllm_answers_as_transformers_in_every_scheme(made, tmp_path):
     """FP8_BLOCK is not among them: vLLM has no kernel for it on a CPU."""
     exact = tmp_path / "float32"
