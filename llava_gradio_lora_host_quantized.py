@@ -616,15 +616,19 @@ async def ask(engine, check, picture, question, turns, models, temperature, top_
         yield gr.Textbox(typed, **IDLE), kept, ANSWERS.render(turns=kept)
 
 
-# Copied from llava_gradio_lora_host.take_picture
-def take_picture(picture):
-    """Begin anew with a picture: what is said about another one goes. One that cannot be used goes too, with a sentence."""
+# Copied from llava_gradio_lora_host.check_picture
+def check_picture(picture):
+    """Take a picture that cannot be used off the page, with a sentence."""
     try:
-        kept = gr.skip() if not picture or open_picture(picture["path"]) else None
+        return gr.skip() if not picture or open_picture(picture["path"]) else None
     except gr.Error as error:
         gr.Warning(error.message)
-        kept = None
-    return kept, gr.Textbox(**IDLE), [], ANSWERS.render()
+
+
+# Copied from llava_gradio_lora_host.forget
+def forget():
+    """Return the page as it is before the first question: the box, the conversation, and the conversation as HTML."""
+    return gr.Textbox(**IDLE), [], ANSWERS.render()
 
 
 # Copied from llava_gradio_lora_host.make_api
@@ -696,10 +700,11 @@ def build_page(engine, about, max_new_tokens, remember, users, queue_size, tempe
         private = {"api_visibility": "private", "preprocess": False}  # open_picture has sentences, unlike Gradio
         look = {"show_progress": "minimal", "show_progress_on": shown}
         asked = box.submit(partial(ask, engine, check), inputs, changed, **private, **limit, **look)
-        end = private | {"cancels": asked, "concurrency_limit": None, "show_progress": "hidden"}
-        box.stop(lambda: gr.Textbox(**IDLE), None, box, **end)
-        picture.change(take_picture, picture, [picture, *changed], **end)
-        clear.click(take_picture, gr.State(), [picture, *changed], **end)
+        quick = private | {"concurrency_limit": None, "show_progress": "hidden"}
+        box.stop(lambda: gr.Textbox(**IDLE), None, box, cancels=asked, **quick)
+        clear.click(forget, None, changed, cancels=asked, **quick)
+        picture.change(forget, None, changed, cancels=asked, **quick)  # the answers are about another picture
+        picture.change(check_picture, picture, picture, **quick)
         gr.api(make_api(engine), api_name="answer", **limit)
     return page.queue(max_size=queue_size)
 

@@ -23,7 +23,7 @@ CAPTION = "Describe this image."
 @pytest.fixture(scope="module")
 def site(engine):  # noqa: F811
     """A listening page: its address, its engine, what plain generation says, and how many answers grow now."""
-    about = "<mark>Marked</mark> words are not in the other answer. <u>Underlined</u> objects are those that the base denies "
+    about = "<mark>Marked</mark> words are not in the other answer. <u>Underlined</u> objects are those that the base denies."
     page = host.build_page(engine, about, 900, False, 8, 64, check=host.find_doubtful)
     host.launch_page(page)
     answers = {model: plain(engine, PICTURES[16], CAPTION, model) for model in engine.models}
@@ -78,6 +78,7 @@ def example(page, number):
     before = page.locator("#picture img").get_attribute("src") if page.locator("#picture img").count() else ""
     page.locator("#examples .gallery-item").nth(number).click()
     expect(page.locator("#picture img")).not_to_have_attribute("src", before)
+    page.wait_for_timeout(500)  # nobody asks sooner
 
 
 def ask(page, question):
