@@ -31,7 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     def add(group, flag, help, **options):
         shown = options.get("default")
-        group.add_argument(flag, help=help + (f" (default: {shown})" if shown is not None else ""), **options)
+        group.add_argument(flag, help=help + (f" (default: {shown})" if shown not in (None, []) else ""), **options)
 
     def number(kind: type, allowed, wanted: str):
         def convert(text: str):
