@@ -99,6 +99,7 @@ def test_two_answers_stream_and_what_differs_is_marked(site, open_page):
     page = open_page()
     give(page, PICTURES[16])
     expect(page.locator("#picture img")).to_be_visible()
+    page.wait_for_timeout(500)  # nobody asks sooner
     page.evaluate(
         """() => { window.seen = []; new MutationObserver(() => window.seen.push(document.querySelector('#answers p')?.innerText || ''))
                    .observe(document.querySelector('#answers'), {childList: true, subtree: true, characterData: true}) }"""
