@@ -46,12 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model = parser.add_argument_group("model")
     add(model, "--model_path", "base model: hub id or folder", default="llava-hf/llava-v1.6-mistral-7b-hf")
     add(model, "--lora_path", "LoRA adapter: hub id or folder")
-    add(
-        model,
-        "--device",
-        "auto (cuda, then mps, then cpu), all (layers spread over the GPUs), cuda:1, cpu …",
-        default="auto",
-    )
+    add(model, "--device", "auto (cuda, mps or cpu), all (spread over the GPUs), cuda:1, cpu …", default="auto")
     bits = model.add_mutually_exclusive_group()
     add(bits, "--load_4bit", "base weights in NF4 with double quantization", action="store_true")
     add(bits, "--load_8bit", "base weights in 8 bits (LLM.int8)", action="store_true")
@@ -82,21 +77,19 @@ if __name__ == "__main__":
     parse_args()  # answers --help and refuses wrong flags before the heavy imports
 
 import asyncio
-import base64
 import difflib
 import inspect
 import io
 import json
 import logging
 import os
-import queue
 import re
 import signal
 import tempfile
 import threading
 import time
 from collections import Counter
-from contextlib import aclosing, nullcontext, suppress
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from itertools import groupby, product
@@ -108,7 +101,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a kernel that nothing here needs
 
 import gradio as gr
-import gradio.component_meta
 import jinja2
 import numpy as np
 import torch
@@ -423,145 +415,102 @@ class Job:
     adapter: bool
     sampling: tuple[float, float]  # temperature and top-p
     max_new_tokens: int
-    loop: asyncio.AbstractEventLoop
     tokens: list[int] = field(default_factory=list)
-    updates: asyncio.Queue = field(default_factory=asyncio.Queue)  # token counts, then None or an exception
-    stopped: bool = False
-
-    @property
-    def ended(self) -> bool:
-        """Whether it is stopped or long enough."""
-        return self.stopped or len(self.tokens) >= self.max_new_tokens
-
-    def tell(self, update) -> None:
-        """Pass an update from the engine's thread to whoever waits for the answer."""
-        with suppress(RuntimeError):  # nobody waits any more: the event loop has ended
-            self.loop.call_soon_threadsafe(self.updates.put_nowait, update)
+    over: bool = False  # whole, or failed
+    failed: bool = False
 
 
 class Engine:
-    """Answers with base and adapter. One thread takes all answers that wait and generates them as one batch, so that who
-    asks in the meantime waits for that batch. Rows with and without the adapter share it (PEFT's `adapter_names`)."""
+    """Answers with base and adapter. A thread of its own takes all answers that wait and generates them as one batch; a
+    question that comes in the meantime waits for that batch. Rows with and without the adapter share it."""
 
     def __init__(self, model, processor, max_batch_size: int):
         self.model, self.processor, self.max_batch_size = model, processor, max_batch_size
         self.models = ["Base", "Adapter"] if hasattr(model, "peft_config") else ["Base"]
         # PEFT picks the adapter by row only in layers that see rows, so not in the vision tower and the projector
         layers = [name for name, _ in model.named_modules() if name.endswith(".lora_A")]
-        config = model.peft_config["default"] if layers else None
-        self.mixes = bool(config) and not config.use_dora and not config.modules_to_save
-        self.mixes = self.mixes and all(".language_model." in name for name in layers)
-        ends = model.generation_config.eos_token_id
-        self.ends = set(ends) if isinstance(ends, list) else {ends}
-        self.jobs: queue.Queue[Job] = queue.Queue()
-        self.batch: list[Job] = []  # whose answers are growing
+        self.mixes = bool(layers) and all(".language_model." in name for name in layers)
+        if self.mixes:
+            config = model.peft_config["default"]
+            self.mixes = not config.use_dora and not config.modules_to_save
+        self.ends = set(np.ravel(model.generation_config.eos_token_id).tolist())
+        self.jobs: list[Job] = []  # which somebody waits for
         threading.Thread(target=self.work, daemon=True).start()
 
-    async def stream(
-        self, model: str, image: Image.Image, turns: list, temperature=0.0, top_p=1.0, max_new_tokens=1024
-    ):
-        """Yield the answer so far, again and again. `turns` are (question, answer), and the last answer is None. Closing
-        the generator ends the generation."""
-        ids = build_chat(self.processor, image.size, turns)
-        room = self.model.config.text_config.max_position_embeddings - len(ids)
-        if room < 1:
-            refuse("The conversation is longer than the model can read; start a new one with Clear.")
-        sampling = (temperature, top_p) if temperature > 0 else (0, 1)
-        loop = asyncio.get_running_loop()
-        job = Job(ids, image, model == "Adapter", sampling, min(max_new_tokens, room), loop)
-        self.jobs.put(job)
+    async def stream(self, image, conversations: dict[str, list], temperature=0.0, top_p=1.0, max_new_tokens=1024):
+        """Yield {model: answer so far} again and again. `conversations` has the (question, answer) turns of each model, and
+        the last answer is None. Closing the generator ends the generation."""
+        sampling, jobs = (temperature, top_p) if temperature > 0 else (0, 1), {}
+        for model, turns in conversations.items():
+            ids = build_chat(self.processor, image.size, turns)
+            room = self.model.config.text_config.max_position_embeddings - len(ids)
+            if room < 1:
+                refuse("The conversation is longer than the model can read; start a new one with Clear.")
+            jobs[model] = Job(ids, image, model == "Adapter", sampling, min(max_new_tokens, room))
+        self.jobs += jobs.values()
+        answers, over = None, False
         try:
-            while (update := await job.updates.get()) is not None:
-                if isinstance(update, Exception):
-                    raise update
-                if job.updates.empty():  # otherwise there is a longer answer already
-                    yield self.decode(job.tokens)
-            yield self.decode(job.tokens)
+            while not over:
+                over = all(job.over for job in jobs.values())
+                if answers != (grown := {model: self.decode(job.tokens) for model, job in jobs.items()}):
+                    yield (answers := grown)
+                await asyncio.sleep(0.02)
         finally:
-            job.stopped = True
+            self.jobs = [job for job in self.jobs if job not in jobs.values()]
+        if any(job.failed for job in jobs.values()):
+            refuse("The model failed on this question. Ask again, or start with a smaller --max_batch_size.")
 
     def decode(self, tokens: list[int]) -> str:
         text = self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
         return text.strip().rstrip("\ufffd")  # which stands for the first bytes of a letter
 
     def work(self) -> None:
-        """Answer whoever waits, a batch at a time; the engine's thread runs this forever."""
-        waiting: list[Job] = []
+        """Answer those who wait, a batch at a time. The engine's thread runs this forever."""
         while True:
-            if not waiting:
-                waiting.append(self.jobs.get())
-                time.sleep(0.01)  # the other side of the comparison comes right behind
-            while not self.jobs.empty():
-                waiting.append(self.jobs.get())
-            waiting = [job for job in waiting if not job.stopped]
+            time.sleep(0.01)
+            waiting = [job for job in self.jobs if not job.over]
             alike = [job for job in waiting if job.sampling == waiting[0].sampling]
-            if not self.mixes:
-                alike = [job for job in alike if job.adapter == alike[0].adapter]
-            self.batch, outcome = alike[: self.max_batch_size], None
-            waiting = [job for job in waiting if job not in self.batch]
+            batch = [job for job in alike if self.mixes or job.adapter == alike[0].adapter][: self.max_batch_size]
             try:
-                if self.batch:
-                    self.generate(self.batch)
+                if batch:
+                    self.generate(batch)
             except Exception as error:  # such as a full GPU: these answers are lost, and the page goes on
-                print(f"{len(self.batch)} answers failed: {type(error).__name__}: {error}", file=sys.stderr)
-                sentence = "The model failed on this question. Ask again, or start with a smaller --max_batch_size."
-                outcome = gr.Error(sentence, print_exception=False)
-            batch, self.batch = self.batch, []
-            for job in batch:
-                job.tell(outcome)
+                print(f"{len(batch)} answers failed: {type(error).__name__}: {error}", file=sys.stderr)
+                for job in batch:
+                    job.failed = job.over = True
 
     def generate(self, batch: list[Job]) -> None:
-        """Generate the answers of a batch together; each job is told about its tokens as they come."""
-        device, pad = self.model.device, self.processor.tokenizer.pad_token_id
-        longest = max(len(job.ids) for job in batch)
-        ids = torch.tensor([[pad] * (longest - len(job.ids)) + job.ids for job in batch], device=device)
-        mask = torch.tensor([[0] * (longest - len(job.ids)) + [1] * len(job.ids) for job in batch], device=device)
-        images = {id(job.image): job.image for job in batch}  # several questions about one picture share its pixels
-        rows = [list(images).index(id(job.image)) for job in batch]
-        pixels = self.processor.image_processor(list(images.values()), return_tensors="pt")
-        temperature, top_p = batch[0].sampling
-        options = {"do_sample": False}
-        if temperature:
-            options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        streamer, use_adapter = RowStreamer(batch, self.ends), nullcontext()
-        if len(self.models) == 2 and self.mixes:
+        """Generate the answers of a batch together. Each job gets its tokens as they come."""
+        device, tokenizer = self.model.device, self.processor.tokenizer
+
+        def follow(ids: torch.Tensor, scores, **_) -> torch.Tensor:  # a stopping criterion, called for each new token
+            for job, token in zip(batch, ids[:, -1].tolist(), strict=True):
+                if not job.over:
+                    job.tokens.append(token)
+                    job.over = token in self.ends or len(job.tokens) >= job.max_new_tokens
+            return torch.tensor([job.over or job not in self.jobs for job in batch], device=device)
+
+        images = list({id(job.image): job.image for job in batch}.values())  # who shares a picture shares its pixels
+        rows = [[image is job.image for image in images].index(True) for job in batch]
+        pixels = self.processor.image_processor(images, return_tensors="pt")
+        (temperature, top_p), use_adapter = batch[0].sampling, nullcontext()
+        options = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+        if self.mixes:
             options["adapter_names"] = ["default" if job.adapter else "__base__" for job in batch]
         elif len(self.models) == 2 and not batch[0].adapter:
             use_adapter = self.model.disable_adapter()
+        ids = tokenizer.pad({"input_ids": [job.ids for job in batch]}, padding_side="left", return_tensors="pt")
         with torch.inference_mode(), use_adapter:
             self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
+                **ids.to(device),
                 pixel_values=pixels["pixel_values"][rows].to(device, self.model.dtype),
                 image_sizes=pixels["image_sizes"][rows].to(device),
                 max_new_tokens=max(job.max_new_tokens for job in batch),
-                pad_token_id=pad,
-                streamer=streamer,
-                stopping_criteria=[streamer.find_ended],
+                do_sample=temperature > 0,
+                pad_token_id=tokenizer.pad_token_id,
+                stopping_criteria=[follow],
                 **options,
             )
-
-
-class RowStreamer:
-    """Hands each new token of a batch to its row's job: a streamer for several rows, which `generate` lacks."""
-
-    def __init__(self, batch: list[Job], ends: set[int]):
-        self.batch, self.ends, self.prompt = batch, ends, True
-
-    def put(self, tokens: torch.Tensor) -> None:
-        rows = [] if self.prompt else zip(self.batch, tokens.tolist(), strict=True)  # the prompt comes first
-        for job, token in rows:
-            if not (job.ended or job.tokens and job.tokens[-1] in self.ends):
-                job.tokens.append(token)
-                job.tell(len(job.tokens))
-        self.prompt = False
-
-    def end(self) -> None:
-        """`generate` calls this after the last token."""
-
-    def find_ended(self, ids: torch.Tensor, scores, **_) -> torch.Tensor:
-        """Return which rows are stopped or long enough: a stopping criterion."""
-        return torch.tensor([job.ended for job in self.batch], device=ids.device)
 
 
 def build_chat(processor, image_size: tuple[int, int], turns: list) -> list[int]:
@@ -576,14 +525,39 @@ def build_chat(processor, image_size: tuple[int, int], turns: list) -> list[int]
     return ids
 
 
+# ---------------------------------------------------------------------------- objects that the base does not confirm
+
+# what is looked for in an answer: COCO's classes and other things that captions name and that may not be there
+NAMES = """person man woman child boy girl baby bicycle bike car motorcycle airplane plane bus train truck boat ship bench
+    bird cat dog horse sheep cow elephant bear zebra giraffe animal backpack bag umbrella handbag tie suitcase frisbee ski
+    snowboard ball kite bat glove skateboard surfboard racket bottle glass cup mug fork knife spoon bowl banana apple sandwich
+    broccoli carrot pizza donut cake food fruit chair couch sofa plant bed table toilet tv television laptop computer mouse
+    remote keyboard phone microwave oven toaster sink refrigerator book clock vase scissors toothbrush lamp light bucket house
+    tent tree flower mushroom fish star moon sun cloud sky grass sand beach water river lake mountain hill road street bridge
+    building tower door window wall fence sign pole curtain carpet mirror painting candle basket box plate pillow towel hat
+    cap helmet shoe shirt dress jacket glasses watch camera flag balloon statue leaf rock stairs shelf desk stove pot pan"""
+OBJECTS = dict(people="person", men="man", women="woman", children="child", babies="baby", knives="knife")
+OBJECTS |= {
+    form: name for name in NAMES.split() for form in (name, f"{name}s", f"{name}es")
+}  # {word in an answer: name}
+
+
+async def find_doubtful(engine, image: Image.Image, answers: dict[str, str]) -> set[str]:
+    """Return the words of the models' answers that name an object that the base denies when it is asked about it."""
+
+    async def deny(name: str) -> bool:
+        question = f"Is there {'an' if name[0] in 'aeiou' else 'a'} {name} in this image?"
+        replies = [reply async for reply in engine.stream(image, {"Base": [(question, None)]}, max_new_tokens=2)]
+        return not replies[-1]["Base"].lower().startswith("yes")
+
+    words = list({word for answer in answers.values() for word in split_words(answer.lower())} & OBJECTS.keys())
+    denied = await asyncio.gather(*[deny(OBJECTS[word]) for word in words])
+    return {word for word, no in zip(words, denied, strict=True) if no}
+
+
 # ---------------------------------------------------------------------------- pictures, questions and words of the page
 
-
-MAX_MEGABYTES = 20  # of a picture's file
-MAX_PIXELS = 50_000_000  # of a picture, of which the model sees at most 1,008 x 336 or 672 x 672
 MAX_QUESTION = 4_000  # characters
-FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF"]
-QUESTIONS = ["Describe this image.", "Name everything you can see in this image.", "Is there a chair in this image?"]
 
 
 def refuse(sentence: str) -> NoReturn:
@@ -592,19 +566,19 @@ def refuse(sentence: str) -> NoReturn:
 
 
 def open_picture(path: str | Path | None) -> Image.Image:
-    """Open a user's picture, upright and in RGB. Raises gr.Error with a sentence for the user if it cannot be used."""
+    """Return a user's picture, upright and in RGB. Raises gr.Error with a sentence for the user if it cannot be used."""
+    formats = ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF"]
     if not path:
         refuse("Choose a picture first.")
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            width, height = file.size  # read from the header, before memory is taken
-        image = (
-            None if width * height > MAX_PIXELS or max(width, height) > 100 * min(width, height) else load_image(path)
-        )
-    except FileNotFoundError:
+    if not Path(path).exists():
         refuse("This picture is no longer on the server; choose it again.")
+    try:
+        with Image.open(path, formats=formats) as file:
+            width, height = file.size  # read from the header, before memory is taken
+        usable = width * height <= 50_000_000 and max(width, height) <= 100 * min(width, height)
+        image = load_image(path) if usable else None
     except Exception:  # a broken file makes Pillow raise almost anything
-        refuse(f"This file is damaged, far too large or no picture; {', '.join(FORMATS)} can be read.")
+        refuse(f"This file is damaged, far too large or no picture; {', '.join(formats)} can be read.")
     if not image:
         refuse(f"This picture has {width:,} x {height:,} pixels; make it smaller, or crop it if it is a narrow strip.")
     return image
@@ -614,7 +588,7 @@ def check_question(question: str) -> str:
     """Return the question as the model is asked it; an empty one asks for a description. Raises gr.Error if it is too long."""
     if len(question) > MAX_QUESTION:
         refuse(f"The question has {len(question):,} characters; {MAX_QUESTION:,} are allowed.")
-    return question.strip() or QUESTIONS[0]
+    return question.strip() or "Describe this image."
 
 
 def split_words(text: str) -> list[str]:
@@ -622,234 +596,115 @@ def split_words(text: str) -> list[str]:
     return re.findall(r"\w+(?:[-'’]\w+)*|\W+", text)
 
 
-# words that say little about a picture by themselves
-SMALL_WORDS = set("a an the and or of in on at to by with is are it its this that there which also some".split())
-# what is looked for in an answer: COCO's classes and other things that captions name and that may not be there
-OBJECTS = set(
-    """person man woman child boy girl baby bicycle bike car motorcycle airplane plane bus train truck boat ship bench bird
-    cat dog horse sheep cow elephant bear zebra giraffe animal backpack bag umbrella handbag tie suitcase frisbee ski
-    snowboard ball kite bat glove skateboard surfboard racket bottle glass cup mug fork knife spoon bowl banana apple
-    sandwich orange broccoli carrot pizza donut cake food fruit chair couch sofa plant bed table toilet tv television
-    laptop computer mouse remote keyboard phone microwave oven toaster sink refrigerator book clock vase scissors toothbrush
-    lamp light bucket house tent tree flower mushroom fish star moon sun cloud sky grass sand beach water river lake sea
-    mountain hill road street sidewalk bridge building tower door window wall fence sign pole curtain carpet mirror picture
-    painting candle basket box plate napkin towel pillow hat cap helmet shoe shirt dress jacket glasses watch camera flag
-    balloon statue leaf rock stairs shelf desk stove pot pan""".split()
-) - {"picture", "orange"}  # fmt: skip
-IRREGULAR = {"men": "man", "women": "woman", "children": "child", "people": "person", "mice": "mouse", "leaves": "leaf",
-             "shelves": "shelf", "knives": "knife"}  # fmt: skip
-
-
-def find_objects(text: str) -> dict[str, str]:
-    """Return the objects that a text names: {word as written, in lower case: object}."""
-    found = {}
-    for word in map(str.lower, split_words(text)):
-        forms = [word, IRREGULAR.get(word), word.removesuffix("s"), word.removesuffix("es"), re.sub("ies$", "y", word)]
-        found |= dict.fromkeys(
-            [word] if OBJECTS & {*forms} else [], next((form for form in forms if form in OBJECTS), "")
-        )
-    return found
-
-
-def mark_words(text: str, other: str, doubtful: set[str] = frozenset()) -> list[tuple[str, bool, bool]]:
-    """Return the text in pieces (piece, whether `other` lacks it, whether it names a doubtful object).
+def mark_words(text: str, other: str, doubtful: set[str] = frozenset()) -> list[tuple[str, str]]:
+    """Return the text in pieces (piece, marks). The marks are "differs" if `other` lacks the words, "doubtful" if they are
+    in `doubtful`, both or none.
 
     A word is lacking if it occurs more often here than there; which one of several equal words, an alignment decides.
     """
-    words, others = ([word.lower() for word in split_words(part)] for part in (text, other))
+    small = set("a an the and or of in on at to by with is are it its this that there which also some".split())
+    pieces = split_words(text)
+    words, others = [piece.lower() for piece in pieces], split_words(other.lower())
     surplus = Counter(words) - Counter(others)
-    lacking = [False] * len(words)
+    differs = [False] * len(words)
     for kind, start, end, _, _ in difflib.SequenceMatcher(None, words, others).get_opcodes():
         for number in range(start, end) if kind != "equal" else ():
             word = words[number]
-            lacking[number] = bool(surplus[word]) and word[0].isalnum() and word not in SMALL_WORDS
-            surplus[word] -= lacking[number]
+            differs[number] = surplus[word] > 0 and word[0].isalnum() and word not in small
+            surplus[word] -= differs[number]
     for number in range(1, len(words) - 1):  # a mark goes on over the space between two words
-        lacking[number] |= words[number].isspace() and lacking[number - 1] and lacking[number + 1]
-    objects = find_objects(text)
-    flags = [(differs, objects.get(word) in doubtful) for word, differs in zip(words, lacking, strict=True)]
-    pieces = groupby(zip(split_words(text), flags, strict=True), key=lambda piece: piece[1])
-    return [("".join(piece for piece, _ in group), *key) for key, group in pieces]
+        differs[number] |= words[number].isspace() and differs[number - 1] and differs[number + 1]
+    marks = [
+        " ".join(["differs"] * lacks + ["doubtful"] * (word in doubtful))
+        for word, lacks in zip(words, differs, strict=True)
+    ]
+    groups = groupby(zip(pieces, marks, strict=True), key=lambda piece: piece[1])
+    return [("".join(piece for piece, _ in group), mark) for mark, group in groups]
+
+
+def mark_answers(answers: dict[str, str], doubtful: set[str] = frozenset()) -> dict[str, list[tuple[str, str]]]:
+    """Return the answers in pieces, as mark_words does. The first is compared with the last, all others with the first."""
+    first, *_, last = [*answers.values()] * 2
+    return {
+        model: mark_words(text, last if number == 0 else first, doubtful)
+        for number, (model, text) in enumerate(answers.items())
+    }
 
 
 # ---------------------------------------------------------------------------- the page
 
-
-TURNS = jinja2.Template(
+ANSWERS = jinja2.Template(
     """\
 {% for turn in turns | reverse %}
 <article>
-  <h3><img src="{{ turn.thumbnail }}" alt=""><span>{{ turn.question }}</span></h3>
+  <h3>{{ turn.question }}</h3>
   {% for model, answer in turn.answers.items() %}
   <section aria-label="{{ model }}">
     <h4>{{ model }}</h4>
-    <p aria-live="polite">
-      {%- for piece, differs, doubtful in mark(turn, model) -%}
-        {%- if differs %}<mark>{% endif %}{% if doubtful %}<u>{% endif %}{{ piece }}
-        {%- if doubtful %}</u>{% endif %}{% if differs %}</mark>{% endif %}
-      {%- else %}<i>{{ "No answer." if turn.done else "Waiting for the model …" }}</i>
-      {%- endfor %}</p>
-    <small>{{ "%.1f" | format(turn.seconds[model]) }} s
-      <button class="copy">Copy</button></small>
+    <p>{% for piece, marks in turn.marked.get(model) or [(answer, "")] -%}
+        <span class="{{ marks }}">{{ piece or "…" }}</span>{% endfor %}</p>
+    <button onclick="navigator.clipboard.writeText(this.previousElementSibling.innerText)">Copy</button>
   </section>
   {% endfor %}
-  {% if turn.done and turn.answers | length > 1 and turn.answers.values() | unique | list | length == 1 %}
-  <aside>Both answers are the same.</aside>{% endif %}
 </article>
-{% else %}<p class="empty">The answers appear here, side by side.</p>
-{% endfor %}
-{% if turns %}<aside><small>{% if turns[-1].answers | length > 1 %}<mark>Word</mark> that the other answer does not have.{% endif %}
-<u>Object</u> that “{{ judge }}” does not confirm when it is asked about it, which can be wrong.</small></aside>{% endif %}
-""",
+{% else %}<p>The answers appear here, side by side.</p>
+{% endfor %}""",
     autoescape=True,
 )
-
 CSS = """
 #picture img { width: 100%; height: 100%; object-fit: contain }
-#question button { background: var(--button-primary-background-fill); color: var(--button-primary-text-color) }
 #examples .gallery-item { height: 90px } #examples .gallery-item * { height: 100%; object-fit: contain }
-#answers article { display: flex; flex-wrap: wrap; gap: .3em 1.5em; padding: .6em 0; margin-bottom: .5em;
-  border-bottom: 1px solid var(--border-color-primary) }
-#answers h3, #answers aside { flex-basis: 100% } #answers section { flex: 1 1 260px }
-#answers h3 { display: flex; gap: .6em; align-items: center; margin: 0; font-size: 1rem; font-weight: 500 }
-#answers h3 img { width: 44px; height: 44px; object-fit: contain }
-#answers span, #answers p { white-space: pre-wrap; overflow-wrap: anywhere }
-#answers h4 { margin: 0; font-size: .9rem }
-#answers p { margin: .2em 0 .3em; font-size: 1.05rem; line-height: 1.7 }
-#answers h4, #answers small, #answers aside, #answers .empty { color: var(--body-text-color); opacity: .75 }
-#answers button { all: unset; margin-left: .6em; text-decoration: underline; cursor: pointer }
-#answers mark { background: #ffdf80; color: #222; border-radius: 3px; padding: .1em 0; box-decoration-break: clone }
-.dark #answers mark { background: #7a5c00; color: #fff }
-#answers u { text-decoration: underline wavy #e33 1.5px; text-underline-offset: 3px }
-@media (min-width: 700px) { #left { position: sticky; top: 1em } }
+#question button { background: var(--button-primary-background-fill); color: var(--button-primary-text-color) }
+#answers article { display: flex; flex-wrap: wrap; gap: .3em 1.5em; padding-bottom: .8em }
+#answers h3 { flex-basis: 100%; margin: 0; font-weight: 400 } #answers section { flex: 1 1 260px }
+#answers h3, #answers p { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7 }
+#answers h4 { margin: 0 } #answers button { all: unset; cursor: pointer; text-decoration: underline; font-size: .8em }
+#answers .differs, #about mark { background: #ffdf80; color: #222; padding: .1em 0 }
+#answers .doubtful, #about u { text-decoration: underline wavy #e33 1.5px; text-underline-offset: 3px }
 """
-
-COPY = """element.addEventListener("click", event => {
-  if (event.target.className == "copy")
-    navigator.clipboard.writeText(event.target.closest("section").querySelector("p").innerText)
-})"""
+IDLE = {"submit_btn": "Ask", "stop_btn": False}  # the question's box, as long as no answer grows
 
 
-def render_turns(turns: list[dict], judge: str) -> str:
-    """Return a conversation as HTML, the newest turn first, with differences and doubtful objects marked."""
-
-    def mark(turn: dict, model: str) -> list[tuple[str, bool, bool]]:
-        text = turn["answers"][model]
-        others = [other for name, other in turn["answers"].items() if name != model]
-        # while answers grow, everything would differ
-        return mark_words(text, others[0] if others and turn["done"] else text, turn["doubtful"])
-
-    return TURNS.render(turns=turns, judge=judge, mark=mark)
-
-
-def shrink(image: Image.Image) -> str:
-    """Return a small copy of a picture as a data: address, which stands beside the answers about it."""
-    file = io.BytesIO()
-    ImageOps.contain(image, (88, 88)).save(file, "WEBP")
-    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-async def grow_answers(engine, turn: dict, image: Image.Image, conversations: dict[str, list], *sampling):
-    """Fill in the turn's answers, one for each model's conversation, and yield whenever they have grown."""
-    changed, started = asyncio.Event(), time.monotonic()
-
-    async def grow(model: str) -> None:
-        async with aclosing(engine.stream(model, image, conversations[model], *sampling)) as answers:
-            async for turn["answers"][model] in answers:
-                turn["seconds"][model] = time.monotonic() - started
-                changed.set()
-
-    tasks = [asyncio.create_task(grow(model)) for model in conversations]
-    finished = asyncio.gather(*tasks)
-    finished.add_done_callback(lambda _: changed.set())
-    try:
-        while not finished.done() and not turn["done"]:  # which a new picture sets
-            with suppress(TimeoutError):
-                async with asyncio.timeout(0.5):
-                    await changed.wait()
-            changed.clear()
-            yield
-            await asyncio.sleep(0.05)  # a page that is drawn more often only gets slower
-        if finished.done():
-            await finished
-    finally:  # also when the user stops or leaves
-        for task in tasks:
-            task.cancel()
-
-
-async def find_doubtful(engine, image: Image.Image, objects: set[str]) -> set[str]:
-    """Return the objects for which the first model does not say yes to "Is there a … in this image?"."""
-
-    async def confirm(name: str) -> bool:
-        question = f"Is there {'an' if name[0] in 'aeiou' else 'a'} {name} in this image?"
-        answers = [text async for text in engine.stream(engine.models[0], image, [(question, None)], 0, 1, 2)]
-        return answers[-1].lower().startswith("yes")
-
-    confirmed = await asyncio.gather(*map(confirm, objects))
-    return {name for name, found in zip(objects, confirmed, strict=True) if not found}
-
-
-async def ask(engine, path, question, turns, models, temperature, top_p, length, remember, check):
-    """Answer a question from the page: yields the question's box, the conversation, and the conversation's HTML."""
-    started, judge, typed = False, engine.models[0], question
+async def ask(engine, check, picture, question, turns, models, temperature, top_p, length, remember):
+    """Answer a question from the page. Yields the question's box, the conversation, and the conversation as HTML."""
+    kept, typed = turns, question  # what is shown after a failure
     try:
         question = check_question(question)
+        image = await asyncio.to_thread(open_picture, picture and picture["path"])
         if not models:
             refuse("Choose at least one model in the settings.")
-        image = await asyncio.to_thread(open_picture, path)
-        turn = {"path": path, "thumbnail": shrink(image), "question": question, "done": False, "doubtful": set()}
-        turn |= {"answers": dict.fromkeys(models, ""), "seconds": dict.fromkeys(models, 0)}
-        conversations = {model: [(question, None)] for model in models}
-        for old in reversed(turns if remember else []):
-            for model, answer in old["answers"].items():
-                if old["path"] == path and answer and model in models:
-                    conversations[model].insert(0, (old["question"], answer))
+        conversations = {}
+        for model in models:
+            known = [(turn["question"], turn["answers"].get(model)) for turn in turns if remember]
+            conversations[model] = [*filter(all, known), (question, None)]
+        turn = {"question": question, "answers": dict.fromkeys(models, ""), "marked": {}}
         turns = [*turns, turn]
-        yield gr.Textbox("", submit_btn=False, stop_btn="Stop"), turns, render_turns(turns, judge)
-        started = True
-        sampling = (temperature, top_p, int(length))
-        async with aclosing(grow_answers(engine, turn, image, conversations, *sampling)) as growing:
-            async for _ in growing:
-                yield gr.skip(), turns, render_turns(turns, judge)
-        check, turn["done"] = check and not turn["done"], True
-        yield gr.skip(), turns, render_turns(turns, judge)
-        objects = {name for answer in turn["answers"].values() for name in find_objects(answer).values()}
-        if check and objects:
-            turn["doubtful"] = await find_doubtful(engine, image, objects)
-        yield gr.Textbox(submit_btn="Ask", stop_btn=False), turns, render_turns(turns, judge)
+        yield gr.Textbox("", submit_btn=False, stop_btn="Stop"), turns, ANSWERS.render(turns=turns)
+        async with aclosing(engine.stream(image, conversations, temperature, top_p, int(length))) as growing:
+            async for turn["answers"] in growing:
+                yield gr.skip(), turns, ANSWERS.render(turns=turns)
+        turn["marked"] = mark_answers(turn["answers"])
+        yield gr.skip(), turns, ANSWERS.render(turns=turns)
+        kept, typed = turns, ""
+        if check:
+            turn["marked"] = mark_answers(turn["answers"], await check(engine, image, turn["answers"]))
+        yield gr.Textbox(**IDLE), turns, ANSWERS.render(turns=turns)
     except gr.Error as error:
         gr.Warning(error.message)
-        turns = turns[:-1] if started and not turn["done"] else turns
-        yield gr.Textbox(typed, submit_btn="Ask", stop_btn=False), turns, render_turns(turns, judge)
+        yield gr.Textbox(typed, **IDLE), kept, ANSWERS.render(turns=kept)
 
 
-def settle(engine, turns):
-    """End a question that was stopped: what came of its answers stays."""
-    for turn in turns:
-        turn["done"] = True
-    return gr.Textbox(submit_btn="Ask", stop_btn=False), turns, render_turns(turns, engine.models[0])
-
-
-gradio.component_meta.create_or_modify_pyi = lambda *_: None  # it would write a .pyi file beside this script
-
-
-class Picture(gr.Image):
-    """A picture whose file open_picture opens, and not Gradio, which has no sentence for a broken one."""
-
-    is_template = True  # to the browser, it is a gr.Image
-
-    def preprocess(self, payload) -> str | None:
-        return payload and payload.path
-
-
-def take_picture(path, turns):
-    """Look at a new picture: one that cannot be used is put aside with a sentence, and answers about another one end."""
-    for turn in turns:
-        turn["done"] = turn["done"] or turn["path"] != path
+def check_picture(picture):
+    """Take a picture that cannot be used off the page, with a sentence."""
     try:
-        return gr.skip() if not path or open_picture(path) else None
+        return gr.skip() if not picture or open_picture(picture["path"]) else None
     except gr.Error as error:
         gr.Warning(error.message)
+
+
+def forget():
+    """Return the page as it is before the first question: the box, the conversation, and the conversation as HTML."""
+    return gr.Textbox(**IDLE), [], ANSWERS.render()
 
 
 def make_api(engine):
@@ -857,7 +712,7 @@ def make_api(engine):
 
     async def answer(
         image: gr.FileData,
-        question: str = QUESTIONS[0],
+        question: str = "",
         model: str = engine.models[-1],
         temperature: float = 0,
         top_p: float = 1,
@@ -868,57 +723,62 @@ def make_api(engine):
             names = ", ".join(engine.models)
             refuse(f"Give a model of {names}, temperature 0 to 2, top_p above 0 up to 1, max_new_tokens above 0.")
         picture = await asyncio.to_thread(open_picture, image and image["path"])
-        turns = [(check_question(question), None)]
-        async with aclosing(engine.stream(model, picture, turns, temperature, top_p, int(max_new_tokens))) as answers:
-            async for text in answers:
-                yield text
+        conversations = {model: [(check_question(question), None)]}
+        async with aclosing(engine.stream(picture, conversations, temperature, top_p, int(max_new_tokens))) as stream:
+            async for answers in stream:
+                yield answers[model]
 
     return answer
 
 
-def build_page(engine, about: str, max_new_tokens: int, remember: bool, users: int, queue_size: int, temperature=0.0):
+def build_page(engine, about, max_new_tokens, remember, users, queue_size, temperature=0.0, check=None) -> gr.Blocks:
     """Return the page and its API over an engine, which has `models` (their names) and `stream` (see Engine).
 
-    `about` is the line below the title, `remember` whether follow-up questions see the conversation at first, and `users`
-    how many questions are answered at once, while `queue_size` more wait. `temperature` is where its slider starts.
+    `about` is the text below the answers, `remember` whether follow-up questions see the conversation at first, and `users`
+    how many questions are answered at once, while `queue_size` more wait. `temperature` is where its slider starts. `check`
+    returns the words of the answers to underline, as find_doubtful does.
     """
-    models, drawn = engine.models, sorted((MINIATURE / "amber" / "image").glob("*.webp"))
+    drawn = sorted((MINIATURE / "amber" / "image").glob("*.webp"))
+    pictures = [str(drawn[number]) for number in (16, 6, 34, 19, 3, 5)]
+    questions = [
+        "Describe this image.",
+        "Name everything you can see in this image.",
+        "Is there a chair in this image?",
+    ]
+    hint = "Ask about the picture, or press Ask for a description"
+    about += " Uploaded pictures stay on the server for an hour at most."
     with gr.Blocks(title="LLaVA-1.6, before and after alignment", delete_cache=(60, 3600)) as page:
-        gr.Markdown(f"## LLaVA-1.6, before and after alignment\n{about}")
+        gr.Markdown("## LLaVA-1.6, before and after alignment")
         turns = gr.State([], time_to_live=3600)
         with gr.Row():
-            with gr.Column(scale=2, min_width=280, elem_id="left"):
-                picture = Picture(label="Picture", height=240, elem_id="picture", buttons=["fullscreen"])
+            with gr.Column(scale=2, min_width=280):
+                picture = gr.Image(label="Picture", height=240, elem_id="picture", buttons=["fullscreen"])
             with gr.Column(scale=5, min_width=280):
                 box = gr.Textbox(
-                    placeholder="Ask about the picture, or press Ask for a description", show_label=False, elem_id="question",
-                    submit_btn="Ask", max_lines=6, max_length=MAX_QUESTION, autofocus=True,
-                )  # fmt: skip
-                shown = gr.HTML(render_turns([], models[0]), elem_id="answers", js_on_load=COPY)
+                    placeholder=hint, show_label=False, elem_id="question", max_length=MAX_QUESTION, **IDLE
+                )
+                shown = gr.HTML(ANSWERS.render(), elem_id="answers")
+                gr.Markdown(f"<small>{about}</small>", elem_id="about")
         with gr.Row():
-            pictures = [[str(drawn[number])] for number in (16, 6, 34, 19, 3, 5)]
             gr.Examples(pictures, picture, label="Pictures to try", elem_id="examples")
-            gr.Examples([[question] for question in QUESTIONS], box, label="Questions to try")
+            gr.Examples(questions, box, label="Questions to try")
         with gr.Accordion("Settings", open=False):
-            chosen = gr.CheckboxGroup(models, value=models[:2], label="Models that answer", visible=len(models) > 1)
-            temperature = gr.Slider(
-                0, 2, temperature, step=0.05, label="Temperature", info="0 always takes the likeliest token"
-            )
-            top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="draw from the likeliest tokens of this sum")
+            chosen = gr.CheckboxGroup(engine.models, value=engine.models[:2], label="Models that answer")
+            temperature = gr.Slider(0, 2, temperature, step=0.05, label="Temperature (0 takes the likeliest token)")
+            top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p (draw from the likeliest tokens of this sum)")
             length = gr.Slider(1, max_new_tokens, min(512, max_new_tokens), step=1, label="Longest answer, in tokens")
             remember = gr.Checkbox(remember, label="Follow-up questions see the conversation about the picture")
-            check = gr.Checkbox(True, label=f"Ask {models[0]} about the named objects and underline those it denies")
         clear = gr.Button("Clear the answers", size="sm")
-        gr.Markdown("<small>Uploaded pictures stay on the server for an hour at most.</small>")
-        changed, quick = [box, turns, shown], {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        inputs, changed = [picture, box, turns, chosen, temperature, top_p, length, remember], [box, turns, shown]
         limit = {"concurrency_id": "answers", "concurrency_limit": users}
-        settings = [chosen, temperature, top_p, length, remember, check]
-        asked = box.submit(partial(ask, engine), [picture, box, turns, *settings], changed, show_progress="minimal",
-                           show_progress_on=shown, api_visibility="private", **limit)  # fmt: skip
-        box.stop(partial(settle, engine), turns, changed, cancels=asked, **quick)
-        clear.click(partial(settle, engine), gr.State([]), changed, cancels=asked, **quick)
-        quick |= {"queue": True, "concurrency_limit": None}  # a sentence is shown only from the queue
-        picture.change(take_picture, [picture, turns], picture, **quick)
+        private = {"api_visibility": "private", "preprocess": False}  # open_picture has sentences, unlike Gradio
+        look = {"show_progress": "minimal", "show_progress_on": shown}
+        asked = box.submit(partial(ask, engine, check), inputs, changed, **private, **limit, **look)
+        quick = private | {"concurrency_limit": None, "show_progress": "hidden"}
+        box.stop(lambda: gr.Textbox(**IDLE), None, box, cancels=asked, **quick)
+        clear.click(forget, None, changed, cancels=asked, **quick)
+        picture.change(forget, None, changed, cancels=asked, **quick)  # the answers are about another picture
+        picture.change(check_picture, picture, picture, **quick)
         gr.api(make_api(engine), api_name="answer", **limit)
     return page.queue(max_size=queue_size)
 
@@ -939,12 +799,11 @@ def read_users(path: Path | None) -> list[tuple[str, str]] | None:
 
 def launch_page(page: gr.Blocks, host="127.0.0.1", port=None, share=False, users=None) -> None:
     """Let the page listen in threads of its own. Stops if the address or the port cannot be had."""
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    looks = {"css": CSS, "theme": theme, "footer_links": ["api"], "run_history": False, "ssr_mode": False}
+    options = {"max_file_size": "20mb", "show_error": True, "quiet": True, "prevent_thread_lock": True}
     try:
-        page.launch(
-            server_name=host, server_port=port, share=share, auth=users, max_file_size=MAX_MEGABYTES * 10**6, css=CSS,
-            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]), footer_links=["api"],
-            run_history=False, ssr_mode=False, show_error=True, quiet=True, prevent_thread_lock=True,
-        )  # fmt: skip
+        page.launch(server_name=host, server_port=port, share=share, auth=users, **looks, **options)
     except OSError as error:
         stop(f"--host {host} --port {port} cannot be listened on ({error}).")
     print(f"The page is at {page.share_url or page.local_url} (Ctrl+C ends it)")
@@ -955,18 +814,14 @@ def launch_page(page: gr.Blocks, host="127.0.0.1", port=None, share=False, users
 
 async def print_answers(engine, paths: list[Path], questions: list[str], max_new_tokens: int) -> None:
     """Print the answers of all models to each question about each picture, side by side, with their differences marked."""
-
-    async def finish(model: str, image: Image.Image, question: str) -> str:
-        return [text async for text in engine.stream(model, image, [(question, None)], 0, 1, max_new_tokens)][-1]
-
-    asked = [(path, open_picture(path), check_question(question)) for path, question in product(paths, questions)]
-    answers = await asyncio.gather(*[finish(model, *rest) for _, *rest in asked for model in engine.models])
-    for number, (path, _, question) in enumerate(asked):
-        texts = answers[number * len(engine.models) : (number + 1) * len(engine.models)]
-        table = Table(*engine.models, title=Text(f"{path}: {question}"), title_justify="left", expand=True)
-        marked = [mark_words(text, texts[1 - side] if len(texts) > 1 else text) for side, text in enumerate(texts)]
-        styled = [[(piece, "black on yellow" if differs else "") for piece, differs, _ in cell] for cell in marked]
-        table.add_row(*[Text.assemble(*cell) for cell in styled])
+    for path, question in product(paths, questions):
+        conversations = dict.fromkeys(engine.models, [(check_question(question), None)])
+        stream = engine.stream(open_picture(path), conversations, max_new_tokens=max_new_tokens)
+        answers = [answers async for answers in stream][-1]
+        table = Table(*answers, title=Text(f"{path}: {question}"), title_justify="left", expand=True)
+        marked = mark_answers(answers).values()
+        cells = [[(piece, marks and "black on yellow") for piece, marks in cell] for cell in marked]
+        table.add_row(*[Text.assemble(*cell) for cell in cells])
         Console().print(table)
 
 
@@ -980,12 +835,16 @@ def main(argv: list[str] | None = None) -> None:
             return asyncio.run(print_answers(engine, args.image, args.question, args.max_new_tokens))
         except gr.Error as error:
             stop(error.message)
-    about = f"Base `{args.model_path}`" + (f", adapter `{args.lora_path}`" if args.lora_path else "")
+    about = "<u>Underlined</u> objects are those that the base denies when it is asked about them, which can be wrong."
+    if args.lora_path:
+        about = f"<mark>Marked</mark> words are not in the other answer. {about} The adapter is `{args.lora_path}`."
+    about += f" The base is `{args.model_path}`."
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the pictures are deleted
     with tempfile.TemporaryDirectory(prefix="llava_host_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # where Gradio keeps uploaded pictures
         users_at_once = max(1, args.max_batch_size // 2)  # each asks for two answers
-        page = build_page(engine, about, args.max_new_tokens, not args.test_mode, users_at_once, args.queue_size)
+        limits = {"max_new_tokens": args.max_new_tokens, "users": users_at_once, "queue_size": args.queue_size}
+        page = build_page(engine, about, remember=not args.test_mode, check=find_doubtful, **limits)
         launch_page(page, args.host, args.port, args.share, users)
         page.block_thread()
 

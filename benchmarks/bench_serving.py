@@ -133,9 +133,11 @@ async def measure_server(url, pictures, args, count_tokens):
 
     engine = ServedModels([url])
 
-    def ask(picture):
-        turns = [(QUESTION, None)]
-        return engine.stream(engine.models[-1], load_image(picture), turns, max_new_tokens=args.max_new_tokens)
+    async def ask(picture):
+        model = engine.models[-1]
+        conversations = {model: [(QUESTION, None)]}
+        async for answers in engine.stream(load_image(picture), conversations, max_new_tokens=args.max_new_tokens):
+            yield answers[model]
 
     return await measure(ask, pictures, args, count_tokens)
 
