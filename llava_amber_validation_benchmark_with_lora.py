@@ -94,8 +94,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     args = parser.parse_args(argv)
     if args.test_mode:
-        amber = MINIATURE / "amber"
-        own_words = args.spacy_model != parser.get_default("spacy_model")
+        amber, own_words = MINIATURE / "amber", args.spacy_model != parser.get_default("spacy_model")
         parser.set_defaults(model_path=str(MINIATURE / "model"), image_dir=amber / "image")
         parser.set_defaults(relation_file=amber / "relation.json")
         parser.set_defaults(query_file=None if args.write_pairs else amber / "query" / "query_all.json")
@@ -134,7 +133,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(message)
     if pairs:
         args.output_file, args.skip_evaluation = args.write_pairs, True
-    args.base_file = args.output_file.with_name(f"{args.output_file.stem}_base{args.output_file.suffix}")
+    if args.compare_base:
+        args.baseline_file = args.output_file.with_name(f"{args.output_file.stem}_base{args.output_file.suffix}")
     args.batch_size = args.batch_size or (64 if args.backend == "vllm" else 8)
     return args
 
@@ -733,7 +733,7 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def ask_folder(image_dir: Path, questions_file: Path | None) -> list[dict]:
-    """Return a query for each picture of a folder, as read_queries does; the questions of the file take turns."""
+    """Return a query for each picture of a folder, as read_questions does; the questions of the file take turns."""
     questions = ["Describe this image."]
     if questions_file:
         lines = questions_file.read_text(encoding="utf-8").splitlines()
@@ -997,7 +997,7 @@ def answer_benchmark(args, every_query: list[dict], queries: list[dict]) -> list
     opener = partial(open_group, image_dir=args.image_dir, processor=processor, context=context)
     mine = group_queries(queries, args.batch_size)[state.process_index :: state.num_processes]
     settings = describe_run(args, every_query, processor)
-    runs = {args.base_file: settings | {"adapter": None}} if args.compare_base else {}
+    runs = {args.baseline_file: settings | {"adapter": None}} if args.compare_base else {}
     adapter = digest_checkpoint(read_adapter(args.lora_path)[0]) if args.lora_path else None
     runs[args.output_file] = settings | {"adapter": adapter}
     args.output_file.parent.mkdir(parents=True, exist_ok=True)
@@ -1094,11 +1094,9 @@ NO_OBJECTS = "image picture photo photograph scene view background foreground si
 
 
 def find_nouns(kind: str, vocabulary: set[str] | None) -> Callable[[str], list[tuple[str, str]]]:
-    """Return a function from a text to its nouns in the vocabulary, in order: (as written, as in the vocabulary).
-
-    `nltk` is AMBER's way: WordNet's lemmas of tokens tagged NN*; without a vocabulary, of things that can be seen.
-    `vocabulary` looks words and regular plurals up.
-    """
+    """Return a function from a text to its nouns in the vocabulary, in order: (as written, as in the vocabulary). `nltk` is
+    AMBER's way: WordNet's lemmas of tokens tagged NN*; without a vocabulary, of things that can be seen. `vocabulary` looks
+    words and regular plurals up."""
     if kind == "vocabulary":
         return look_up_nouns(vocabulary)
     import nltk
@@ -1371,7 +1369,7 @@ def print_scores(scores: dict) -> None:
         title = "AMBER: official rules with another spaCy model than en_core_web_lg"
     labels, sides = list_sides(scores)
     this, comparison = sides[-1], scores.get("comparison")
-    columns = [*labels, "difference (95 %)", "p"] if comparison else [*labels, "95 % interval"]
+    columns = [*labels, *(["difference (95 %)", "p"] if comparison else ["95 % interval"])]
     columns += ["normalised"] * bool(this["normalised"])
     table = Table("%", *map(escape, columns), title=escape(title), box=box.SIMPLE_HEAD, pad_edge=False)
     for section, figures in (comparison["difference"] if comparison else this["intervals"]).items():
@@ -1381,12 +1379,10 @@ def print_scores(scores: dict) -> None:
         for figure, known in figures.items():
             values = [side["amber_score"] if section == "amber" else side["strict"][section][figure] for side in sides]
             cells = [f"{value:z.{digits}f}" for value in values]
-            interval = f"{known['low']:z.1f} to {known['high']:z.1f}"
+            cells.append(f"{known['low']:z.1f} to {known['high']:z.1f}")
             if comparison:
-                p_value = "<.001" if known["p_value"] < 0.001 else f"{known['p_value']:.3f}".removeprefix("0")
-                cells += [f"{values[1] - values[0]:+z.{digits}f} ({interval})", p_value]
-            else:
-                cells.append(interval)
+                cells[-1] = f"{values[1] - values[0]:+z.{digits}f} ({cells[-1]})"
+                cells.append("<.001" if known["p_value"] < 0.001 else f"{known['p_value']:.3f}".removeprefix("0"))
             if section in this["normalised"]:
                 cells.append(f"{this['normalised'][section][figure]:.1f}")
             table.add_row(TITLES[figure] if section == "amber" else f"  {TITLES[figure]}", *cells)
@@ -1397,12 +1393,8 @@ def print_scores(scores: dict) -> None:
     console.print(f"answers: {counts}, of {lengths} words on average{nouns}")
     if comparison and comparison["left_out"]:
         console.print(f"{comparison['left_out']:,} answers are in one file only, and are left out of the comparison")
-    if scores["resampled_by"] != "picture":
-        console.print(f"intervals are by {scores['resampled_by']}: they are too narrow")
-    if this["neither_yes_nor_no"]:
-        console.print(
-            f"{this['neither_yes_nor_no']} % of the answers to yes/no questions begin with neither yes nor no"
-        )
+    if neither := this["neither_yes_nor_no"]:
+        console.print(f"{neither} % of the answers to yes/no questions begin with neither yes nor no")
 
 
 def draw_scores(scores: dict, path: Path) -> None:
@@ -1456,8 +1448,8 @@ def write_gallery(captions: list[dict[str, dict]], image_dir: Path | None, path:
         return
 
     def change(rows: dict[str, dict]) -> int:
-        marked = [len(row["wrong"]) for row in rows.values()]
-        return max(marked) - min(marked) if len(marked) > 1 else marked[0]
+        first, *second = (len(row["wrong"]) for row in rows.values())
+        return abs(first - sum(second))
 
     pictures = []
     for rows in sorted(captions, key=change, reverse=True)[:24]:
@@ -1478,13 +1470,11 @@ def evaluate(args, questions: dict[int, dict], sections: list[str], prepared: tu
     """Score the answers, beside the base's or an earlier run's if asked; write scores.json, chart and gallery; print the
     figures. `prepared` is of prepare_captions."""
     judge_text, spacy_model = prepared
-    files = {"adapter" if args.compare_base else args.output_file.stem: args.output_file}
-    if args.compare_base:
-        files = {"base": args.base_file} | files
-    elif args.baseline_file:
-        label = args.baseline_file.stem
-        files = {f"earlier {label}" if label in files else label: args.baseline_file} | files
-    sides = [read_answers(path, questions, judge_text) for path in files.values()]
+    files = [path for path in (args.baseline_file, args.output_file) if path]
+    labels = ["base", "adapter"] if args.compare_base else [path.stem for path in files]
+    if labels[1:] == labels[:1]:
+        labels[0] = f"earlier {labels[0]}"
+    sides = [read_answers(path, questions, judge_text) for path in files]
     common = [number for number in sides[0] if number in sides[-1]]
     tasks = Counter(question["sections"][0] for question in questions.values())
     scores = summarize(args.output_file, list(sides[-1].values()), sections)
@@ -1493,7 +1483,6 @@ def evaluate(args, questions: dict[int, dict], sections: list[str], prepared: tu
         "asked": {task: tasks[task] for task in scores["answers"]},
         "spacy_model": spacy_model,
         "nouns": args.nouns,
-        "resampled_by": "picture",
         "failures": failures,
     }
     if len(files) > 1:
@@ -1502,8 +1491,8 @@ def evaluate(args, questions: dict[int, dict], sections: list[str], prepared: tu
         base, this = ([side[number] for number in common] for side in sides)
         scores["comparison"] = {
             "left_out": len(sides[0].keys() ^ sides[1].keys()),
-            "labels": list(files),
-            "base": summarize(args.base_file if args.compare_base else args.baseline_file, base, sections),
+            "labels": labels,
+            "base": summarize(args.baseline_file, base, sections),
             "this": summarize(args.output_file, this, sections),
             "difference": estimate(sum_by_image(this), sum_by_image(base), sections),
         }
@@ -1514,8 +1503,8 @@ def evaluate(args, questions: dict[int, dict], sections: list[str], prepared: tu
     print_scores(scores)
     if scores["intervals"]:
         draw_scores(scores, folder / "scores.png")
-    rows = [{label: side[number] for label, side in zip(files, sides, strict=True)} for number in common]
-    captions = [sides for sides in rows if "wrong" in next(iter(sides.values()))]
+    common = [number for number in common if "wrong" in sides[0][number]]
+    captions = [{label: side[number] for label, side in zip(labels, sides, strict=True)} for number in common]
     note = "Words for things that are not in the picture, by AMBER's annotation, are marked."
     write_gallery(captions, args.image_dir, folder / "gallery.html", note)
     console.print(f"the figures are in {folder / 'scores.json'}, and what was made of them is beside it", markup=False)
