@@ -927,9 +927,7 @@ def read_journals(output_file: Path, settings: dict) -> dict[int, dict]:
             with suppress(ValueError):
                 rows.append(json.loads(line))
         before = rows[0].get("settings", {}) if rows else settings
-        changed = [
-            f"{name} was {before.get(name)}, is {now}" for name, now in settings.items() if before.get(name) != now
-        ]
+        changed = [f"{k} was {before.get(k)}, is {now}" for k, now in settings.items() if before.get(k) != now]
         if changed:
             stop(f"{path} is of another run ({'; '.join(changed)}); delete it, or name another --output_file.")
         answers |= {row["id"]: row for row in rows if "id" in row}
@@ -946,9 +944,7 @@ def fill_journal(path: Path, settings: dict, loader, answers: dict, answer: Call
             except BlockingIOError:
                 stop(f"another run is writing {path}; wait for it, or name another --output_file.")
         print("\n" * bool(journal.tell()) + json.dumps({"settings": settings}), file=journal)  # ends a half line
-        for good, images, pixels, failed in tqdm(
-            loader, path.name.split(".")[0], unit="batch", disable=not MAIN_PROCESS
-        ):
+        for good, images, pixels, failed in tqdm(loader, path.name.split(".")[0], disable=not MAIN_PROCESS):
             failures += failed
             questions = [[query["query"] for query in asked] for asked in good]
             for picture, number, text, complete in answer(images, pixels, questions) if good else ():
@@ -1026,11 +1022,8 @@ def answer_benchmark(args, every_query: list[dict], queries: list[dict]) -> list
 # ---------------------------------------------------------------------------- the benchmarks' files
 
 # type of an annotation -> the sections of the scores that it counts in; other types are relations, as in the official script
-TYPES = {
-    "generative": ["generative"],
-    "pope": ["pope"],
-    "discriminative-hallucination": ["discriminative", "existence"],
-}
+TYPES = {"generative": ["generative"], "pope": ["pope"]}
+TYPES["discriminative-hallucination"] = ["discriminative", "existence"]
 TYPES |= {f"discriminative-attribute-{kind}": ["discriminative", "attribute", kind] for kind in ATTRIBUTES}
 
 

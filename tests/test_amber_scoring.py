@@ -1,5 +1,6 @@
 """AMBER's scores: every rule by hand, and a second, literal implementation on thousands of random answers."""
 
+import functools
 import json
 import random
 import shutil
@@ -55,11 +56,8 @@ def literal_scores(rows, notes, relation, safe_words, nouns_of, similarity) -> d
         note, response = notes[row["id"]], row["response"]
         if note["type"] == "generative":
             truth, hallu = literal_side(note["truth"], relation), literal_side(note["hallu"], relation)
-            nouns = [
-                noun
-                for noun in nouns_of(response)
-                if noun in relation or any(noun in part for part in relation.values())
-            ]
+            known = {*relation, *(word for part in relation.values() for word in part)}
+            nouns = [noun for noun in nouns_of(response) if noun in known]
             wrong = 0
             for noun in nouns:
                 if noun in safe_words or literal_mark(truth, noun, literal_equal):
@@ -120,21 +118,12 @@ def build_vectors(folder: Path, words: list[str]) -> Path:
 
 
 def similarity_of(nlp):
-    known = {}
-
-    def similarity(first, second):
-        if (first, second) not in known:
-            known[first, second] = nlp(first).similarity(nlp(second))
-        return known[first, second]
-
-    return similarity
+    return functools.cache(lambda first, second: nlp(first).similarity(nlp(second)))
 
 
-def random_rows(
-    notes, words, rng, answers=("Yes", "No", "No", "yes", "No.", "no", "Maybe", "", " Yes", "NO, there is not")
-):
+def random_rows(notes, words, rng):
     """An answer for each annotation: captions of words, plurals, capitals and filling, or a yes/no of any sort."""
-    rows = []
+    rows, answers = [], ("Yes", "No", "No", "yes", "No.", "no", "Maybe", "", " Yes", "NO, there is not")
     for note in notes.values():
         if note["type"] != "generative":
             rows.append({"id": note["id"], "response": rng.choice(answers)})
@@ -186,9 +175,8 @@ def test_random_answers_to_the_miniature(seed, tmp_path):
     rows = random_rows(notes, words, random.Random(seed))
     scores = score(tmp_path / "run", rows, "--nouns", "vocabulary", "--spacy_model", vectors,
                    "--query_file", folder / "query" / "query_all.json")  # fmt: skip
-    expected = literal_scores(
-        rows, notes, relation, safe_words, vocabulary_nouns(words), similarity_of(spacy.load(vectors))
-    )
+    similarity = similarity_of(spacy.load(vectors))
+    expected = literal_scores(rows, notes, relation, safe_words, vocabulary_nouns(words), similarity)
     assert scores["strict"] == expected
     assert 0 < expected["generative"]["cover"] < 100 and 0 < expected["generative"]["cog"] < 100
 
@@ -211,9 +199,8 @@ def test_random_answers_to_amber_itself(seed, tmp_path, monkeypatch):
         return [lemmatizer.lemmatize(word) for word, tag in tagged if tag[:2] == "NN"]
 
     assert len(rows) == 15_220
-    assert scores["strict"] == literal_scores(
-        rows, notes, relation, safe_words, nouns, similarity_of(spacy.load(vectors))
-    )
+    similarity = similarity_of(spacy.load(vectors))
+    assert scores["strict"] == literal_scores(rows, notes, relation, safe_words, nouns, similarity)
     assert scores["spacy_model"].startswith("spacy_en_glove_100d_50k") and scores["nouns"] == "nltk"
 
 
@@ -267,6 +254,10 @@ def judge(nouns: str, truth: str, hallu: str = "", safe: str = ""):
         ("cup", "cup", "cup", "cup", 1, 0, 0, 0),  # ... and neither covers nor marks
         ("mug", "tree", "cup boat", "", 1, 1, 0, 1),  # the first entry that has the association is marked
         ("mug", "lamp boat", "", "", 1, 0, 1, 0),
+        ("ship boat", "ship boat", "", "", 2, 0, 1, 0),  # covering both takes boat's slot from both words
+        ("ship boat", "boat", "", "", 2, 0, 1, 0),
+        ("mug", "boat cup", "", "", 1, 0, 1, 0),
+        ("mug cup", "boat cup", "", "", 2, 0, 2, 0),
         ("", "cup", "car", "", 0, 0, 0, 0),
         ("cup", "", "", "", 1, 1, 0, 0),
     ],
@@ -274,13 +265,6 @@ def judge(nouns: str, truth: str, hallu: str = "", safe: str = ""):
 def test_a_rule(nouns, truth, hallu, safe, named, hallucinated, covered, fallen):
     expected = {"named": named, "hallucinated": hallucinated, "covered": covered, "fallen": fallen}
     assert judge(nouns, truth, hallu, safe) == expected
-
-
-def test_which_slot_gets_the_credit():
-    """ship is boat's association and an entry of its own; covering both takes boat's slot from both words."""
-    assert judge("ship boat", "ship boat")["covered"] == 1
-    assert judge("ship boat", "boat")["covered"] == 1
-    assert judge("mug", "boat cup")["covered"] == 1 and judge("mug cup", "boat cup")["covered"] == 2
 
 
 def test_figures_by_hand():
@@ -445,15 +429,10 @@ def test_layout_and_extras(tmp_path):
 def test_evaluation_type_chooses_the_sections(tmp_path):
     rows = mini_rows(lambda note: "No")
     everything = score(tmp_path, rows, *MINI)["strict"]
-    kinds = {
-        "g": ["generative"],
-        "de": ["existence"],
-        "dr": ["relation"],
-        "da": ["attribute", "state", "number", "action"],
-    }
+    kinds = {"g": "generative", "de": "existence", "dr": "relation", "da": "attribute state number action"}
     for kind, sections in kinds.items():
         found = score(tmp_path, rows, *MINI, "--evaluation_type", kind)["strict"]
-        assert found == {name: everything[name] for name in sections}
+        assert found == {name: everything[name] for name in sections.split()}
 
 
 def picture_sums(pictures: int, **shares) -> np.ndarray:
