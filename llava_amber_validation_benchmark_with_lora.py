@@ -1226,17 +1226,17 @@ def read_answers(path: Path, questions: dict[int, dict], judge_text: Callable | 
     for row in read_rows(path, "id response"):
         if row["id"] not in questions:
             continue
-        row, text = questions[row["id"]] | row, row["response"]
+        row, text = row | questions[row["id"]], row["response"]
         caption, pope = (row["sections"] == [section] for section in ("generative", "pope"))
         if text is None and not caption:  # a wrong answer
             row["response"] = text = ""
         if not isinstance(text, str):
             stop(f"{path} has no text as its response to question {row['id']}.")
+        if caption:
+            shares, row["wrong"] = judge_text(text, row)
         begins = YES_NO.match(text)
         for rule, said in (("strict", text), ("normalised", begins[1].capitalize() if begins else text)):
-            if caption:
-                shares, row["wrong"] = judge_text(text, row)
-            else:
+            if not caption:
                 shares = judge_answer(said, row["truth"], pope)
             row[rule] = np.array([shares.get(f, (0, 0)) if s in row["sections"] else (0, 0) for s, f in SHARES], int)
         found[row["id"]] = row
@@ -1319,7 +1319,7 @@ def estimate(first: np.ndarray, second: np.ndarray | None, sections: list[str], 
 
 
 def summarize(file: Path, rows: list[dict], sections: list[str]) -> dict:
-    """Return what scores.json says of a file's answers, as count_answers returns them."""
+    """Return what scores.json says of a file's answers, as read_answers returns them."""
     strict, plain = (compute_figures(np.sum([row[rule] for row in rows], 0), True) for rule in ("strict", "normalised"))
     intervals = estimate(sum_by_image(rows), None, sections)
     tasks = ["pope"] if sections == ["pope"] else ["generative", "discriminative"]
