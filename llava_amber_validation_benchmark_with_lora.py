@@ -24,13 +24,11 @@ from pathlib import Path
 # Copied from llava_orpo_training.MINIATURE
 MINIATURE = Path(__file__).resolve().parent / "miniature"
 
+# AMBER's own files, which lie beside the query file or one folder up
+AMBER_FILES = {"annotation": "annotations.json", "relation": "relation.json", "safe_words": "safe_words.txt"}
+ATTRIBUTES = ["state", "number", "action"]
 # --evaluation_type -> the sections that the official script prints for it
-SECTIONS = {
-    "g": ["generative"],
-    "de": ["existence"],
-    "da": ["attribute", "state", "number", "action"],
-    "dr": ["relation"],
-}
+SECTIONS = {"g": ["generative"], "de": ["existence"], "da": ["attribute", *ATTRIBUTES], "dr": ["relation"]}
 SECTIONS["d"] = ["discriminative", *SECTIONS["de"], *SECTIONS["da"], *SECTIONS["dr"]]
 SECTIONS["a"] = [*SECTIONS["g"], *SECTIONS["d"]]
 
@@ -54,7 +52,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model = parser.add_argument_group("model")
     add(model, "--model_path", "base model: hub id or folder", default="llava-hf/llava-v1.6-mistral-7b-hf")
     add(model, "--lora_path", "adapter: hub id or folder")
-    add(model, "--compare_base", "answer with the adapter off too, and compare", action="store_true")
     add(model, "--device", "auto (cuda, mps or cpu), all (layers spread over the GPUs), or a name", default="auto")
     bits = model.add_mutually_exclusive_group()
     add(bits, "--load_4bit", "base weights in NF4 with double quantization", action="store_true")
@@ -70,93 +67,84 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(data, "--query_file", "AMBER's queries (data/query/query_all.json), or a file of POPE or RePOPE", type=Path)
     add(data, "--image_dir", "folder of the pictures", type=Path)
     add(data, "--output_file", "file for the answers", type=Path, default=Path("results.json"))
-    files = {"annotation": "annotations.json", "relation": "relation.json", "safe_words": "safe_words.txt"}
-    for flag, name in files.items():
-        add(data, f"--{flag}_file", f"AMBER's {name} (default: beside the query file, or one folder up)", type=Path)
+    for name, file in AMBER_FILES.items():
+        add(data, f"--{name}_file", f"AMBER's {file} (default: beside the query file, or one folder up)", type=Path)
     kinds = "a all, g generative, d discriminative: de existence, da attribute, dr relation"
     add(data, "--evaluation_type", kinds, default="a", choices=list(SECTIONS))
     add(data, "--limit", "only the first N pictures, with all their questions", type=count)
-    add(data, "--skip_inference", "score the answers in --output_file", action="store_true")
-    add(data, "--skip_evaluation", "only answer", action="store_true")
-
-    pairs = parser.add_argument_group("pairs")
-    what = (
-        "in place of scoring, write the best and worst of --verify candidates as preference pairs to this parquet file"
+    steps = data.add_mutually_exclusive_group()
+    add(steps, "--skip_inference", "score the answers in --output_file", action="store_true")
+    add(steps, "--skip_evaluation", "only answer", action="store_true")
+    add(
+        data,
+        "--write_pairs",
+        "parquet file for pairs of the best and worst of --verify candidates; no scores",
+        type=Path,
     )
-    add(pairs, "--write_pairs", what, type=Path)
-    turns = "file with one question per line, which take turns over the pictures (default: Describe this image.)"
-    add(pairs, "--questions", turns, type=Path)
+    add(data, "--questions", "questions for --write_pairs, one a line, which take turns over the pictures", type=Path)
 
     scoring = parser.add_argument_group("scoring")
-    add(scoring, "--baseline_file", "answers of an earlier run to compare with", type=Path)
+    others = scoring.add_mutually_exclusive_group()
+    add(others, "--compare_base", "answer with the adapter off too, and compare", action="store_true")
+    add(others, "--baseline_file", "answers of an earlier run to compare with", type=Path)
     add(scoring, "--spacy_model", "word vectors that decide which words are alike", default="en_core_web_lg")
     add(scoring, "--similarity_table", "read this table of alike words, or write it if there is none", type=Path)
     nouns = "how nouns are found: in AMBER's way, or without NLTK's data by looking up its words, which is not official"
     add(scoring, "--nouns", nouns, default="nltk", choices=["nltk", "vocabulary"])
+
     args = parser.parse_args(argv)
     if args.test_mode:
-        if args.model_path == parser.get_default("model_path"):
-            args.model_path = str(MINIATURE / "model")
-        if args.write_pairs:
-            args.relation_file = args.relation_file or MINIATURE / "amber" / "relation.json"
-        elif not (args.query_file or args.annotation_file):
-            args.query_file = MINIATURE / "amber" / "query" / "query_all.json"
-            if args.spacy_model == parser.get_default("spacy_model"):
-                args.similarity_table = args.similarity_table or MINIATURE / "amber" / "similarity.json"
-        if not args.write_pairs:
-            args.image_dir = args.image_dir or MINIATURE / "amber" / "image"
-    if args.write_pairs:
-        args.output_file, args.skip_evaluation = args.write_pairs, True
-    for wrong, message in find_wrong_flags(args):
-        if wrong:
+        amber, own_words = MINIATURE / "amber", args.spacy_model != parser.get_default("spacy_model")
+        parser.set_defaults(model_path=str(MINIATURE / "model"), image_dir=amber / "image")
+        parser.set_defaults(relation_file=amber / "relation.json")
+        parser.set_defaults(query_file=None if args.write_pairs else amber / "query" / "query_all.json")
+        parser.set_defaults(similarity_table=None if own_words else amber / "similarity.json")
+        args = parser.parse_args(argv)
+    lists = [getattr(args, f"{name}_file") for name in AMBER_FILES]
+    read = [path for path in (args.query_file, args.image_dir, args.baseline_file, args.questions, *lists) if path]
+    missing = ", ".join(str(path) for path in read if not path.exists())
+    near = (args.query_file or Path("-")).absolute().parent
+    for name, file in AMBER_FILES.items():
+        if not getattr(args, f"{name}_file"):
+            setattr(args, f"{name}_file", near / file if (near / file).is_file() else near.parent / file)
+    rank, processes = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", 1))
+    answering, pairs = not args.skip_inference, args.write_pairs
+    no_pairs = args.compare_base or args.clip_model or args.skip_inference
+    no_words = pairs and args.nouns == "vocabulary" and not args.relation_file.is_file()
+    local = args.lora_path or args.verify > 1 or args.load_4bit or args.load_8bit or processes > 1
+    no_vllm = "--backend vllm takes merged or quantized checkpoints, which llava_quantize_vllm.py makes, and neither "
+    no_vllm += "--lora_path, --verify, --load_4bit, --load_8bit nor torchrun"
+    faults = {
+        f"{missing} does not exist": missing,
+        "--query_file is needed": not args.query_file and not pairs,
+        "--image_dir is needed to answer": answering and not args.image_dir,
+        "scores.json is where the scores go; give the answers another name": args.output_file.name == "scores.json",
+        "--skip_inference scores a whole file; leave --limit out": args.limit and not answering,
+        "--compare_base needs --lora_path": args.compare_base and answering and not args.lora_path,
+        "--clip_model is what --verify checks with; give --verify 4 too": args.clip_model and args.verify == 1,
+        "--write_pairs compares candidates; give --verify 12 too": pairs and args.verify == 1,
+        "--write_pairs takes neither --compare_base, --clip_model nor --skip_inference": pairs and no_pairs,
+        "--nouns vocabulary needs the words to look up; give --relation_file": no_words,
+        no_vllm: args.backend == "vllm" and local,
+        f"RANK is {rank} without WORLD_SIZE; unset it, or use torchrun": processes == 1 and rank != "0",
+    }
+    for message, found in faults.items():
+        if found:
             parser.error(message)
+    if pairs:
+        args.output_file, args.skip_evaluation = args.write_pairs, True
+    if args.compare_base:
+        args.baseline_file = args.output_file.with_name(f"{args.output_file.stem}_base{args.output_file.suffix}")
     args.batch_size = args.batch_size or (64 if args.backend == "vllm" else 8)
     return args
-
-
-def find_wrong_flags(args: argparse.Namespace):
-    """Yield pairs of a test that flags must not pass together, and what to say if they do."""
-    answering, vllm, out = not args.skip_inference, args.backend == "vllm", args.output_file
-    processes, rank = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0")
-    yield processes == 1 and rank != "0", f"RANK is {rank} without WORLD_SIZE; unset it, or use torchrun"
-    if args.write_pairs:
-        words = args.nouns == "nltk" or args.query_file or args.relation_file
-        yield not args.image_dir, "--write_pairs needs the pictures: give --image_dir"
-        yield args.verify == 1, "--write_pairs compares candidates; give --verify 12 too"
-        yield args.compare_base or args.clip_model, "--write_pairs takes neither --compare_base nor --clip_model"
-        yield not words, "--nouns vocabulary needs the words to look up; give --relation_file"
-    else:
-        yield args.questions, "--questions goes with --write_pairs"
-        yield (
-            answering and not (args.query_file and args.image_dir),
-            "--query_file and --image_dir are needed to answer",
-        )
-        yield not (args.query_file or args.annotation_file), "--query_file or --annotation_file is needed to score"
-    yield answering and args.image_dir and not args.image_dir.is_dir(), f"--image_dir {args.image_dir} is no folder"
-    yield out.is_dir(), f"--output_file {out} is a folder; name a file in it"
-    yield out.name == "scores.json", "scores.json is where the scores go; give the answers another name"
-    yield answering and args.compare_base and not args.lora_path, "--compare_base needs --lora_path"
-    yield args.compare_base and args.baseline_file, "--compare_base and --baseline_file exclude each other; give one"
-    yield args.baseline_file and not args.baseline_file.is_file(), f"--baseline_file {args.baseline_file} is no file"
-    partly = args.limit or args.skip_evaluation
-    yield not answering and partly, "--skip_inference scores a whole file; leave --limit and --skip_evaluation out"
-    yield args.clip_model and args.verify == 1, "--clip_model is what --verify checks with; give --verify 4 too"
-    yield vllm and args.lora_path, "--backend vllm takes no --lora_path; merge the adapter with llava_quantize_vllm.py"
-    own = args.verify > 1 or args.load_4bit or args.load_8bit
-    yield (
-        vllm and own,
-        "--verify, --load_4bit and --load_8bit need --backend transformers; vllm takes quantized checkpoints",
-    )
-    yield vllm and processes > 1, "--backend vllm starts its own processes; run it without torchrun"
 
 
 if __name__ == "__main__":
     parse_args()  # answers --help and refuses wrong flags before the heavy imports
 
 import base64
-import glob
+import fcntl
 import hashlib
-import importlib.metadata
 import inspect
 import io
 import json
@@ -167,10 +155,10 @@ import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial, wraps
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import NoReturn
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -178,10 +166,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a kernel that nothing here needs
 
 import jinja2
-import matplotlib
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from huggingface_hub import snapshot_download
+from matplotlib.figure import Figure
 from peft import LoraConfig
 from PIL import Image, ImageOps
 from rich import box
@@ -191,9 +179,6 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 # Copied from llava_orpo_training.MAIN_PROCESS
 MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # of several processes, the one that prints and writes
@@ -556,14 +541,16 @@ class Batch:
     def run(self, rows: dict[int, list[tuple[int, int, int]]], **inputs) -> None:
         """Put each picture's row of (token, owner, position) through the model, after what the cache holds of it."""
         padded = pad_sequence([torch.tensor(row) for row in rows.values()], batch_first=True, padding_value=-1)
-        ids, new, places = padded.to(self.core.device).unbind(-1)
+        ids, new, positions = padded.to(self.core.device).unbind(-1)
         self.owners = new if self.owners is None else torch.cat([self.owners, new], dim=1)
         seen = (self.owners[:, None, :] == 0) | (self.owners[:, None, :] == new[:, :, None])
-        seen = seen.tril(seen.shape[2] - seen.shape[1])[:, None]
-        inputs |= {"past_key_values": self.cache, "use_cache": True}
-        output = self.core.model(ids.clamp(0), attention_mask=seen, position_ids=places.clamp(0), **inputs)
+        inputs["attention_mask"] = seen.tril(seen.shape[2] - seen.shape[1])[:, None]
+        inputs |= {"position_ids": positions.clamp(0), "past_key_values": self.cache, "use_cache": True}
+        output = self.core.model(ids.clamp(0), **inputs)
         self.cache = output.past_key_values
-        last = {(i, token[1]): (n, k) for n, (i, row) in enumerate(rows.items()) for k, token in enumerate(row)}
+        last = {}  # (picture, question) -> where its last token is in the batch
+        for number, (picture, row) in enumerate(rows.items()):
+            last |= {(picture, owner): (number, column) for column, (_, owner, _) in enumerate(row)}
         index = torch.tensor([last[branch.picture, branch.question] for branch in self.branches]).unbind(1)
         self.logits = self.core.lm_head(output.last_hidden_state[index])
 
@@ -571,8 +558,8 @@ class Batch:
         """Put the last token of every branch through the model. Pictures without branches leave the batch."""
         rows = defaultdict(list)
         for branch in self.branches:
-            place = branch.length + len(branch.tokens) - 1
-            rows[branch.picture].append((branch.tokens[-1], branch.question, place))
+            position = branch.length + len(branch.tokens) - 1
+            rows[branch.picture].append((branch.tokens[-1], branch.question, position))
         if len(rows) < len(self.pictures):
             kept = torch.tensor([self.pictures.index(picture) for picture in rows], device=self.core.device)
             self.cache.batch_select_indices(kept)
@@ -625,23 +612,22 @@ def start_vllm(model_path: str, processor, max_new_tokens: int) -> Callable:
     The questions of a picture follow one another, so that prefix caching computes the picture once. Prompts are token ids
     with BOS, in which vLLM puts the picture's tokens in place of the one `<image>`.
     """
-    try:
-        from vllm import LLM, SamplingParams
-    except ImportError as error:
-        stop(f"--backend vllm needs requirements/vllm.txt, installed into an environment of its own ({error}).")
+    from vllm import LLM, SamplingParams
+
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM's own choice is half of the memory
     quick = {} if torch.cuda.is_available() else {"enforce_eager": True, "skip_mm_profiling": True}  # to start quickly
     engine = LLM(model=model_path, enable_prefix_caching=True, limit_mm_per_prompt={"image": 1}, **quick)
     greedy = SamplingParams(temperature=0, max_tokens=max_new_tokens)
 
     def answer(images: list, pixels, questions: list[list[str]]) -> Iterator:
-        places = [(i, j) for i, asked in enumerate(questions) for j in range(len(asked))]
-        prompts = []
-        for i, j in places:
-            ids = build_prompt(processor, questions[i][j], images[i].size)
-            first = ids.index(processor.image_token_id)
-            ids = ids[: first + 1] + [token for token in ids[first:] if token != processor.image_token_id]
-            prompts.append({"prompt_token_ids": ids, "multi_modal_data": {"image": images[i]}})
+        places, prompts = [], []
+        for picture, asked in enumerate(questions):
+            for number, question in enumerate(asked):
+                ids = build_prompt(processor, question, images[picture].size)
+                first = ids.index(processor.image_token_id)
+                ids = ids[: first + 1] + [token for token in ids[first:] if token != processor.image_token_id]
+                prompts.append({"prompt_token_ids": ids, "multi_modal_data": {"image": images[picture]}})
+                places.append((picture, number))
         for place, output in zip(places, engine.generate(prompts, greedy, use_tqdm=False), strict=True):
             yield *place, output.outputs[0].text.strip(), output.outputs[0].finish_reason == "stop"
 
@@ -653,27 +639,27 @@ def start_vllm(model_path: str, processor, max_new_tokens: int) -> Callable:
 VERIFY_TEMPERATURE = 0.7  # at which --verify draws candidates beside the greedy answer
 
 
-class Clip:
-    """A CLIP checkpoint in safetensors, which says how well texts fit a picture."""
+def load_clip(model_path: str, device) -> Callable[[Image.Image, list[str]], list[float]]:
+    """Load a CLIP checkpoint in safetensors; return a function from a picture and texts to the cosine similarity of the
+    picture and each text, of which CLIP reads the first 77 tokens."""
+    from transformers import AutoConfig, AutoProcessor, CLIPModel
 
-    def __init__(self, model_path: str, device):
-        from transformers import AutoConfig, AutoProcessor, CLIPModel
-
-        try:
-            kind = AutoConfig.from_pretrained(model_path, trust_remote_code=False).model_type
-            if kind != "clip":
-                stop(f"--clip_model {model_path} has the model type {kind}, not clip.")
-            self.processor = AutoProcessor.from_pretrained(model_path, backend="pil", trust_remote_code=False)
-            self.model = CLIPModel.from_pretrained(model_path, use_safetensors=True).to(device).eval()
-        except Exception as error:
-            stop(f"--clip_model {model_path} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}).")
+    try:
+        kind = AutoConfig.from_pretrained(model_path, trust_remote_code=False).model_type
+        if kind != "clip":
+            stop(f"--clip_model {model_path} has the model type {kind}, not clip.")
+        processor = AutoProcessor.from_pretrained(model_path, backend="pil", trust_remote_code=False)
+        model = CLIPModel.from_pretrained(model_path, use_safetensors=True).to(device).eval()
+    except Exception as error:
+        stop(f"--clip_model {model_path} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}).")
 
     @torch.inference_mode()
-    def compare(self, image: Image.Image, texts: list[str]) -> list[float]:
-        """Return the cosine similarity of the picture and each text, of which CLIP reads the first 77 tokens."""
-        inputs = self.processor(images=image, text=texts, return_tensors="pt", padding=True, truncation=True)
-        output = self.model(**inputs.to(self.model.device))
+    def compare(image: Image.Image, texts: list[str]) -> list[float]:
+        inputs = processor(images=image, text=texts, return_tensors="pt", padding=True, truncation=True)
+        output = model(**inputs.to(device))
         return (output.text_embeds @ output.image_embeds[0]).tolist()  # both have length 1
+
+    return compare
 
 
 def draw_candidates(model, processor, images, pixels, questions, count: int, max_new_tokens: int, temperature) -> dict:
@@ -709,18 +695,10 @@ def confirm_objects(model, processor, images: list, pixels, words: list[list[str
     return found
 
 
-def choose_candidate(objects: list[list[str]], confirmed: dict[str, float], fits: list[float] | None = None) -> int:
-    """Return the number of the candidate that its check confirms best: the one that CLIP finds to fit the picture best, or
-    the one whose `objects` have the fewest doubtful and then the most confirmed ones; the first of equals."""
-    if fits:
-        return int(np.argmax(fits))
-    doubtful = [sum(confirmed[word] <= 0.5 for word in set(named)) for named in objects]
-    return min(range(len(objects)), key=lambda number: (doubtful[number], doubtful[number] - len(set(objects[number]))))
-
-
 def verify_answers(model, processor, images, pixels, questions, max_new_tokens, *, candidates, find, clip) -> Iterator:
     """Answer as answer_questions does, but in place of a greedy answer that names objects give the best of `candidates`:
-    itself and others drawn at VERIFY_TEMPERATURE, checked by `clip` or by the model's own yes/no answers."""
+    itself and others drawn at VERIFY_TEMPERATURE. The best one fits the picture best by `clip`, or without it has the
+    fewest objects that the model denies, and then the most that it confirms; the first of equals."""
     texts = {}
     greedy = answer_questions(model, processor, images, pixels, questions, max_new_tokens)
     for picture, number, text, complete in greedy:
@@ -733,12 +711,17 @@ def verify_answers(model, processor, images, pixels, questions, max_new_tokens, 
     drawn = draw_candidates(model, processor, images, pixels, asked, candidates - 1, max_new_tokens, VERIFY_TEMPERATURE)
     for (picture, place), more in drawn.items():
         texts[open_ones[picture][place]] += more
-    objects = {key: [[word for _, word in find(text)] for text, _ in answers] for key, answers in texts.items()}
+    objects = {key: [{word for _, word in find(text)} for text, _ in answers] for key, answers in texts.items()}
     words = [sorted({word for key in part for named in objects[key] for word in named}) for part in open_ones]
-    confirmed = [{}] * len(images) if clip else confirm_objects(model, processor, images, pixels, words)
-    for (picture, number), answers in texts.items():
-        fits = clip.compare(images[picture], [text for text, _ in answers]) if clip else None
-        yield picture, number, *answers[choose_candidate(objects[picture, number], confirmed[picture], fits)]
+    confirmed = [] if clip else confirm_objects(model, processor, images, pixels, words)
+    for key, answers in texts.items():
+        if clip:
+            best = np.argmax(clip(images[key[0]], [text for text, _ in answers]))
+        else:
+            denied = [sum(confirmed[key[0]][word] <= 0.5 for word in named) for named in objects[key]]
+            order = [(no, no - len(named)) for no, named in zip(denied, objects[key], strict=True)]
+            best = order.index(min(order))
+        yield *key, *answers[best]
 
 
 # ---------------------------------------------------------------------------- pairs of its own answers (--write_pairs)
@@ -750,7 +733,7 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def ask_folder(image_dir: Path, questions_file: Path | None) -> list[dict]:
-    """Return a query for each picture of a folder, as read_queries does; the questions of the file take turns."""
+    """Return a query for each picture of a folder, as read_questions does; the questions of the file take turns."""
     questions = ["Describe this image."]
     if questions_file:
         lines = questions_file.read_text(encoding="utf-8").splitlines()
@@ -847,15 +830,17 @@ def write_pairs(output_file: Path, queries: list[dict], answers: dict[int, dict]
             rows = [make_row(query, pair) for query, pair in made[start : start + 100]]
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
     os.replace(partial_file, output_file)
-    sides = []
-    for side in ("chosen", "rejected"):
-        rows = [(query["image"], pair[side], pair["doubted"][side]) for query, pair in made]
-        rows = [dict(zip(("image", "response", "wrong"), row, strict=True)) for row in rows]
-        sides.append((side, None, [{"id": number, "kind": "generative", **row} for number, row in enumerate(rows)]))
+    captions = [
+        {side: query | {"response": pair[side], "wrong": pair["doubted"][side]} for side in ("chosen", "rejected")}
+        for query, pair in made
+    ]
     page = output_file.with_suffix(".html")
-    write_gallery(sides, image_dir, page, "Objects that the model's own answers make unlikely are marked.")
+    write_gallery(captions, image_dir, page, "Objects that the model's own answers make unlikely are marked.")
     asked = sum(query["id"] in answers for query in queries)
     console.print(f"{len(made):,} pairs of {asked:,} questions in {output_file}; look at {page}", markup=False)
+
+
+# ---------------------------------------------------------------------------- answering a benchmark
 
 
 # ---------------------------------------------------------------------------- answering a benchmark
@@ -901,65 +886,71 @@ def open_group(group: list[list[dict]], image_dir: Path, processor, context: int
     return good, images, processor.image_processor(images, return_tensors="pt") if images else None, failures
 
 
-def digest_checkpoint(path: str) -> str:
-    """Return a checkpoint's identity: SHA-256 over 64 slices of each JSON, tokenizer and weight file, or a hub id's commit."""
+def digest_checkpoint(path: str | Path) -> str:
+    """Return a checkpoint's identity: a hub id's commit, or SHA-256 over a folder's JSON, tokenizer and weight files."""
     if not Path(path).is_dir():
-        from huggingface_hub import hf_hub_download
-
-        with suppress(Exception):  # a wrong id is reported where the model is loaded
-            return Path(hf_hub_download(path, "config.json")).parent.name
-        return path
+        return Path(snapshot_download(path, allow_patterns="*.json")).name
     digest = hashlib.sha256()
     for file in sorted(Path(path).iterdir()):
-        if file.suffix in (".json", ".model", ".safetensors") and "training" not in file.name:
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}".encode())
+        if file.suffix in (".json", ".model", ".safetensors"):
+            digest.update(file.name.encode())
             with file.open("rb") as stream:
-                for start in range(0, size, size // 64 + 1):
-                    stream.seek(start)
-                    digest.update(stream.read(65_536))  # all of a file of less than 4 MiB
+                hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()[:16]
 
 
-def read_journals(output_file: Path, fingerprint: dict) -> dict[int, dict]:
-    """Return the answers of an earlier, unfinished run by query id. Stops if they were given under other settings.
+def describe_run(args, queries: list[dict], processor) -> dict:
+    """Return the settings on which answers depend, the adapter apart."""
+    names = ("max_new_tokens", "load_4bit", "load_8bit", "backend", "device", "verify", "clip_model")
+    asked = [[query["id"], query["image"], query["query"]] for query in queries]
+    long = {"queries": asked, "prompt": build_prompt(processor, "Is it?", (64, 64))}
+    return {
+        **{name: getattr(args, name) for name in names},
+        **{name: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16] for name, value in long.items()},
+        "nouns": args.nouns if args.verify > 1 else None,
+        "pairs": bool(args.write_pairs),
+        "image_dir": os.path.abspath(args.image_dir),
+        "model": digest_checkpoint(args.model_path),
+    }
 
-    A journal begins with its run's `fingerprint`. Damaged lines are left out, so that their questions are asked again.
-    """
+
+def read_journals(output_file: Path, settings: dict) -> dict[int, dict]:
+    """Return the answers of an earlier, unfinished run by query id. Stops if they were given under other `settings`, with
+    which each journal begins. Damaged lines are left out, so that their questions are asked again."""
     answers = {}
-    journals = sorted(output_file.parent.glob(f"{glob.escape(output_file.name)}.journal-*.jsonl"))
+    journals = [path for path in output_file.parent.iterdir() if path.name.startswith(f"{output_file.name}.journal-")]
     if output_file.exists() and not journals:
         stop(f"{output_file} exists without a journal; score it with --skip_inference or name another --output_file.")
-    for path in journals:
+    for path in sorted(journals):
         rows = []
         for line in path.read_bytes().splitlines():
             with suppress(ValueError):
                 rows.append(json.loads(line))
-        before = rows[0].get("fingerprint", {}) if rows else fingerprint
-        changed = [f"{k} was {before.get(k)}, is {now}" for k, now in fingerprint.items() if before.get(k) != now]
+        before = rows[0].get("settings", {}) if rows else settings
+        changed = [f"{k} was {before.get(k)}, is {now}" for k, now in settings.items() if before.get(k) != now]
         if changed:
             stop(f"{path} is of another run ({'; '.join(changed)}); delete it, or name another --output_file.")
         answers |= {row["id"]: row for row in rows if "id" in row}
     return answers
 
 
-def fill_journal(state, output_file, groups, answers, fingerprint, answer: Callable, open_pictures: Callable) -> list:
-    """Answer what is left of this process's groups, each answer into its journal as it arrives; return the failures."""
-    mine = groups[state.process_index :: state.num_processes]
-    todo = [group for group in mine if any(query["id"] not in answers for asked in group for query in asked)]
-    workers = 2 * torch.cuda.is_available()
-    loader = torch.utils.data.DataLoader(todo, batch_size=None, num_workers=workers, collate_fn=open_pictures)
-    path, failures = output_file.with_name(f"{output_file.name}.journal-{state.process_index}.jsonl"), []
+def fill_journal(path: Path, settings: dict, loader, answers: dict, answer: Callable) -> list[dict]:
+    """Answer the opened groups of the loader, each answer into the journal as it arrives; return the failures."""
+    failures = []
     with path.open("a") as journal:
-        print("\n" * bool(journal.tell()) + json.dumps({"fingerprint": fingerprint}), file=journal)  # ends a half line
-        for good, images, pixels, failed in tqdm(loader, output_file.stem, unit="batch", disable=not MAIN_PROCESS):
+        with suppress(OSError):  # of a file system without locks
+            try:
+                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stop(f"another run is writing {path}; wait for it, or name another --output_file.")
+        print("\n" * bool(journal.tell()) + json.dumps({"settings": settings}), file=journal)  # ends a half line
+        for good, images, pixels, failed in tqdm(loader, path.name.split(".")[0], disable=not MAIN_PROCESS):
             failures += failed
             questions = [[query["query"] for query in asked] for asked in good]
             for picture, number, text, complete in answer(images, pixels, questions) if good else ():
                 query = good[picture][number]["id"]
                 if query not in answers:
-                    answers[query] = {"id": query, "response": text, "complete": complete}
-                    print(json.dumps(answers[query]), file=journal, flush=True)
+                    print(json.dumps({"id": query, "response": text, "complete": complete}), file=journal, flush=True)
     return failures
 
 
@@ -971,44 +962,13 @@ def make_answerer(args, processor) -> tuple:
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"  # under torchrun, a GPU a process
     model, processor = load_llava(args.model_path, args.lora_path, device, args.load_4bit, args.load_8bit)
-    if args.verify == 1:
-        return partial(answer_questions, model, processor, max_new_tokens=args.max_new_tokens), model
-    find = find_nouns(args.nouns, read_vocabulary(args) if args.nouns == "vocabulary" else None)
-    if args.write_pairs:
-        answer = partial(pair_answers, model, processor, max_new_tokens=args.max_new_tokens)
-        return partial(answer, candidates=args.verify, find=find), model
-    clip = Clip(args.clip_model, model.device) if args.clip_model else None
-    answer = partial(verify_answers, model, processor, max_new_tokens=args.max_new_tokens)
-    return partial(answer, candidates=args.verify, find=find, clip=clip), model
-
-
-def describe_run(args, queries: list[dict], processor) -> dict:
-    """Return the settings on which answers depend, the adapter apart."""
-    prompt = json.dumps(build_prompt(processor, "Is it?", (64, 64))).encode()
-    names = ("max_new_tokens", "load_4bit", "load_8bit", "backend", "device", "verify", "clip_model")
-    return {
-        **{name: getattr(args, name) for name in names},
-        "nouns": args.nouns if args.verify > 1 else None,
-        "pairs": bool(args.write_pairs),
-        "image_dir": os.path.abspath(args.image_dir),
-        "model": digest_checkpoint(args.model_path),
-        "prompt": hashlib.sha256(prompt).hexdigest()[:16],
-        "queries": hashlib.sha256(json.dumps(queries).encode()).hexdigest()[:16],
-    }
-
-
-@contextmanager
-def lock_output(output_file: Path):
-    """Keep a second run from writing the same answers."""
-    lock = FileLock(output_file.with_name(f".{output_file.name}.lock"), blocking=False)
-    try:
-        with lock:
-            try:
-                yield
-            finally:
-                Path(lock.lock_file).unlink()
-    except Timeout:
-        stop(f"another run is writing {output_file}; wait for it, or name another --output_file.")
+    function, checks = answer_questions, {}
+    if args.verify > 1:
+        find = find_nouns(args.nouns, read_vocabulary(args.relation_file) if args.nouns == "vocabulary" else None)
+        function, checks = pair_answers, {"candidates": args.verify, "find": find}
+        if not args.write_pairs:
+            function, checks["clip"] = verify_answers, args.clip_model and load_clip(args.clip_model, model.device)
+    return partial(function, model, processor, max_new_tokens=args.max_new_tokens, **checks), model
 
 
 def write_answers(output_file: Path, every_query: list[dict], answers: dict[int, dict]) -> None:
@@ -1030,118 +990,96 @@ def answer_benchmark(args, every_query: list[dict], queries: list[dict]) -> list
     state = PartialState(cpu=not torch.cuda.is_available())
     config, processor, _ = read_checkpoint(args.model_path)
     context = (config or AutoConfig.from_pretrained(args.model_path)).text_config.max_position_embeddings
-    open_pictures = partial(open_group, image_dir=args.image_dir, processor=processor, context=context)
+    opener = partial(open_group, image_dir=args.image_dir, processor=processor, context=context)
+    mine = group_queries(queries, args.batch_size)[state.process_index :: state.num_processes]
     settings = describe_run(args, every_query, processor)
-    write = partial(write_pairs, image_dir=args.image_dir) if args.write_pairs else write_answers
-    runs = {name_base_file(args.output_file): settings | {"adapter": None}} if args.compare_base else {}
-    runs[args.output_file] = settings | {"adapter": digest_checkpoint(args.lora_path) if args.lora_path else None}
-    groups, failures, answer = group_queries(queries, args.batch_size), {}, None
+    runs = {args.baseline_file: settings | {"adapter": None}} if args.compare_base else {}
+    adapter = digest_checkpoint(read_adapter(args.lora_path)[0]) if args.lora_path else None
+    runs[args.output_file] = settings | {"adapter": adapter}
     args.output_file.parent.mkdir(parents=True, exist_ok=True)
-    with lock_output(args.output_file) if MAIN_PROCESS else nullcontext():
-        earlier = [read_journals(output_file, fingerprint) for output_file, fingerprint in runs.items()]
-        state.wait_for_everyone()  # nobody writes before everybody has read
-        for (output_file, fingerprint), answers in zip(runs.items(), earlier, strict=True):
-            if any(query["id"] not in answers for query in queries):
-                if not answer:
-                    answer, model = make_answerer(args, processor)
-                off = args.lora_path and not fingerprint["adapter"]
-                with model.disable_adapter() if off else nullcontext():
-                    failed = fill_journal(state, output_file, groups, answers, fingerprint, answer, open_pictures)
-                failures |= {failure["id"]: failure for failure in gather_object(failed)}
-            if MAIN_PROCESS:
-                write(output_file, every_query, read_journals(output_file, fingerprint))
+    earlier = {output_file: read_journals(output_file, settings) for output_file, settings in runs.items()}
+    state.wait_for_everyone()  # nobody writes before everybody has read
+    failures, answer, model = {}, None, None
+    for output_file, settings in runs.items():
+        answers = earlier[output_file]
+        if any(query["id"] not in answers for query in queries):
+            if not answer:
+                answer, model = make_answerer(args, processor)
+            todo = [group for group in mine if any(query["id"] not in answers for asked in group for query in asked)]
+            workers = 2 * torch.cuda.is_available()
+            loader = torch.utils.data.DataLoader(todo, batch_size=None, num_workers=workers, collate_fn=opener)
+            path = output_file.with_name(f"{output_file.name}.journal-{state.process_index}.jsonl")
+            off = args.lora_path and not settings["adapter"]
+            with model.disable_adapter() if off else nullcontext():
+                failed = fill_journal(path, settings, loader, answers, answer)
+            failures |= {failure["id"]: failure for failure in gather_object(failed)}
+        if MAIN_PROCESS:
+            write = partial(write_pairs, image_dir=args.image_dir) if args.write_pairs else write_answers
+            write(output_file, every_query, read_journals(output_file, settings))
     return list(failures.values())
-
-
-def name_base_file(output_file: Path) -> Path:
-    """Return where --compare_base puts the answers given with the adapter off."""
-    return output_file.with_name(f"{output_file.stem}_base{output_file.suffix}")
 
 
 # ---------------------------------------------------------------------------- the benchmarks' files
 
-
-def read_json(path: Path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        stop(f"{path} cannot be read: {error}.")
+# type of an annotation -> the sections of the scores that it counts in; other types are relations, as in the official script
+TYPES = {"generative": ["generative"], "pope": ["pope"]}
+TYPES["discriminative-hallucination"] = ["discriminative", "existence"]
+TYPES |= {f"discriminative-attribute-{kind}": ["discriminative", "attribute", kind] for kind in ATTRIBUTES}
 
 
-def read_queries(path: Path) -> tuple[list[dict], dict[int, dict] | None]:
-    """Return a file's questions as {id, image, query}, and for a file of POPE's their annotations; None for AMBER's.
-
-    AMBER's files are a JSON list; POPE's have one JSON object a line, with question_id, image, text and label.
-    """
-    notes = None
-    try:
+def read_rows(path: Path, keys: str) -> list[dict]:
+    """Return the objects of a JSON list, or of a file with one JSON object a line. Stops unless each has the `keys`."""
+    with suppress(ValueError, TypeError):
         text = path.read_text(encoding="utf-8")
         rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
-        if "label" in rows[0]:
-            notes = {row["question_id"]: {"type": "pope", "truth": row["label"]} for row in rows}
-            rows = [{"id": row["question_id"], "image": row["image"], "query": row["text"]} for row in rows]
-        queries = {row["id"]: {key: row[key] for key in ("id", "image", "query")} for row in rows}
-    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
-        stop(f"--query_file {path} holds neither AMBER's nor POPE's questions ({type(error).__name__}: {error}).")
-    if len(queries) < len(rows):  # as in files of POPE's that were put together
-        stop(f"--query_file {path} has {len(rows):,} questions with {len(queries):,} ids; ids must differ.")
-    return list(queries.values()), notes
+        if rows and all(key in row for row in rows for key in keys.split()):
+            return rows
+    stop(f"{path} must hold objects with {', '.join(keys.split())}, in a JSON list or one a line.")
 
 
-def select_queries(queries: list[dict], notes: dict | None, sections: list[str], limit: int | None) -> list[dict]:
+def read_questions(query_file: Path, annotation_file: Path | None) -> dict[int, dict]:
+    """Return {id: question} of a benchmark, in the file's order: its `id`, `image` and `query`, the `sections` that it counts
+    in, and what the annotation says, such as its `truth`. POPE's files hold their own annotations."""
+    if "label" in read_rows(query_file, "image")[0]:
+        rows, annotation_file = read_rows(query_file, "question_id image text label"), None
+        names = {"id": "question_id", "image": "image", "query": "text", "truth": "label"}
+        rows = [{name: row[key] for name, key in names.items()} | {"type": "pope"} for row in rows]
+    else:
+        rows = read_rows(query_file, "id image query")
+    questions = {row["id"]: row for row in rows}
+    if len(questions) < len(rows):  # as in files of POPE's that were put together
+        stop(f"--query_file {query_file} has {len(rows):,} questions with {len(questions):,} ids; ids must differ.")
+    for note in read_rows(annotation_file, "id type truth") if annotation_file else ():
+        questions.get(note["id"], {}).update(note)
+    for number, question in questions.items():
+        if annotation_file and "type" not in question:
+            stop(f"--annotation_file {annotation_file} has no entry for query {number}; it belongs to other queries.")
+        question["sections"] = TYPES.get(question.get("type"), ["discriminative", "relation"])
+    return questions
+
+
+def select_queries(queries: list[dict], sections: list[str], limit: int | None) -> list[dict]:
     """Return the queries of the `sections` about the first `limit` pictures, in the file's order."""
-    if notes is not None:
-        unknown = [query["id"] for query in queries if query["id"] not in notes]
-        if unknown:
-            stop(f"--annotation_file has no entry for query {unknown[0]}; it belongs to other queries.")
-        queries = [query for query in queries if KINDS.get(notes[query["id"]]["type"], "relation") in sections]
+    queries = [query for query in queries if not set(sections).isdisjoint(query["sections"])]
     if not queries:
         stop("--query_file has no query of this --evaluation_type.")
     images = set(list(dict.fromkeys(query["image"] for query in queries))[:limit])
     return [query for query in queries if query["image"] in images]
 
 
-def find_file(args, flag: str, name: str) -> Path:
-    """Return the file given by its flag, or the one that AMBER has beside the query file or one folder up."""
-    given = getattr(args, flag)
-    near = (args.query_file or args.annotation_file or given).absolute().parent
-    places = [given] if given else [near / name, near.parent / name]
-    path = next((path for path in places if path.is_file()), None)
-    return path or stop(f"--{flag} is needed to score: AMBER's {name} is not at {' or '.join(map(str, places))}.")
-
-
-def read_vocabulary(args) -> set[str]:
+def read_vocabulary(relation_file: Path) -> set[str]:
     """Return all words that AMBER's scoring knows."""
-    relation = read_json(find_file(args, "relation_file", "relation.json"))
+    relation = json.loads(relation_file.read_text(encoding="utf-8"))
     return set(relation).union(*relation.values())
-
-
-def read_answers(path: Path, notes: dict[int, dict]) -> list[dict]:
-    """Return the rows of an answer file, {id, response}; to a yes/no question, null is a wrong answer."""
-    rows = read_json(path)
-    for row in rows or [None]:
-        note = notes.get(row["id"]) if isinstance(row, dict) and "id" in row else None
-        if note and note["type"] != "generative" and row.get("response", 0) is None:
-            row["response"] = ""
-        if not note or not isinstance(row.get("response"), str):
-            stop(f"{path} must list answers to the annotated queries as {{id, response}}; it has {str(row)[:80]}.")
-    return rows
 
 
 # ---------------------------------------------------------------------------- scoring
 
-# what one answer adds to the sums that all figures are made of; an AMBER question is positive if No is right, POPE's if Yes
-CAPTION_COUNTS = ["captions", "clean", "named", "hallucinated", "present", "covered", "traps", "fallen"]
-ANSWER_COUNTS = ["asked", "correct", "positive", "said positive", "true positive"]
-QUESTION_KINDS = ["existence", "state", "number", "action", "relation"]
-ATTRIBUTES = ["state", "number", "action"]
-COUNTS = CAPTION_COUNTS + [f"{kind} {count}" for kind in [*QUESTION_KINDS, "pope"] for count in ANSWER_COUNTS]
-# section of yes/no questions -> the kinds of question in it
-SECTION_KINDS = {"discriminative": QUESTION_KINDS, "attribute": ATTRIBUTES}
-SECTION_KINDS |= {kind: [kind] for kind in [*QUESTION_KINDS, "pope"]}
-# type of an annotation -> kind of question; other types are relations, as in the official script
-KINDS = {"generative": "generative", "pope": "pope", "discriminative-hallucination": "existence"}
-KINDS |= {f"discriminative-attribute-{kind}": kind for kind in ATTRIBUTES}
+# AMBER's yes/no sections, and the figures of a section that are 100 * part / whole, where an answer adds to part and whole
+ANSWER_SECTIONS = SECTIONS["d"]
+SHARES = [("generative", figure) for figure in ("chair", "cover", "hal", "cog")]
+SHARES += [(section, figure) for section in ANSWER_SECTIONS for figure in ("accuracy", "precision", "recall")]
+SHARES += [("pope", figure) for figure in ("accuracy", "precision", "recall", "f1", "yes")]
 YES_NO = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 # WordNet's files of things that a picture can show, and words in them that are about pictures
 THINGS = {f"noun.{name}" for name in ("animal", "artifact", "body", "food", "object", "person", "plant", "substance")}
@@ -1149,34 +1087,34 @@ NO_OBJECTS = "image picture photo photograph scene view background foreground si
 
 
 def find_nouns(kind: str, vocabulary: set[str] | None) -> Callable[[str], list[tuple[str, str]]]:
-    """Return a function from a text to its nouns in the vocabulary, in order: (as written, as in the vocabulary).
-
-    `nltk` is AMBER's way: WordNet's lemmas of tokens tagged NN*; without a vocabulary, of things that can be seen.
-    `vocabulary` looks words and regular plurals up.
-    """
+    """Return a function from a text to its nouns in the vocabulary, in order: (as written, as in the vocabulary). `nltk` is
+    AMBER's way: WordNet's lemmas of tokens tagged NN*; without a vocabulary, of things that can be seen. `vocabulary` looks
+    words and regular plurals up."""
     if kind == "vocabulary":
         return look_up_nouns(vocabulary)
+    import nltk
+
+    # loading WordNet also maps it to other versions of itself, which takes seconds and which no lemma needs
+    nltk.corpus.reader.wordnet.WordNetCorpusReader.map_wn = lambda *_: None
+    lemmatize = nltk.stem.WordNetLemmatizer().lemmatize
+
+    def is_wanted(lemma: str) -> bool:
+        if vocabulary:
+            return lemma in vocabulary
+        senses = nltk.corpus.wordnet.synsets(lemma, "n")[:2]
+        return lemma not in NO_OBJECTS and any(sense.lexname() in THINGS for sense in senses)
+
+    def tag_nouns(text: str) -> list[tuple[str, str]]:
+        tagged = nltk.pos_tag(nltk.word_tokenize(text))
+        nouns = [(word, lemmatize(word)) for word, tag in tagged if tag.startswith("NN")]
+        return [(word, lemma) for word, lemma in nouns if is_wanted(lemma)]
+
     try:
-        import nltk
-
-        # loading WordNet also maps it to other versions of itself, which takes seconds and which no lemma needs
-        nltk.corpus.reader.wordnet.WordNetCorpusReader.map_wn = lambda *_: None
-        lemmatizer = nltk.stem.WordNetLemmatizer()
-
-        def is_thing(lemma: str) -> bool:
-            senses = nltk.corpus.wordnet.synsets(lemma, "n")[:2]
-            return lemma not in NO_OBJECTS and any(sense.lexname() in THINGS for sense in senses)
-
-        def tag_nouns(text: str) -> list[tuple[str, str]]:
-            tagged = nltk.pos_tag(nltk.word_tokenize(text))
-            nouns = [(word, lemmatizer.lemmatize(word)) for word, tag in tagged if tag.startswith("NN")]
-            return [(word, lemma) for word, lemma in nouns if (lemma in vocabulary if vocabulary else is_thing(lemma))]
-
         tag_nouns("Two dogs.")
-        return tag_nouns
     except LookupError:
         data = "punkt_tab averaged_perceptron_tagger_eng wordnet"
         stop(f"--nouns nltk needs NLTK's data: python -m nltk.downloader {data} (or --nouns vocabulary, not official)")
+    return tag_nouns
 
 
 def look_up_nouns(vocabulary: set[str]) -> Callable[[str], list[tuple[str, str]]]:
@@ -1191,36 +1129,29 @@ def look_up_nouns(vocabulary: set[str]) -> Callable[[str], list[tuple[str, str]]
 
 
 def load_similarity(path: Path | None, spacy_model: str, vocabulary: set[str]) -> tuple[dict[str, set[str]], str]:
-    """Return {word: the words it counts as, itself included} and the name of the spaCy model that says so. The table is read
-    from `path`, or made there if there is none; without a path, it is kept in the user's cache."""
-    words = sorted(vocabulary)
+    """Return {word: the words it counts as, itself included} and the name of the spaCy model that says so. The table of the
+    words that are alike, for AMBER above a similarity of 0.8, is read from `path`, or made within seconds and written there."""
     if not (path and path.exists()):
-        meta = Path(spacy_model, "meta.json")
-        try:
-            local = meta.exists() and json.loads(meta.read_bytes())
-            version = local["version"] if local else importlib.metadata.version(spacy_model)
-        except importlib.metadata.PackageNotFoundError:
-            stop(f"--spacy_model {spacy_model} is not installed: python -m spacy download {spacy_model}")
-        name = f"{meta.parent.resolve().name}-{version}"
-        key = str([name, local and meta.resolve(), words])
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_amber"
-        path = path or cache / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    if not path.exists():  # AMBER's words are alike above a similarity of 0.8
         import spacy
 
-        nlp = spacy.load(spacy_model)
+        try:
+            nlp = spacy.load(spacy_model)
+        except OSError:
+            stop(f"--spacy_model {spacy_model} is not installed: python -m spacy download {spacy_model}")
+        name = f"{Path(spacy_model).name}-{nlp.meta['version']}"
         if not nlp.vocab.vectors.n_keys:
             console.print(f"{name} has no word vectors; its similarities are not those that AMBER means")
-        run = [nlp(word) for word in words]
+        words = sorted(vocabulary)
         with warnings.catch_warnings(action="ignore"):  # words without a vector are similar to none
-            pairs = [(a.text, b.text, a.similarity(b)) for i, a in enumerate(run) for b in run[i + 1 :]]
-        similar = [[a, b, round(value, 4)] for a, b, value in pairs if value > 0.8]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps({"spacy_model": name, "threshold": 0.8, "words": words, "similar": similar}))
-        console.print(f"word similarities of {name} are in {path}")
-    table = read_json(path)
-    if not (isinstance(table, dict) and vocabulary <= set(table.get("words", []))):
-        stop(f"--similarity_table {path} does not have AMBER's words; name a new file to have a table made there.")
+            pairs = [(a.text, b.text, a.similarity(b)) for a, b in combinations(map(nlp, words), 2)]
+        similar = [[first, second, round(value, 4)] for first, second, value in pairs if value > 0.8]
+        table = {"spacy_model": name, "threshold": 0.8, "words": words, "similar": similar}
+        if path:
+            write_whole(path, json.dumps(table))
+    else:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if not vocabulary <= set(table["words"]):
+            stop(f"--similarity_table {path} lacks words of AMBER's; name a new file to have a table made there.")
     alike = {word: {word} for word in table["words"]}
     for first, second, _ in table["similar"]:
         alike[first].add(second)
@@ -1229,7 +1160,8 @@ def load_similarity(path: Path | None, spacy_model: str, vocabulary: set[str]) -
 
 
 def judge_caption(nouns: list[tuple[str, str]], note: dict, relation: dict, safe_words: set[str], alike: dict) -> tuple:
-    """Score a caption's nouns by AMBER's rules; return its CAPTION_COUNTS and the hallucinated nouns as written.
+    """Score a caption's nouns by AMBER's rules; return what it adds to each figure, {figure: (part, whole)}, and the
+    hallucinated nouns as written. For Hal these are the captions without any, which are subtracted later.
 
     A slot is an entry of the annotation's truth (what is there) or hallu (what people would imagine). A word associated with
     an entry stands for it. The first match gets the credit, associations before entries, as in AMBER's inference.py.
@@ -1253,116 +1185,126 @@ def judge_caption(nouns: list[tuple[str, str]], note: dict, relation: dict, safe
             hallucinated.append(written)
         else:
             covered.add(slot)
-    counts = [1, not hallucinated, len(nouns), len(hallucinated), len(truth), len(covered)]
-    return [*counts, len(hallu), len(fallen - {None})], hallucinated
+    shares = {"chair": (len(hallucinated), len(nouns)), "cover": (len(covered), len(truth))}
+    return shares | {"hal": (not hallucinated, 1), "cog": (len(fallen - {None}), len(hallu))}, hallucinated
 
 
-def judge_answer(response: str, truth: str, pope: bool) -> list[int]:
-    """Return the ANSWER_COUNTS of a yes/no answer. For AMBER, only `Yes` and `No`, to the letter, are answers. For POPE's
-    evaluate.py, `No`, `not` or `no` among the words before the first full stop means no, and anything else yes."""
+def prepare_captions(args) -> tuple[Callable, str]:
+    """Return a function that scores a caption, (text, annotation), as judge_caption does, and the spaCy model's name."""
+    relation = json.loads(args.relation_file.read_text(encoding="utf-8"))
+    safe_words = set(args.safe_words_file.read_text(encoding="utf-8").split("\n"))
+    vocabulary = read_vocabulary(args.relation_file)
+    alike, spacy_model = load_similarity(args.similarity_table, args.spacy_model, vocabulary)
+    find = find_nouns(args.nouns, vocabulary)
+    return lambda text, note: judge_caption(find(text), note, relation, safe_words, alike), spacy_model
+
+
+def judge_answer(response: str, truth: str, pope: bool) -> dict[str, tuple]:
+    """Return what a yes/no answer adds to each figure, {figure: (part, whole)}. Positive is No for AMBER, and Yes for POPE.
+
+    For AMBER, only `Yes` and `No`, to the letter, are answers. For POPE's evaluate.py, `No`, `not` or `no` among the words
+    before the first full stop means no, and anything else yes.
+    """
     if pope:
         said = "no" if {"No", "not", "no"} & set(response.split(".")[0].replace(",", "").split(" ")) else "yes"
     else:
         said = {"Yes": "yes", "No": "no"}.get(response)
-    positive = "yes" if pope else "no"
-    return [1, said == truth, truth == positive, said == positive, said == truth == positive]
+    is_positive, says_positive = (word == ("yes" if pope else "no") for word in (truth, said))
+    both = is_positive and says_positive
+    shares = {"accuracy": (said == truth, 1), "precision": (both, says_positive), "recall": (both, is_positive)}
+    return shares | ({"f1": (2 * both, says_positive + is_positive), "yes": (says_positive, 1)} if pope else {})
 
 
-def count_answers(rows: list[dict], notes: dict, image_of: dict, judge_text: Callable | None) -> list[dict]:
-    """Return the rows with the kind and picture of the question, the COUNTS of the answer as given (strict) and normalised,
-    and the hallucinated words of captions, which `judge_text` scores. Normalised means that an answer which begins with yes
-    or no, in any case and after any punctuation, is that answer."""
-    for row in rows:
-        note, text = notes[row["id"]], row["response"]
-        kind = KINDS.get(note["type"], "relation")
-        strict, normalised = counts = np.zeros((2, len(COUNTS)), dtype=np.int64)
-        row |= {"kind": kind, "image": image_of.get(row["id"]), "strict": strict, "normalised": normalised}
-        if kind == "generative":
-            counts[:, : len(CAPTION_COUNTS)], row["wrong"] = judge_text(text, note)
-        else:
-            first, begins = COUNTS.index(f"{kind} asked"), YES_NO.match(text)
-            for line, said in ((strict, text), (normalised, begins[1].capitalize() if begins else text)):
-                line[first : first + len(ANSWER_COUNTS)] = judge_answer(said, note["truth"], kind == "pope")
-    return rows
+def read_answers(path: Path, questions: dict[int, dict], judge_text: Callable | None) -> dict[int, dict]:
+    """Return {id: row} of an answer file: the question and the `response`, what it adds to SHARES, (SHARES, 2), and for a
+    caption the `wrong` words, which `judge_text` finds. Answers to other questions are left out.
+
+    An answer is counted as given (`strict`) and `normalised`: one that begins with yes or no, in any case and after any
+    punctuation, is that answer.
+    """
+    found = {}
+    for row in read_rows(path, "id response"):
+        if row["id"] not in questions:
+            continue
+        row, text = row | questions[row["id"]], row["response"]
+        caption, pope = (row["sections"] == [section] for section in ("generative", "pope"))
+        if text is None and not caption:  # a wrong answer
+            row["response"] = text = ""
+        if not isinstance(text, str):
+            stop(f"{path} has no text as its response to question {row['id']}.")
+        if caption:
+            shares, row["wrong"] = judge_text(text, row)
+        begins = YES_NO.match(text)
+        for rule, said in (("strict", text), ("normalised", begins[1].capitalize() if begins else text)):
+            if not caption:
+                shares = judge_answer(said, row["truth"], pope)
+            row[rule] = np.array([shares.get(f, (0, 0)) if s in row["sections"] else (0, 0) for s, f in SHARES], int)
+        found[row["id"]] = row
+    return found or stop(f"{path} has no answer to a question of this benchmark.")
 
 
-def compute_figures(sums: np.ndarray, official: bool) -> tuple[dict[str, dict], dict]:
-    """Return the figures of AMBER and POPE by section, in percent, and the number of answers of each section. `sums` are
-    those of COUNTS, of shape (COUNTS,) or (COUNTS, draws).
+def compute_figures(sums: np.ndarray, official: bool) -> dict[str, dict]:
+    """Return the figures of AMBER and POPE by section, in percent, from the sums of SHARES, (..., SHARES, 2).
 
     In AMBER's script, which `official` follows, every denominator starts at 0.001, and F1 is computed from figures rounded
-    to one decimal; otherwise nothing is rounded, and 100 % of few answers does not differ from 100 % of many.
+    to one decimal. Otherwise nothing is rounded, 100 % of few answers does not differ from 100 % of many, and a section
+    without answers has NaN.
     """
-    start = 0.001 if official else 1e-9
-    count = dict(zip(COUNTS, sums.tolist() if official else sums, strict=True))
+    start, figures = 0.001 if official else 1e-9, defaultdict(dict)
+    shares = dict(zip(SHARES, np.moveaxis(sums, (-2, -1), (0, 1)), strict=True))
 
-    def shown(value, digits=1):
-        return round(value, digits) if official else value
+    def shown(value, section: str):
+        if official:
+            return round(float(value), 2 if section == "pope" else 1)
+        asked = shares[section, "hal" if section == "generative" else "accuracy"][1]
+        return np.where(asked > 0, value, np.nan)
 
-    def percent(part, whole, times=1):
-        return shown(part / (whole + times * start) * 100)
-
-    figures, asked = {}, {"generative": count["captions"]}
-    figures["generative"] = {
-        "chair": percent(count["hallucinated"], count["named"]),
-        "cover": percent(count["covered"], count["present"]),
-        "hal": shown(100 - count["clean"] / (count["captions"] + start) * 100),
-        "cog": percent(count["fallen"], count["traps"]),
-    }
-    for section, kinds in SECTION_KINDS.items():
-        n, correct, positive, said, true = (sum(count[f"{kind} {name}"] for kind in kinds) for name in ANSWER_COUNTS)
-        asked[section] = n
-        shares = {"accuracy": (correct, n), "precision": (true, said), "recall": (true, positive)}
-        if section == "pope":
-            shares |= {"f1": (2 * true, said + positive), "yes": (said, n)}
-            figures[section] = {name: shown(100 * (a / np.maximum(b, 1)), 2) for name, (a, b) in shares.items()}
-        else:
-            times = 3 if section == "attribute" else 1  # the sum of three denominators
-            found = figures[section] = {name: percent(*share, times) for name, share in shares.items()}
-            p, r = found["precision"] / 100, found["recall"] / 100
-            found["f1"] = shown(2 * p * r / (p + r + (0.001 if section == "existence" else 0.0001)) * 100)
-    asked["amber"] = np.minimum(asked["generative"], asked["discriminative"])
+    for (section, figure), (part, whole) in shares.items():
+        times = 3 if section == "attribute" else 1  # the sum of three denominators
+        value = part / (np.maximum(whole, 1) if section == "pope" else whole + times * start) * 100
+        figures[section][figure] = shown(100 - value if figure == "hal" else value, section)
+    for section in ANSWER_SECTIONS:
+        p, r = figures[section]["precision"] / 100, figures[section]["recall"] / 100
+        added = 0.001 if section == "existence" else 0.0001
+        figures[section]["f1"] = shown(2 * p * r / (p + r + added) * 100, section)
     figures["amber"] = {"score": (100 - figures["generative"]["chair"] + figures["discriminative"]["f1"]) / 2}
-    return figures, asked
+    return figures
 
 
 def sum_by_image(rows: list[dict]) -> np.ndarray:
-    """Return the strict COUNTS of each picture, (pictures, COUNTS); an answer to an unknown picture stands for itself."""
-    names, places = np.unique([row["image"] or str(row["id"]) for row in rows], return_inverse=True)
-    sums = np.zeros((len(names), len(COUNTS)), dtype=np.int64)
+    """Return the strict SHARES of each picture, (pictures, SHARES, 2)."""
+    names, places = np.unique([row["image"] for row in rows], return_inverse=True)
+    sums = np.zeros((len(names), len(SHARES), 2), int)
     np.add.at(sums, places, [row["strict"] for row in rows])
     return sums
 
 
 def estimate(first: np.ndarray, second: np.ndarray | None, sections: list[str], draws: int = 4_000) -> dict:
-    """Return 95 % bootstrap intervals by picture of every figure of `first`, (pictures, COUNTS), or of its difference to
+    """Return 95 % bootstrap intervals by picture of every figure of `first`, (pictures, SHARES, 2), or of its difference to
     `second`, for those of the `sections` that have answers, and for the AMBER score if both its tasks have.
 
     For a difference the same pictures are drawn from both, and `p_value` is that of the paired permutation test: under the
     null hypothesis each picture's two answer sets are exchangeable (Efron and Tibshirani 1993, chapters 13 and 15).
     """
-    rng = np.random.default_rng(0)
-    n = len(first)
     if {"generative", "discriminative"} <= set(sections):
         sections = [*sections, "amber"]
 
-    def figures(side: np.ndarray, *other: np.ndarray) -> dict:
-        computed, asked = compute_figures(side.T, official=False)
-        # a draw that has no answer of a section says nothing about it
-        values = {(s, f): np.where(asked[s] > 0, value, np.nan) for s in sections for f, value in computed[s].items()}
-        minus = figures(*other) if other else dict.fromkeys(values, 0)
-        return {key: value - minus[key] for key, value in values.items()}
+    def subtract(*sides: np.ndarray) -> dict:
+        """Return each figure of the first side's sums, (draws, SHARES, 2), less that of the second, if there is one."""
+        figures = [compute_figures(sums, official=False) for sums in sides]
+        keys = [(section, figure) for section in sections for figure in figures[0][section]]
+        return {(s, f): figures[0][s][f] - (figures[1][s][f] if len(sides) > 1 else 0) for s, f in keys}
 
+    rng, n = np.random.default_rng(0), len(first)
     sides = [first] if second is None else [first, second]
-    drawn, swapped = [], []
+    drawn, swapped, result = [], [], defaultdict(dict)
     for size in [500] * (draws // 500):
         weights = rng.multinomial(n, np.full(n, 1 / n), size=size).astype(float)
-        drawn.append(figures(*(weights @ side for side in sides)))
+        drawn.append(subtract(*(np.tensordot(weights, side, 1) for side in sides)))
         if second is not None:
-            moved = rng.integers(0, 2, size=(size, n)).astype(float) @ (second - first)
-            swapped.append(figures(first.sum(0) + moved, second.sum(0) - moved))
-    result: dict = {}
-    for (section, figure), (value,) in figures(*(side.sum(0)[None] for side in sides)).items():
+            moved = np.tensordot(rng.integers(0, 2, size=(size, n)).astype(float), second - first, 1)
+            swapped.append(subtract(first.sum(0) + moved, second.sum(0) - moved))
+    for (section, figure), (value,) in subtract(*(side.sum(0)[None] for side in sides)).items():
         if np.isnan(value):
             continue
         edges = np.nanpercentile(np.concatenate([part[section, figure] for part in drawn]), [2.5, 97.5])
@@ -1372,64 +1314,41 @@ def estimate(first: np.ndarray, second: np.ndarray | None, sections: list[str], 
             null = np.abs(np.concatenate([part[section, figure] for part in swapped]))
             extreme = int((null >= abs(value) - 1e-6).sum())
             entry = {"difference": difference, **entry, "p_value": round((1 + extreme) / (1 + draws), 4)}
-        result.setdefault(section, {})[figure] = entry
+        result[section][figure] = entry
     return result
 
 
-def summarize(file: str, rows: list[dict], sections: list[str]) -> dict:
-    """Return what scores.json says of a file's answers, as count_answers returns them."""
-    sums = [np.sum([row[counts] for row in rows], axis=0) for counts in ("strict", "normalised")]
-    official, plain = (compute_figures(counts, official=True)[0] for counts in sums)
+def summarize(file: Path, rows: list[dict], sections: list[str]) -> dict:
+    """Return what scores.json says of a file's answers, as read_answers returns them."""
+    strict, plain = (compute_figures(np.sum([row[rule] for row in rows], 0), True) for rule in ("strict", "normalised"))
     intervals = estimate(sum_by_image(rows), None, sections)
-    texts: dict = {"pope": []} if sections == ["pope"] else {"generative": [], "discriminative": []}
-    for row in rows:
-        texts[row["kind"] if row["kind"] in texts else "discriminative"].append(row["response"])
-    closed = [text for task, part in texts.items() if task != "generative" for text in part]
-    neither = sum(YES_NO.match(text) is None for text in closed)
-    lengths = {task: [len(text.split()) for text in part] for task, part in texts.items() if part}
+    tasks = ["pope"] if sections == ["pope"] else ["generative", "discriminative"]
+    texts = {task: [row["response"] for row in rows if task in row["sections"]] for task in tasks}
+    neither = [YES_NO.match(text) is None for text in texts[tasks[-1]]]
     return {
-        "file": file,
-        "strict": {section: official[section] for section in sections},
-        "normalised": {section: plain[section] for section in sections if section not in ("generative", "pope")},
-        "amber_score": round(official["amber"]["score"], 2) if "amber" in intervals else None,
-        "neither_yes_nor_no": round(100 * neither / len(closed), 2) if closed else None,
+        "file": file.name,
+        "strict": {section: strict[section] for section in sections},
+        "normalised": {section: plain[section] for section in sections if section in ANSWER_SECTIONS},
+        "amber_score": round(strict["amber"]["score"], 2) if "amber" in intervals else None,
+        "neither_yes_nor_no": round(100 * sum(neither) / len(neither), 2) if neither else None,
         "answers": {task: len(part) for task, part in texts.items()},
-        "mean_words": {task: round(float(np.mean(part)), 1) for task, part in lengths.items()},
+        "mean_words": {t: round(float(np.mean([len(text.split()) for text in p])), 1) for t, p in texts.items() if p},
         "intervals": intervals,
     }
 
 
-def compare(sides: list[tuple[str, Path, list[dict]]], sections: list[str]) -> dict:
-    """Return the scores of two files' (label, path, rows) on the queries that both answer, and their differences."""
-    (first, base_file, base), (second, this_file, this) = sides
-    ids = [{row["id"] for row in rows} for rows in (base, this)]
-    if not ids[0] & ids[1]:
-        stop(f"{base_file} answers none of the queries that {this_file} answers.")
-    base, this = ([row for row in rows if row["id"] in ids[0] & ids[1]] for rows in (base, this))
-    return {
-        "left_out": len(ids[0] ^ ids[1]),
-        "labels": [first, second],
-        "base": summarize(base_file.name, base, sections),
-        "this": summarize(this_file.name, this, sections),
-        "difference": estimate(sum_by_image(this), sum_by_image(base), sections),
-    }
-
-
-def prepare_captions(args) -> tuple[Callable, str]:
-    """Return a function that scores a caption, (text, annotation), as judge_caption does, and the spaCy model's name."""
-    relation = read_json(find_file(args, "relation_file", "relation.json"))
-    safe_words = find_file(args, "safe_words_file", "safe_words.txt").read_text(encoding="utf-8")
-    safe_words = set(safe_words.split("\n"))
-    vocabulary = read_vocabulary(args)
-    alike, spacy_model = load_similarity(args.similarity_table, args.spacy_model, vocabulary)
-    find = find_nouns(args.nouns, vocabulary)
-    return lambda text, note: judge_caption(find(text), note, relation, safe_words, alike), spacy_model
-
-
 # ---------------------------------------------------------------------------- report
 
-TITLES = {"chair": "CHAIR ↓", "cover": "Cover ↑", "hal": "Hal ↓", "cog": "Cog ↓", "accuracy": "accuracy ↑",
-          "precision": "precision ↑", "recall": "recall ↑", "f1": "F1 ↑", "yes": "answered Yes", "score": "AMBER score ↑"}  # fmt: skip
+TITLES = {
+    **{"chair": "CHAIR ↓", "cover": "Cover ↑", "hal": "Hal ↓", "cog": "Cog ↓", "accuracy": "accuracy ↑"},
+    **{"precision": "precision ↑", "recall": "recall ↑", "f1": "F1 ↑", "yes": "answered Yes", "score": "AMBER score ↑"},
+}
+
+
+def list_sides(scores: dict) -> tuple[list[str], list[dict]]:
+    """Return the labels and the summaries of the one file of scores.json, or of the two that are compared."""
+    comparison = scores.get("comparison")
+    return (comparison["labels"], [comparison["base"], comparison["this"]]) if comparison else (["score"], [scores])
 
 
 def print_scores(scores: dict) -> None:
@@ -1441,55 +1360,46 @@ def print_scores(scores: dict) -> None:
         title = "AMBER: nouns looked up without a tagger, so not the official scores"
     elif not scores["spacy_model"].startswith("en_core_web_lg"):
         title = "AMBER: official rules with another spaCy model than en_core_web_lg"
-    comparison = scores.get("comparison")
-    sides = [comparison["base"], comparison["this"]] if comparison else [scores]
-    columns = [*comparison["labels"], "difference (95 %)", "p"] if comparison else ["score", "95 % interval"]
-    columns += ["normalised"] * bool(sides[-1]["normalised"])
+    labels, sides = list_sides(scores)
+    this, comparison = sides[-1], scores.get("comparison")
+    columns = [*labels, *(["difference (95 %)", "p"] if comparison else ["95 % interval"])]
+    columns += ["normalised"] * bool(this["normalised"])
     table = Table("%", *map(escape, columns), title=escape(title), box=box.SIMPLE_HEAD, pad_edge=False)
-    for section, figures in (comparison["difference"] if comparison else scores["intervals"]).items():
+    for section, figures in (comparison["difference"] if comparison else this["intervals"]).items():
         if section != "amber":
             table.add_row(f"[bold]{section}")
         digits = 2 if section in ("pope", "amber") else 1
         for figure, known in figures.items():
-            values = [s["amber_score"] if section == "amber" else s["strict"][section][figure] for s in sides]
+            values = [side["amber_score"] if section == "amber" else side["strict"][section][figure] for side in sides]
             cells = [f"{value:z.{digits}f}" for value in values]
-            interval = f"{known['low']:z.1f} to {known['high']:z.1f}"
+            cells.append(f"{known['low']:z.1f} to {known['high']:z.1f}")
             if comparison:
-                p_value = "<.001" if known["p_value"] < 0.001 else f"{known['p_value']:.3f}".removeprefix("0")
-                cells += [f"{values[1] - values[0]:+z.{digits}f} ({interval})", p_value]
-            else:
-                cells.append(interval)
-            if section in sides[-1]["normalised"]:
-                cells.append(f"{sides[-1]['normalised'][section][figure]:.1f}")
+                cells[-1] = f"{values[1] - values[0]:+z.{digits}f} ({cells[-1]})"
+                cells.append("<.001" if known["p_value"] < 0.001 else f"{known['p_value']:.3f}".removeprefix("0"))
+            if section in this["normalised"]:
+                cells.append(f"{this['normalised'][section][figure]:.1f}")
             table.add_row(TITLES[figure] if section == "amber" else f"  {TITLES[figure]}", *cells)
     console.print(table)
-    this, left_out = sides[-1], comparison["left_out"] if comparison else 0
     counts = ", ".join(f"{count:,} of {scores['asked'][task]:,} {task}" for task, count in this["answers"].items())
     lengths = " and ".join(str(words) for words in this["mean_words"].values())
     nouns = f"; nouns: {scores['nouns']}, alike by {scores['spacy_model']}" if scores["spacy_model"] else ""
-    neither, by = this["neither_yes_nor_no"], scores["resampled_by"]
-    remarks = {
-        f"answers: {counts}, of {lengths} words on average{nouns}": True,
-        f"compared are the answers that both files have; {left_out:,} are in one file only": left_out,
-        f"intervals are by {by}: they are too narrow": by != "picture",
-        f"{neither} % of the answers to yes/no questions begin with neither yes nor no": neither,
-    }
-    for remark, holds in remarks.items():
-        if holds:
-            console.print(remark)
+    console.print(f"answers: {counts}, of {lengths} words on average{nouns}")
+    if comparison and comparison["left_out"]:
+        console.print(f"{comparison['left_out']:,} answers are in one file only, and are left out of the comparison")
+    if neither := this["neither_yes_nor_no"]:
+        console.print(f"{neither} % of the answers to yes/no questions begin with neither yes nor no")
 
 
 def draw_scores(scores: dict, path: Path) -> None:
     """Draw the figures of scores.json as bars with 95 % intervals, base above this if there is a baseline."""
-    comparison = scores.get("comparison")
-    sides = [comparison["base"], comparison["this"]] if comparison else [scores]
-    labels = comparison["labels"] if comparison else [""]
+    labels, sides = list_sides(scores)
     colours = ["#9aa5b1", "#1b7837"][-len(sides) :]
-    sections = [name for name in sides[-1]["intervals"] if name not in ("state", "number", "action", "amber")]
+    sections = [name for name in sides[-1]["intervals"] if name not in (*ATTRIBUTES, "amber")]
     keys = [(section, name) for section in sections for name in sides[-1]["strict"][section]]
     places = np.arange(len(keys)) + 0.8 * np.array([sections.index(section) for section, _ in keys])
     height = 0.8 / len(sides)
-    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.36 * places[-1]), layout="constrained")
+    figure = Figure(figsize=(8, 1.2 + 0.36 * places[-1]), layout="constrained")
+    axis = figure.subplots()
     for number, (side, label) in enumerate(zip(sides, labels, strict=True)):
         values = np.array([side["strict"][section][name] for section, name in keys])
         low, high = (np.array([side["intervals"][s][name][edge] for s, name in keys]) for edge in ("low", "high"))
@@ -1498,15 +1408,14 @@ def draw_scores(scores: dict, path: Path) -> None:
         bars = axis.barh(places + height * (number - (len(sides) - 1) / 2), values, 0.92 * height, **style)
         axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=7)
     for section in sections:
-        first = keys.index(next(key for key in keys if key[0] == section))
+        first = [key[0] for key in keys].index(section)
         axis.text(107, places[first], section, fontsize=10, fontweight="bold", va="center")
     axis.set_yticks(places, [TITLES[name] for _, name in keys], fontsize=8)
     axis.set(xlim=(0, 100), ylim=(places[-1] + 0.7, -0.7), xlabel="%; thin lines are 95 % intervals")
     axis.spines[["top", "right"]].set_visible(False)
-    if comparison:
+    if len(sides) > 1:
         figure.legend(loc="outside upper center", ncols=2, fontsize=9, frameon=False)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 GALLERY = jinja2.Template(
@@ -1525,55 +1434,61 @@ margin:0 0 .2rem}p{margin:0 0 1rem}@media(max-width:45rem){section{grid-template
 )
 
 
-def write_gallery(sides: list, image_dir: Path | None, path: Path, note: str, limit: int = 24) -> None:
-    """Show the captions whose marked words changed most (with one file: that have most), under a note that says which words
-    are marked."""
-    captions = [{row["id"]: row for row in rows if row["kind"] == "generative"} for _, _, rows in sides]
-    shown = [[side[number] for side in captions] for number in captions[0] if number in captions[-1]]
-    both = len(sides) > 1
-    if not shown:
+def write_gallery(captions: list[dict[str, dict]], image_dir: Path | None, path: Path, note: str) -> None:
+    """Show the captions whose marked words changed most (with one label: that have most), under a note that says which words
+    are marked. `captions` has {label: row} for each picture."""
+    if not captions:
         return
-    shown.sort(key=lambda rows: abs(len(rows[0]["wrong"]) - both * len(rows[-1]["wrong"])), reverse=True)
+
+    def change(rows: dict[str, dict]) -> int:
+        first, *second = (len(row["wrong"]) for row in rows.values())
+        return abs(first - sum(second))
+
     pictures = []
-    for rows in shown[:limit]:
-        image, address, texts = rows[0]["image"], "", []
-        with suppress(OSError, TypeError, ValueError):  # without its picture, a caption is shown all the same
-            address = embed_picture(load_image(find_picture(image_dir, image)))
-        for (label, *_), row in zip(sides, rows, strict=True):
+    for rows in sorted(captions, key=change, reverse=True)[:24]:
+        address, texts = "", []
+        for label, row in rows.items():
             words = "|".join(map(re.escape, sorted(set(row["wrong"]))))
             pieces = re.split(rf"\b({words})\b", row["response"]) if words else [row["response"]]
             texts.append((label, pieces, len(row["wrong"])))
-        pictures.append({"image": image, "address": address, "captions": texts})
-    heading = f"The {len(pictures)} captions that {'changed most' if both else 'hallucinate most'}, of {len(shown)}"
+        with suppress(OSError, TypeError, ValueError):  # without its picture, a caption is shown all the same
+            address = embed_picture(load_image(find_picture(image_dir, row["image"])))
+        pictures.append({"image": row["image"], "address": address, "captions": texts})
+    kind = "changed most" if len(captions[0]) > 1 else "hallucinate most"
+    heading = f"The {len(pictures)} captions that {kind}, of {len(captions)}"
     write_whole(path, GALLERY.render(pictures=pictures, heading=heading, note=note))
 
 
-def evaluate(args, queries: list, notes: dict, sections: list[str], prepared: tuple, failures: list[dict]) -> None:
+def evaluate(args, questions: dict[int, dict], sections: list[str], prepared: tuple, failures: list[dict]) -> None:
     """Score the answers, beside the base's or an earlier run's if asked; write scores.json, chart and gallery; print the
     figures. `prepared` is of prepare_captions."""
     judge_text, spacy_model = prepared
-    image_of = {query["id"]: query["image"] for query in queries}
-    baseline = name_base_file(args.output_file) if args.compare_base else args.baseline_file
-    files = [path for path in (baseline, args.output_file) if path]
+    files = [path for path in (args.baseline_file, args.output_file) if path]
     labels = ["base", "adapter"] if args.compare_base else [path.stem for path in files]
-    if len(set(labels)) < len(labels):
-        labels = [f"{path.absolute().parent.name}/{path.stem}" for path in files]
-    answers = [count_answers(read_answers(path, notes), notes, image_of, judge_text) for path in files]
-    sides = list(zip(labels, files, answers, strict=True))
-    captions = sum(note["type"] == "generative" for note in notes.values())
-    asked = {"generative": captions, "discriminative": len(notes) - captions, "pope": len(notes)}
-    known = all(row["image"] for rows in answers for row in rows)
-    scores = summarize(args.output_file.name, answers[-1], sections)
+    if labels[1:] == labels[:1]:
+        labels[0] = f"earlier {labels[0]}"
+    sides = [read_answers(path, questions, judge_text) for path in files]
+    common = [number for number in sides[0] if number in sides[-1]]
+    tasks = Counter(question["sections"][0] for question in questions.values())
+    scores = summarize(args.output_file, list(sides[-1].values()), sections)
     scores |= {
-        "query_file": args.query_file and args.query_file.name,
-        "asked": {task: asked[task] for task in scores["answers"]},
+        "query_file": args.query_file.name,
+        "asked": {task: tasks[task] for task in scores["answers"]},
         "spacy_model": spacy_model,
         "nouns": args.nouns,
-        "resampled_by": "picture" if known else "question, as --query_file does not name the pictures",
         "failures": failures,
     }
-    if len(sides) > 1:
-        scores["comparison"] = compare(sides, sections)
+    if len(files) > 1:
+        if not common:
+            stop(f"{args.baseline_file} answers none of the queries that {args.output_file} answers.")
+        base, this = ([side[number] for number in common] for side in sides)
+        scores["comparison"] = {
+            "left_out": len(sides[0].keys() ^ sides[1].keys()),
+            "labels": labels,
+            "base": summarize(args.baseline_file, base, sections),
+            "this": summarize(args.output_file, this, sections),
+            "difference": estimate(sum_by_image(this), sum_by_image(base), sections),
+        }
     folder = args.output_file.absolute().parent
     for name in ("scores.png", "gallery.html"):  # of an earlier run
         (folder / name).unlink(missing_ok=True)
@@ -1581,28 +1496,32 @@ def evaluate(args, queries: list, notes: dict, sections: list[str], prepared: tu
     print_scores(scores)
     if scores["intervals"]:
         draw_scores(scores, folder / "scores.png")
+    common = [number for number in common if "wrong" in sides[0][number]]
+    captions = [{label: side[number] for label, side in zip(labels, sides, strict=True)} for number in common]
     note = "Words for things that are not in the picture, by AMBER's annotation, are marked."
-    write_gallery(sides, args.image_dir, folder / "gallery.html", note)
-    written = [name for name in ("scores.json", "scores.png", "gallery.html") if (folder / name).exists()]
-    console.print(f"{escape(str(folder))} has {', '.join(written)}")
+    write_gallery(captions, args.image_dir, folder / "gallery.html", note)
+    console.print(f"the figures are in {folder / 'scores.json'}, and what was made of them is beside it", markup=False)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    queries, notes = read_queries(args.query_file) if args.query_file else ([], None)
-    if args.write_pairs and not args.query_file:
-        queries = ask_folder(args.image_dir, args.questions)
-    sections = ["pope"] if notes else SECTIONS[args.evaluation_type]
-    if notes is None and not (args.skip_evaluation and args.evaluation_type == "a"):
-        notes = {note["id"]: note for note in read_json(find_file(args, "annotation_file", "annotations.json"))}
+    if args.query_file:
+        annotated = not args.skip_evaluation or args.evaluation_type != "a"
+        questions = read_questions(args.query_file, args.annotation_file if annotated else None)
+    else:
+        asked = ask_folder(args.image_dir, args.questions)
+        questions = {query["id"]: query | {"sections": ["generative"]} for query in asked}
+    queries = list(questions.values())
+    pope = queries[0]["sections"] == ["pope"]
+    sections = ["pope"] if pope else SECTIONS[args.evaluation_type]
     evaluating = MAIN_PROCESS and not args.skip_evaluation
     # before anything is answered, so that what is missing shows at once
-    prepared = prepare_captions(args) if evaluating and sections != ["pope"] else (None, None)
+    prepared = prepare_captions(args) if evaluating and not pope else (None, None)
     failures_file = args.output_file.with_name(f"{args.output_file.stem}_failures.json")
     if args.skip_inference:
-        failures, answered = read_json(failures_file) if failures_file.exists() else [], True
+        failures, answered = json.loads(failures_file.read_text()) if failures_file.exists() else [], True
     else:
-        selected = select_queries(queries, notes, sections, args.limit)
+        selected = select_queries(queries, sections, args.limit)
         failures = answer_benchmark(args, queries, selected)
         answered = len(failures) < len(selected)
     if not MAIN_PROCESS:
@@ -1613,7 +1532,7 @@ def main(argv: list[str] | None = None) -> None:
         text = f"{len(failures):,} queries could not be answered and are listed in {failures_file}; the first: "
         console.print(f"{text}{failures[0]['image']} {failures[0]['reason']}", markup=False)
     if evaluating and answered:
-        evaluate(args, queries, notes, sections, prepared, failures)
+        evaluate(args, questions, sections, prepared, failures)
     if failures:
         raise SystemExit(3)
 
@@ -1626,4 +1545,4 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError:
         stop("the GPU's memory is full; use a smaller --batch_size, or --load_4bit.")
     except OSError as error:  # a full disk, a folder that cannot be written
-        stop(f"{error}; if the journal has answers, the same command goes on after them.")
+        stop(str(error).splitlines()[0])

@@ -125,7 +125,7 @@ def test_a_run_goes_on_where_it_was_broken_off_and_lists_broken_pictures(photos,
     ("flags", "message"),
     [
         (["--image_dir", "."], "give --verify 12 too"),
-        (["--verify", "8"], "give --image_dir"),
+        (["--verify", "8"], "--image_dir is needed"),
         (["--image_dir", ".", "--verify", "8", "--nouns", "vocabulary"], "give --relation_file"),
     ],
 )
