@@ -95,9 +95,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.test_mode:
         amber, own_words = MINIATURE / "amber", args.spacy_model != parser.get_default("spacy_model")
-        parser.set_defaults(model_path=str(MINIATURE / "model"), image_dir=amber / "image")
-        parser.set_defaults(relation_file=amber / "relation.json")
-        parser.set_defaults(query_file=None if args.write_pairs else amber / "query" / "query_all.json")
+        parser.set_defaults(model_path=str(MINIATURE / "model"), relation_file=amber / "relation.json")
+        if not args.write_pairs:  # nobody should train on the benchmark's pictures
+            parser.set_defaults(query_file=amber / "query" / "query_all.json", image_dir=amber / "image")
         parser.set_defaults(similarity_table=None if own_words else amber / "similarity.json")
         args = parser.parse_args(argv)
     lists = [getattr(args, f"{name}_file") for name in AMBER_FILES]
