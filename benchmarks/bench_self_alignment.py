@@ -121,7 +121,8 @@ def draw_frontier(rows: list[dict], before: dict[str, dict], path: Path) -> None
         name = "no labels" if start == "base" else "on top of labelled pairs"
         (drawn,) = axis.plot(*zip(*points, strict=True), "o-", ms=6, label=f"{name}, weight {weight:g}")
         for number, point in enumerate(points[1:], 1):
-            axis.annotate(f"{number}", point, xytext=(7, 3), textcoords="offset points", color=drawn.get_color())
+            style = {"color": drawn.get_color(), "ha": "center"}
+            axis.annotate(str(number), point, xytext=(0, -17), textcoords="offset points", **style)
     for start, figures in before.items():
         point = figures["cover"], figures["chair"]
         axis.plot(*point, "s", color="black", ms=8, zorder=3)
@@ -131,7 +132,7 @@ def draw_frontier(rows: list[dict], before: dict[str, dict], path: Path) -> None
     axis.margins(x=0.25)
     axis.set_ylim(bottom=0)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, loc="outside upper left", title="After rounds 1, 2 and 3", alignment="left")
+    figure.legend(frameon=False, loc="outside upper left", title="After each round", alignment="left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
