@@ -727,7 +727,7 @@ def verify_answers(model, processor, images, pixels, questions, max_new_tokens, 
 # ---------------------------------------------------------------------------- pairs of its own answers (--write_pairs)
 
 PAIR_TEMPERATURE = 0.9  # at which the candidates of a pair are drawn
-DENIED_COSTS = 1.5  # what an object that is not there costs, where one that is there earns 1
+DENIED_COSTS = 2.0  # what an object that is not there costs, where one that is there earns 1
 LENGTH_COSTS = 0.15  # what it costs a pair that one of its answers names an object more than the other
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 

@@ -1,8 +1,9 @@
 """Alignment without labels on the miniature: rounds of pairs that the model makes itself, from the base and from an adapter.
 
-In every round llava_amber_validation_benchmark_with_lora.py --write_pairs makes pairs about newly drawn pictures,
-llava_orpo_training.py trains on them from the round before, and the result goes through miniature/amber, whose pictures
-nothing is trained or tuned on. What is in the drawn pictures is read only to count the errors of the check.
+In every round llava_amber_validation_benchmark_with_lora.py --write_pairs makes pairs about newly drawn pictures with the
+adapter of the round before, llava_orpo_training.py trains on them from the start anew, and the result goes through
+miniature/amber, whose pictures nothing is trained or tuned on. What is in the drawn pictures is read only to count the
+errors of the check.
 
     python benchmarks/bench_self_alignment.py                                     # three seeds, three rounds, from both
     python benchmarks/bench_self_alignment.py --seeds 0 --starts base --weights 0.25 0.5 1 2    # the frontier
@@ -79,24 +80,25 @@ def measure(folder: Path, lora: str | None, nouns: str) -> dict[str, float]:
     return {**strict["generative"], "f1": strict["discriminative"]["f1"]}
 
 
-def align(folder: Path, lora: str | None, seed: int, number: int, args) -> tuple[str, dict]:
-    """Run one round: draw pictures, make pairs, train on them; return the adapter and what judge_pairs says."""
+def align(folder: Path, start: str | None, lora: str | None, seed: int, number: int, args) -> tuple[str, dict]:
+    """Run one round: draw pictures, make pairs with the adapter `lora`, train the adapter `start` on them (None is the base,
+    for both); return the new adapter and what judge_pairs says."""
     import llava_amber_validation_benchmark_with_lora as amber
     import llava_orpo_training as training
 
     first = 10_000_000 + 1_000_000 * seed + 100_000 * number
     pictures = args.output_dir / "pictures" / str(first)
     draw_pictures(pictures, first, args.pictures)
-    start = ["--lora_path", lora] if lora else []
     flags = f"--test_mode --nouns vocabulary --batch_size 40 --max_new_tokens 96 --verify {args.verify}"
     flags += (
         f" --image_dir {pictures} --questions {pictures.with_suffix('.txt')} --write_pairs {folder / 'pairs.parquet'}"
     )
-    amber.main([*flags.split(), *start])
+    amber.main([*flags.split(), *(["--lora_path", lora] if lora else [])])
     flags = (
         f"--test_mode --dataset {folder / 'pairs.parquet'} --resume --seed {seed} --report_to none --eval_fraction 0"
     )
-    training.main([*flags.split(), *args.settings.split(), "--output_dir", str(folder / "adapter"), *start])
+    begin = ["--lora_path", start] if start else []
+    training.main([*flags.split(), *args.settings.split(), "--output_dir", str(folder / "adapter"), *begin])
     return str(folder / "adapter"), judge_pairs(folder / "pairs.parquet")
 
 
@@ -108,31 +110,31 @@ def draw_frontier(rows: list[dict], before: dict[str, dict], path: Path) -> None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    plt.rcParams["font.size"] = 12  # so that it can be read on a phone, where the picture is half as wide
+    figure, axis = plt.subplots(figsize=(5.6, 4.6), layout="constrained")
     for start, weight in dict.fromkeys((row["start"], row["weight"]) for row in rows):
         line = [row for row in rows if (row["start"], row["weight"]) == (start, weight)]
         points = []
         for number in sorted({row["round"] for row in line}):
             part = [row for row in line if row["round"] == number]
             points.append([statistics.mean(row[name] for row in part) for name in ("cover", "chair")])
-        name = "without labels" if start == "base" else "on top of the labelled pairs"
-        axis.plot(*zip(*points, strict=True), "o-", ms=4, label=f"{name}, weight {weight:g}")
+        name = "no labels" if start == "base" else "on top of labelled pairs"
+        (drawn,) = axis.plot(*zip(*points, strict=True), "o-", ms=6, label=f"{name}, weight {weight:g}")
         for number, point in enumerate(points[1:], 1):
-            axis.annotate(f"round {number}", point, xytext=(9, 2), textcoords="offset points", fontsize=8)
+            style = {"color": drawn.get_color(), "ha": "center"}
+            axis.annotate(str(number), point, xytext=(0, -17), textcoords="offset points", **style)
     for start, figures in before.items():
         point = figures["cover"], figures["chair"]
-        axis.plot(*point, "s", color="black", ms=7, zorder=3)
-        name = "base" if start == "base" else "trained on labelled pairs"
-        axis.annotate(name, point, xytext=(8, -3), textcoords="offset points")
-    axis.set(
-        xlabel="Cover: objects that are there and are named, %", ylabel="CHAIR: named objects that are not there, %"
-    )
+        axis.plot(*point, "s", color="black", ms=8, zorder=3)
+        name, place = ("base", (10, -4)) if start == "base" else ("trained on labelled pairs", (-6, 12))
+        axis.annotate(name, point, xytext=place, textcoords="offset points")
+    axis.set(xlabel="Cover: share of what is there, %", ylabel="CHAIR: share of what is named\nthat is not there, %")
     axis.margins(x=0.25)
     axis.set_ylim(bottom=0)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(frameon=False, loc="outside upper left", title="After each round", alignment="left")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
@@ -161,7 +163,7 @@ def main(argv=None):
                 lora = STARTS[start]
                 for number in range(1, args.rounds + 1):
                     folder = args.output_dir / f"{start}-{weight:g}-seed{seed}" / f"round{number}"
-                    lora, judged = align(folder, lora, seed, number, args)
+                    lora, judged = align(folder, STARTS[start], lora, seed, number, args)
                     rows.append({**run, "round": number, **judged, **measure(folder, lora, nouns)})
                     print(json.dumps(rows[-1]), file=sys.stderr)
 

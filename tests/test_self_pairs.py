@@ -84,7 +84,7 @@ def test_best_and_worst_are_those_of_an_independent_computation(made):
             assert found["named_by"] == sum(word in part for part in named)
             assert found["yes"] == pytest.approx(1 / (1 + math.exp(-asked)), abs=1e-3)
             assert found["belief"] == pytest.approx(belief[word], abs=1e-3)
-        worth = [sum(2.5 * belief[word] - 1.5 for word in set(part)) for part in named]
+        worth = [sum(3 * belief[word] - 2 for word in set(part)) for part in named]
         gain, best, worst = max(
             (worth[i] - worth[j] - 0.15 * abs(len(named[i]) - len(named[j])), i, j)
             for i, j in permutations(range(len(texts)), 2)
