@@ -556,7 +556,7 @@ def test_a_task_without_answers_has_scores_and_no_chart(kind, answered, tmp_path
     (tmp_path / "scores.png").write_text("of an earlier run")
     rows = [row for row in mini_rows(lambda note: "No") if (row["id"] <= 240) == (answered == "generative")]
     scores = score(tmp_path, rows, *MINI, "--evaluation_type", kind)
-    printed = " ".join(capsys.readouterr().err.split())
+    printed = "".join(capsys.readouterr().err.split())  # long paths are wrapped
     assert "gallery.html" not in printed.split("scores.json")[1] or (tmp_path / "gallery.html").exists()
     assert scores["intervals"] == {} and scores["strict"] and not (tmp_path / "scores.png").exists()
 

@@ -38,9 +38,9 @@ def test_help_answers_at_once(script):
 COMMANDS = """\
 llava_orpo_training --output_dir run --epochs 3 --batch_size 4 --lora_rank 8 --gradient_accumulation_steps 8
 llava_orpo_training --output_dir run --wandb_project project --wandb_entity team --test_mode
-llava_amber_validation_benchmark_with_lora --model_path base --lora_path adapter --query_file query_all.json --image_dir . --output_file results.json
-llava_amber_validation_benchmark_with_lora --query_file query_all.json --output_file results.json --skip_inference
-llava_amber_validation_benchmark_with_lora --query_file query_all.json --image_dir . --output_file results.json --skip_evaluation
+llava_amber_validation_benchmark_with_lora --model_path base --lora_path adapter --query_file miniature/amber/query/query_all.json --image_dir . --output_file results.json
+llava_amber_validation_benchmark_with_lora --query_file miniature/amber/query/query_all.json --output_file results.json --skip_inference
+llava_amber_validation_benchmark_with_lora --query_file miniature/amber/query/query_all.json --image_dir . --output_file results.json --skip_evaluation
 llava_gradio_lora_host --model_path base --lora_path adapter --device cuda --load_8bit
 llava_gradio_lora_host --model_path base --lora_path adapter --device cpu --load_4bit
 llava_quantize_vllm
@@ -49,8 +49,9 @@ llava_gradio_lora_host_quantized --model_path quantized --tensor_parallel_size 2
 
 
 @pytest.mark.parametrize("command", COMMANDS.splitlines())
-def test_the_published_commands_are_understood(command):
+def test_the_published_commands_are_understood(command, monkeypatch):
     """The flags by which these scripts are known elsewhere."""
+    monkeypatch.chdir(ROOT)
     script, *flags = command.split()
     importlib.import_module(script).parse_args(flags)
 
