@@ -126,8 +126,8 @@ def draw_frontier(rows: list[dict], before: dict[str, dict], path: Path) -> None
     for start, figures in before.items():
         point = figures["cover"], figures["chair"]
         axis.plot(*point, "s", color="black", ms=8, zorder=3)
-        name, place = ("base", (10, -4)) if start == "base" else ("trained on labelled pairs", (-6, 12))
-        axis.annotate(name, point, xytext=place, textcoords="offset points")
+        name, place = ("base", (10, -4)) if start == "base" else ("trained on labelled pairs", (-80, -46))
+        axis.annotate(name, point, xytext=place, textcoords="offset points", arrowprops={"arrowstyle": "-", "lw": 0.7})
     axis.set(xlabel="Cover: share of what is there, %", ylabel="CHAIR: share of what is named\nthat is not there, %")
     axis.margins(x=0.25)
     axis.set_ylim(bottom=0)
