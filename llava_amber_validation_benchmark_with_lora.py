@@ -1161,7 +1161,7 @@ def load_similarity(path: Path | None, spacy_model: str, vocabulary: set[str]) -
 
 def judge_caption(nouns: list[tuple[str, str]], note: dict, relation: dict, safe_words: set[str], alike: dict) -> tuple:
     """Score a caption's nouns by AMBER's rules; return what it adds to each figure, {figure: (part, whole)}, and the
-    hallucinated nouns as written. For Hal these are the captions without any, which are subtracted later.
+    hallucinated nouns as written. For Hal, the part counts captions without any, which compute_figures subtracts from 100 %.
 
     A slot is an entry of the annotation's truth (what is there) or hallu (what people would imagine). A word associated with
     an entry stands for it. The first match gets the credit, associations before entries, as in AMBER's inference.py.
@@ -1339,9 +1339,13 @@ def summarize(file: Path, rows: list[dict], sections: list[str]) -> dict:
 
 # ---------------------------------------------------------------------------- report
 
-TITLES = {
-    **{"chair": "CHAIR ↓", "cover": "Cover ↑", "hal": "Hal ↓", "cog": "Cog ↓", "accuracy": "accuracy ↑"},
-    **{"precision": "precision ↑", "recall": "recall ↑", "f1": "F1 ↑", "yes": "answered Yes", "score": "AMBER score ↑"},
+TITLES = {"chair": "CHAIR ↓", "cover": "Cover ↑", "hal": "Hal ↓", "cog": "Cog ↓", "score": "AMBER score ↑"}
+TITLES |= {
+    "accuracy": "accuracy ↑",
+    "precision": "precision ↑",
+    "recall": "recall ↑",
+    "f1": "F1 ↑",
+    "yes": "answered Yes",
 }
 
 

@@ -624,11 +624,9 @@ def mark_words(text: str, other: str, doubtful: set[str] = frozenset()) -> list[
 
 def mark_answers(answers: dict[str, str], doubtful: set[str] = frozenset()) -> dict[str, list[tuple[str, str]]]:
     """Return the answers in pieces, as mark_words does. The first is compared with the last, all others with the first."""
-    first, *_, last = [*answers.values()] * 2
-    return {
-        model: mark_words(text, last if number == 0 else first, doubtful)
-        for number, (model, text) in enumerate(answers.items())
-    }
+    texts = list(answers.values())
+    others = [texts[-1], *[texts[0]] * (len(texts) - 1)]
+    return {model: mark_words(answers[model], other, doubtful) for model, other in zip(answers, others, strict=True)}
 
 
 # ---------------------------------------------------------------------------- the page
@@ -774,11 +772,15 @@ def build_page(engine, about, max_new_tokens, remember, users, queue_size, tempe
         private = {"api_visibility": "private", "preprocess": False}  # open_picture has sentences, unlike Gradio
         look = {"show_progress": "minimal", "show_progress_on": shown}
         asked = box.submit(partial(ask, engine, check), inputs, changed, **private, **limit, **look)
-        quick = private | {"concurrency_limit": None, "show_progress": "hidden"}
+        quick = private | {"queue": False, "show_progress": "hidden"}  # at once, so that no later question is cancelled
         box.stop(lambda: gr.Textbox(**IDLE), None, box, cancels=asked, **quick)
         clear.click(forget, None, changed, cancels=asked, **quick)
         picture.change(forget, None, changed, cancels=asked, **quick)  # the answers are about another picture
-        picture.change(check_picture, picture, picture, **quick)
+        checking = {
+            "concurrency_limit": None,
+            "show_progress": "hidden",
+        }  # in the queue, from which sentences are shown
+        picture.change(check_picture, picture, picture, **private, **checking)
         gr.api(make_api(engine), api_name="answer", **limit)
     return page.queue(max_size=queue_size)
 

@@ -1,4 +1,4 @@
-"""The whole chain at the 7B model's real size, on the CPU: whatever works in the miniature only shows here.
+"""The whole chain at the 7B model's real size, on the CPU, to find what works on the miniature and breaks at this size.
 
 A random checkpoint of LLaVA-1.6-Mistral-7B's exact shapes is written. On it, the scripts' own command lines train a
 QLoRA adapter for one step with its preflight, answer with and without that adapter, and merge and quantize both to FP8; vLLM

@@ -13,8 +13,6 @@ from test_host import PICTURES, REFUSED, endless, engine, plain  # noqa: F401
 
 import llava_gradio_lora_host as host
 
-pytestmark = pytest.mark.slow
-
 expect.set_options(timeout=30_000)  # both cores may be busy
 SCREENSHOTS = os.environ.get("SCREENSHOTS")  # a folder to keep pictures of the pages in
 CAPTION = "Describe this image."
@@ -78,7 +76,6 @@ def example(page, number):
     before = page.locator("#picture img").get_attribute("src") if page.locator("#picture img").count() else ""
     page.locator("#examples .gallery-item").nth(number).click()
     expect(page.locator("#picture img")).not_to_have_attribute("src", before)
-    page.wait_for_timeout(500)  # nobody asks sooner
 
 
 def ask(page, question):
@@ -91,15 +88,22 @@ def finished(page, turns=1):
     expect(page.get_by_role("button", name="Ask", exact=True)).to_be_visible()
 
 
+def wait_until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def shown(page, turn=0):
     return page.locator("#answers article").nth(turn).locator("p").all_inner_texts()
 
 
+@pytest.mark.slow  # a mark of the module would not go with the tests into test_serving.py
 def test_two_answers_stream_and_what_differs_is_marked(site, open_page):
     page = open_page()
     give(page, PICTURES[16])
     expect(page.locator("#picture img")).to_be_visible()
-    page.wait_for_timeout(500)  # nobody asks sooner
     page.evaluate(
         """() => { window.seen = []; new MutationObserver(() => window.seen.push(document.querySelector('#answers p')?.innerText || ''))
                    .observe(document.querySelector('#answers'), {childList: true, subtree: true, characterData: true}) }"""
@@ -122,6 +126,7 @@ def test_two_answers_stream_and_what_differs_is_marked(site, open_page):
     expect(page.locator("#answers article")).to_have_count(0)
 
 
+@pytest.mark.slow
 def test_a_follow_up_sees_the_conversation_about_its_picture_alone(site, open_page, monkeypatch):
     conversations, stream = [], site.engine.stream
 
@@ -145,6 +150,7 @@ def test_a_follow_up_sees_the_conversation_about_its_picture_alone(site, open_pa
     assert conversations == [["One?"], ["One?", "Two?"], ["Three?"]]
 
 
+@pytest.mark.slow
 def test_stop_a_new_picture_and_leaving_end_the_generation(site, endless, open_page):  # noqa: F811
     page = open_page()
     page.get_by_text("Settings").click()
@@ -159,12 +165,9 @@ def test_stop_a_new_picture_and_leaving_end_the_generation(site, endless, open_p
         ask(page, CAPTION)
         expect(page.locator("#answers p").nth(1)).to_contain_text("The image")
         before = page.locator("#answers article").count()
-        assert site.growing() == 2
+        wait_until(lambda: site.growing() == 2)
         end()
-        deadline = time.monotonic() + 2  # far too soon for 900 tokens
-        while site.growing():
-            assert time.monotonic() < deadline, "an answer that nobody waits for still grows"
-            time.sleep(0.01)
+        wait_until(lambda: not site.growing(), 2)  # far too soon for 900 tokens
         if not page.is_closed():
             expect(page.get_by_role("button", name="Ask", exact=True)).to_be_visible()
             if before == 1:  # what came of it stays, unless it is about another picture
@@ -173,6 +176,7 @@ def test_stop_a_new_picture_and_leaving_end_the_generation(site, endless, open_p
             expect(page.locator("#answers article")).to_have_count(0)
 
 
+@pytest.mark.slow
 def test_bad_input_gets_a_sentence_and_the_page_goes_on(site, open_page):
     page = open_page()
     page.get_by_role("button", name="Ask", exact=True).click()
@@ -196,6 +200,7 @@ def test_bad_input_gets_a_sentence_and_the_page_goes_on(site, open_page):
     assert len(shown(page)) == 1  # one model, if one is wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_on_a_phone_the_answers_are_in_sight(site, open_page, theme):
     page = open_page(390, 844, theme)
