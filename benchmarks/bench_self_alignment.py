@@ -5,24 +5,28 @@ adapter of the round before, llava_orpo_training.py trains on them from the star
 miniature/amber, whose pictures nothing is trained or tuned on. What is in the drawn pictures is read only to count the
 errors of the check.
 
-    python benchmarks/bench_self_alignment.py                                     # three seeds, three rounds, from both
-    python benchmarks/bench_self_alignment.py --seeds 0 --starts base --weights 0.25 0.5 1 2    # the frontier
+    python benchmarks/bench_self_alignment.py --seeds 0 --rounds 2 --starts base --weights 0.5 4 > frontier.json
+    python benchmarks/bench_self_alignment.py --add frontier.json    # three seeds, three rounds, from both
 """
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "miniature"), str(ROOT / "benchmarks")]
 
+import build
 import scenes
 from bench_effect import SETTINGS, pick_nouns
 
 FIGURES = {"chair": "CHAIR ↓", "cover": "Cover ↑", "hal": "Hal ↓", "cog": "Cog ↓", "f1": "F1 ↑"}
 STARTS = {"base": None, "labelled": str(ROOT / "miniature" / "adapter")}
+WEIGHTS = {"base": 2, "labelled": 1}  # what a denied object costs; an adapter that names few absent objects needs less
 
 
 def parse_args(argv=None):
@@ -30,10 +34,14 @@ def parse_args(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run is made for each")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of pairs and training (default: 3)")
     parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=STARTS, help="what round 1 starts from")
-    parser.add_argument("--weights", type=float, nargs="+", help="what a denied object costs (default: the script's)")
+    parser.add_argument("--weights", type=float, nargs="+", help="what a denied object costs (default: 2; labelled: 1)")
     parser.add_argument("--pictures", type=int, default=640, help="pictures drawn for a round (default: 640)")
+    parser.add_argument("--drawn", type=int, default=960, help="other pictures to measure on too (default: 960)")
     parser.add_argument("--verify", type=int, default=12, help="candidates for a picture (default: 12)")
     parser.add_argument("--settings", default=SETTINGS, help=f"flags of the training script (default: {SETTINGS})")
+    parser.add_argument(
+        "--add", type=Path, nargs="+", default=[], help="what earlier runs printed, to be shown with this"
+    )
     parser.add_argument(
         "--output_dir", type=Path, default=ROOT / "outputs" / "self_alignment", help="where the runs go"
     )
@@ -70,36 +78,48 @@ def judge_pairs(path: Path) -> dict[str, float]:
     return {"pairs": len(rows)} | {name: 100 * value for name, value in shares.items()}
 
 
-def measure(folder: Path, lora: str | None, nouns: str) -> dict[str, float]:
-    """Return AMBER's figures of the miniature with an adapter, or without one."""
+def draw_benchmark(folder: Path, count: int) -> Path:
+    """Make a benchmark like miniature/amber over `count` other pictures, if it is not there; return its folder."""
+    if not (folder / "safe_words.txt").exists():  # the last file to be written
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        build.write_amber(argparse.Namespace(seed=7, amber_images=count), folder)
+    return folder
+
+
+def measure(folder: Path, lora: str | None, nouns: str, benchmarks: dict[str, Path]) -> dict[str, float]:
+    """Return the figures of the miniature with an adapter, or without one, on {prefix of their names: benchmark}."""
     import llava_amber_validation_benchmark_with_lora as amber
 
-    flags = f"--test_mode --batch_size 40 --nouns {nouns} --output_file {folder / 'amber' / 'results.json'}"
-    amber.main([*flags.split(), *(["--lora_path", lora] if lora else [])])
-    strict = json.loads((folder / "amber" / "scores.json").read_text())["strict"]
-    return {**strict["generative"], "f1": strict["discriminative"]["f1"]}
+    figures = {}
+    for prefix, benchmark in benchmarks.items():
+        results = folder / f"{prefix}amber" / "results.json"
+        flags = f"--test_mode --batch_size 40 --nouns {nouns} --output_file {results} --image_dir {benchmark / 'image'}"
+        flags += f" --query_file {benchmark / 'query' / 'query_all.json'}"
+        amber.main([*flags.split(), *(["--lora_path", lora] if lora else [])])
+        strict = json.loads(results.with_name("scores.json").read_text())["strict"]
+        found = {**strict["generative"], "f1": strict["discriminative"]["f1"]}
+        figures |= {prefix + name: value for name, value in found.items()}
+    return figures
 
 
-def align(folder: Path, start: str | None, lora: str | None, seed: int, number: int, args) -> tuple[str, dict]:
-    """Run one round: draw pictures, make pairs with the adapter `lora`, train the adapter `start` on them (None is the base,
-    for both); return the new adapter and what judge_pairs says."""
+def align(folder: Path, start: str, weight: float, lora: str | None, seed: int, number: int, args) -> tuple[str, dict]:
+    """Run one round: draw pictures, make pairs with the adapter `lora` (None is the base), train what STARTS names on them;
+    return the new adapter and what judge_pairs says."""
     import llava_amber_validation_benchmark_with_lora as amber
     import llava_orpo_training as training
 
     first = 10_000_000 + 1_000_000 * seed + 100_000 * number
-    pictures = args.output_dir / "pictures" / str(first)
+    pictures, pairs = args.output_dir / "pictures" / str(first), folder / "pairs.parquet"
     draw_pictures(pictures, first, args.pictures)
     flags = f"--test_mode --nouns vocabulary --batch_size 40 --max_new_tokens 96 --verify {args.verify}"
-    flags += (
-        f" --image_dir {pictures} --questions {pictures.with_suffix('.txt')} --write_pairs {folder / 'pairs.parquet'}"
-    )
+    flags += f" --image_dir {pictures} --questions {pictures.with_suffix('.txt')}"
+    flags += f" --write_pairs {pairs} --denied_costs {weight}"
     amber.main([*flags.split(), *(["--lora_path", lora] if lora else [])])
-    flags = (
-        f"--test_mode --dataset {folder / 'pairs.parquet'} --resume --seed {seed} --report_to none --eval_fraction 0"
-    )
-    begin = ["--lora_path", start] if start else []
-    training.main([*flags.split(), *args.settings.split(), "--output_dir", str(folder / "adapter"), *begin])
-    return str(folder / "adapter"), judge_pairs(folder / "pairs.parquet")
+    flags = f"--test_mode --dataset {pairs} --output_dir {folder / 'adapter'} --resume --seed {seed}"
+    flags += f" --report_to none --eval_fraction 0 {args.settings}"
+    training.main([*flags.split(), *(["--lora_path", STARTS[start]] if STARTS[start] else [])])
+    return str(folder / "adapter"), judge_pairs(pairs)
 
 
 def draw_frontier(rows: list[dict], before: dict[str, dict], path: Path) -> None:
@@ -150,31 +170,31 @@ def main(argv=None):
     from rich.console import Console
     from rich.table import Table
 
-    import llava_amber_validation_benchmark_with_lora as amber
+    nouns = pick_nouns()
+    benchmarks = {"": ROOT / "miniature" / "amber"}
+    if args.drawn:
+        benchmarks["drawn_"] = draw_benchmark(args.output_dir / f"drawn_{args.drawn}", args.drawn)
+    before = {start: measure(args.output_dir / start, lora, nouns, benchmarks) for start, lora in STARTS.items()}
+    rows = [row for path in args.add for row in json.loads(path.read_text().splitlines()[-1])["rows"]]
+    for start in args.starts:
+        for weight, seed in product(args.weights or [WEIGHTS[start]], args.seeds):
+            run = {"start": start, "weight": weight, "seed": seed}
+            rows.append({**run, "round": 0, **before[start]})
+            lora = STARTS[start]
+            for number in range(1, args.rounds + 1):
+                folder = args.output_dir / f"{start}-{weight:g}-seed{seed}" / f"round{number}"
+                lora, judged = align(folder, start, weight, lora, seed, number, args)
+                rows.append({**run, "round": number, **judged, **measure(folder, lora, nouns, benchmarks)})
+                print(json.dumps(rows[-1]), file=sys.stderr)
 
-    rows, nouns = [], pick_nouns()
-    before = {start: measure(args.output_dir / start, lora, nouns) for start, lora in STARTS.items()}
-    for weight in args.weights or [amber.DENIED_COSTS]:
-        amber.DENIED_COSTS = weight
-        for start in args.starts:
-            for seed in args.seeds:
-                run = {"start": start, "weight": weight, "seed": seed}
-                rows.append({**run, "round": 0, **before[start]})
-                lora = STARTS[start]
-                for number in range(1, args.rounds + 1):
-                    folder = args.output_dir / f"{start}-{weight:g}-seed{seed}" / f"round{number}"
-                    lora, judged = align(folder, STARTS[start], lora, seed, number, args)
-                    rows.append({**run, "round": number, **judged, **measure(folder, lora, nouns)})
-                    print(json.dumps(rows[-1]), file=sys.stderr)
-
-    table = Table(f"%, nouns: {nouns}", "pairs", "check wrong", *FIGURES.values())
-    for start, weight, number in dict.fromkeys((row["start"], row["weight"], row["round"]) for row in rows):
-        part = [row for row in rows if (row["start"], row["weight"], row["round"]) == (start, weight, number)]
-        table.add_row(
-            f"{start}, weight {weight:g}, round {number}",
-            *(show(part, name) for name in ("pairs", "check_wrong", *FIGURES)),
-        )
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    for prefix, benchmark in benchmarks.items():
+        names = [prefix + name for name in FIGURES]
+        table = Table(f"%, nouns: {nouns}", "pairs", "check wrong", *FIGURES.values(), title=benchmark.name)
+        for start, weight, number in dict.fromkeys((row["start"], row["weight"], row["round"]) for row in rows):
+            part = [row for row in rows if (row["start"], row["weight"], row["round"]) == (start, weight, number)]
+            cells = [show(part, name) for name in ("pairs", "check_wrong", *names)]
+            table.add_row(f"{start}, weight {weight:g}, round {number}", *cells)
+        Console(width=None if sys.stdout.isatty() else 140).print(table)
     figure = args.figure or args.output_dir / "self_alignment.png"
     draw_frontier(rows, before, figure)
     print(f"look at {figure} and, in {args.output_dir}, at the pages pairs.html")
