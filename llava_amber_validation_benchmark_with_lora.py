@@ -105,6 +105,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         setattr(args, f"{name}_file", getattr(args, f"{name}_file") or near)
     pairs, alone, rank = args.write_pairs, os.environ.get("WORLD_SIZE", "1") == "1", os.environ.get("RANK", "0")
     unmerged = args.lora_path or args.verify > 1 or args.load_4bit or args.load_8bit or not alone
+    words = args.nouns == "nltk" or args.relation_file.exists()
     no_vllm = "takes a merged or quantized model, and no --lora_path, --verify, --load_4bit, --load_8bit or torchrun"
     faults = {
         "--query_file is needed": not args.query_file and not pairs,
@@ -115,6 +116,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--clip_model is what --verify checks with; give --verify 4 too": args.clip_model and args.verify == 1,
         "--write_pairs compares candidates; give --verify 12 too": pairs and args.verify == 1,
         "--write_pairs takes neither --compare_base nor --clip_model": pairs and (args.compare_base or args.clip_model),
+        "--nouns vocabulary needs the words to look up; give --relation_file": pairs and not words,
         f"--backend vllm {no_vllm}": args.backend == "vllm" and unmerged,
         f"RANK is {rank} without WORLD_SIZE; unset it, or use torchrun": alone and rank != "0",
     }
@@ -688,6 +690,7 @@ def check_answers(
             found[picture, number].append(answer)
             if not find(answer[0]):  # such as "Yes"
                 yield picture, number, *found.pop((picture, number))[0]
+    # for each picture, the question to which each drawn answer belongs
     places = [[key for key in found if key[0] == i for _ in range(count - greedy)] for i in range(len(images))]
     asked = [[questions[picture][number] for picture, number in part] for part in places]
     temperature = VERIFY_TEMPERATURE if greedy else PAIR_TEMPERATURE
@@ -721,7 +724,7 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def ask_folder(image_dir: Path, questions_file: Path | None) -> dict[int, dict]:
-    """Return {id: question} as read_questions does, one for each picture of a folder; the questions of the file take turns."""
+    """Return {id: question} as read_questions does, one for each picture of a folder; those of the file take turns."""
     text = questions_file.read_text(encoding="utf-8") if questions_file else "Describe this image."
     questions = [line.strip() for line in text.splitlines() if line.strip()] or stop(f"{questions_file} is empty.")
     names = sorted(str(path.relative_to(image_dir)) for path in image_dir.rglob("*") if path.suffix.lower() in PICTURES)
@@ -733,7 +736,7 @@ def ask_folder(image_dir: Path, questions_file: Path | None) -> dict[int, dict]:
 
 def make_pair(image, answers: list, confirmed: dict[str, float], *, find: Callable) -> tuple[dict | None, bool]:
     """Return the two candidates that differ most in what they are worth, with what was found out about their objects, or
-    None if they do not differ by one object; and True.
+    None if they do not differ by one object; and True, because nothing of them is cut off.
 
     How likely an object is there is said by two witnesses, whose odds are multiplied: `confirmed`, the probability of the
     model's Yes when it is asked, and the share of the candidates that name it. benchmarks/README.md has the errors of both.
@@ -912,19 +915,18 @@ def make_answerer(args, processor) -> tuple:
     """Load what answers; return a function of (images, pixels, questions), and the model if it runs in this process."""
     if args.backend == "vllm":
         return start_vllm(args.model_path, processor, args.max_new_tokens), None
-    if args.verify > 1:
+    function, checks, device = answer_questions, {}, args.device
+    if args.verify > 1:  # before the model, whose loading takes minutes
         find = find_nouns(args.nouns, read_relation(args.relation_file)[1] if args.nouns == "vocabulary" else None)
-    device = args.device
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"  # under torchrun, a GPU a process
     model, processor = load_llava(args.model_path, args.lora_path, device, args.load_4bit, args.load_8bit)
-    answer = partial(answer_questions, model, processor, max_new_tokens=args.max_new_tokens)
     if args.verify > 1:
         clip = load_clip(args.clip_model, model.device) if args.clip_model else None
         choose = partial(make_pair, find=find) if args.write_pairs else partial(keep_best, find=find, clip=clip)
-        checks = {"count": args.verify, "find": find, "greedy": not args.write_pairs, "confirm": not clip}
-        answer = partial(check_answers, *answer.args, **answer.keywords, choose=choose, **checks)
-    return answer, model
+        function, checks = check_answers, {"count": args.verify, "find": find, "choose": choose}
+        checks |= {"greedy": not args.write_pairs, "confirm": not clip}
+    return partial(function, model, processor, max_new_tokens=args.max_new_tokens, **checks), model
 
 
 def write_answers(output_file: Path, every_query: list[dict], answers: dict[int, dict]) -> None:
@@ -949,14 +951,15 @@ def answer_benchmark(args, every_query: list[dict], queries: list[dict]) -> list
     opener = partial(open_group, image_dir=args.image_dir, processor=processor, context=context)
     mine = group_queries(queries, args.batch_size)[state.process_index :: state.num_processes]
     settings = describe_run(args, every_query, processor)
-    runs = {args.baseline_file: None} if args.compare_base else {}
-    runs[args.output_file] = digest_checkpoint(read_adapter(args.lora_path)[0]) if args.lora_path else None
+    runs = {args.baseline_file: settings | {"adapter": None}} if args.compare_base else {}
+    adapter = digest_checkpoint(read_adapter(args.lora_path)[0]) if args.lora_path else None
+    runs[args.output_file] = settings | {"adapter": adapter}
     args.output_file.parent.mkdir(parents=True, exist_ok=True)
-    earlier = {file: read_journals(file, settings | {"adapter": adapter}) for file, adapter in runs.items()}
+    earlier = {file: read_journals(file, settings) for file, settings in runs.items()}
     state.wait_for_everyone()  # nobody writes before everybody has read
     failures, answer = {}, None
-    for file, answers in earlier.items():
-        failed, settings["adapter"] = [], runs[file]
+    for file, settings in runs.items():
+        answers, failed = earlier[file], []
         todo = [group for group in mine if any(query["id"] not in answers for asked in group for query in asked)]
         if todo:
             if not answer:

@@ -432,6 +432,7 @@ def test_vllm_is_given_bos_and_one_image_token(tmp_path, monkeypatch, capsys, ll
      ([*MINI, "--backend", "vllm", "--verify", "2"], "--verify"), (["--write_pairs", "x", "--image_dir", "."], "--verify 12 too"),
      (["--write_pairs", "x", "--verify", "8"], "--image_dir is needed"),
      ([*MINI, "--write_pairs", "x", "--image_dir", ".", "--verify", "8", "--clip_model", "x"], "--clip_model"),
+     (["--write_pairs", "x", "--image_dir", ".", "--verify", "8", "--nouns", "vocabulary"], "give --relation_file"),
      (["--model_path", "x", "--query_file", "nowhere.json", "--image_dir", "."], "nowhere.json")],
 )  # fmt: skip
 def test_bad_flags_are_one_sentence(flags, words, tmp_path, capsys):
