@@ -79,6 +79,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(steps, "--skip_inference", "score the answers in --output_file", action="store_true")
     add(steps, "--skip_evaluation", "only answer", action="store_true")
     add(steps, "--write_pairs", "only write pairs of the best and worst of --verify candidates to this file", type=Path)
+    costs = "what an object that is not there costs a candidate, where one that is there earns 1"
+    add(data, "--denied_costs", costs, type=float, default=2.0)
     add(data, "--questions", "for --write_pairs: questions, one a line, which the pictures take in turn", type=existing)
 
     scoring = parser.add_argument_group("scoring")
@@ -718,7 +720,6 @@ def keep_best(image, answers: list, confirmed: dict[str, float], *, find: Callab
 
 # ---------------------------------------------------------------------------- pairs of its own answers (--write_pairs)
 
-DENIED_COSTS = 2.0  # what an object that is not there costs, where one that is there earns 1
 LENGTH_COSTS = 0.15  # what it costs a pair that one of its answers names an object more than the other
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -734,14 +735,15 @@ def ask_folder(image_dir: Path, questions_file: Path | None) -> dict[int, dict]:
     return {query["id"]: query | {"sections": ["generative"]} for query in asked}
 
 
-def make_pair(image, answers: list, confirmed: dict[str, float], *, find: Callable) -> tuple[dict | None, bool]:
+def make_pair(image, answers: list, confirmed: dict[str, float], *, find: Callable, denied_costs: float) -> tuple:
     """Return the two candidates that differ most in what they are worth, with what was found out about their objects, or
     None if they do not differ by one object; and True, because nothing of them is cut off.
 
     How likely an object is there is said by two witnesses, whose odds are multiplied: `confirmed`, the probability of the
     model's Yes when it is asked, and the share of the candidates that name it. benchmarks/README.md has the errors of both.
-    Each object that a candidate names counts once, for or against it by this belief. A pair whose candidates name equally
-    many is preferred, because from shorter chosen answers the model learns to say less.
+    Each object that a candidate names counts once, by this belief: one that is there earns 1, and one that is not there costs
+    `denied_costs`. A pair whose candidates name equally many is preferred, because from shorter chosen answers the model
+    learns to say less.
     """
     texts, nouns = [text for text, _ in answers], [find(text) for text, _ in answers]
     objects = [sorted({word for _, word in part}) for part in nouns]
@@ -751,7 +753,7 @@ def make_pair(image, answers: list, confirmed: dict[str, float], *, find: Callab
         share = (named_by + 0.5) / (len(texts) + 1)
         belief = yes * share / (yes * share + (1 - yes) * (1 - share))
         known[word] = {"yes": yes, "named_by": named_by, "belief": belief}
-        value[word] = belief - DENIED_COSTS * (1 - belief)
+        value[word] = belief - denied_costs * (1 - belief)
     worth = [sum(value[word] for word in part) for part in objects]
     doubted = [[written for written, word in part if known[word]["belief"] <= 0.5] for part in nouns]
     gains = {
@@ -785,10 +787,12 @@ def write_pairs(output_file: Path, queries: list[dict], answers: dict[int, dict]
     columns = {name: datasets.Value("string") for name in names} | {"image": datasets.Image()}
     schema = datasets.Features(columns).arrow_schema
     made = [(query, pair) for query in queries if (pair := answers.get(query["id"], {}).get("response"))]
-    with parquet.ParquetWriter(output_file, schema) as writer:
+    partial_file = output_file.with_name(f"{output_file.name}.{os.getpid()}.partial")
+    with parquet.ParquetWriter(partial_file, schema) as writer:
         for start in range(0, len(made), 100):  # pictures are in memory a hundred at a time
             rows = [make_row(*part) for part in made[start : start + 100]]
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    os.replace(partial_file, output_file)
     sides = ("chosen", "rejected")
     captions = [{s: query | {"response": pair[s], "wrong": pair["doubted"][s]} for s in sides} for query, pair in made]
     page = output_file.with_suffix(".html")
@@ -865,6 +869,7 @@ def describe_run(args, queries: list[dict], processor) -> dict:
         "prompt": digest(build_prompt(processor, "Is it?", (64, 64))),
         "nouns": args.nouns if args.verify > 1 else None,
         "pairs": bool(args.write_pairs),
+        "denied_costs": args.denied_costs if args.write_pairs else None,
         "image_dir": os.path.abspath(args.image_dir),
         "model": digest_checkpoint(args.model_path),
     }
@@ -923,7 +928,9 @@ def make_answerer(args, processor) -> tuple:
     model, processor = load_llava(args.model_path, args.lora_path, device, args.load_4bit, args.load_8bit)
     if args.verify > 1:
         clip = load_clip(args.clip_model, model.device) if args.clip_model else None
-        choose = partial(make_pair, find=find) if args.write_pairs else partial(keep_best, find=find, clip=clip)
+        choose = partial(keep_best, find=find, clip=clip)
+        if args.write_pairs:
+            choose = partial(make_pair, find=find, denied_costs=args.denied_costs)
         function, checks = check_answers, {"count": args.verify, "find": find, "choose": choose}
         checks |= {"greedy": not args.write_pairs, "confirm": not clip}
     return partial(function, model, processor, max_new_tokens=args.max_new_tokens, **checks), model

@@ -95,11 +95,21 @@ def test_best_and_worst_are_those_of_an_independent_computation(made):
 def test_of_two_pairs_the_one_whose_answers_are_equally_long_is_taken():
     find = amber.find_nouns("vocabulary", {"cup", "car", "bus", "tree"})
     texts = ["a cup", "a cup, a cup and a cup", "a car, a car and a car", "a cup"]
-    pair, _ = amber.make_pair(None, [[text, True] for text in texts], {"cup": 0.99, "car": 0.01}, find=find)
+    settings = {"find": find, "denied_costs": 2.0}
+    pair, _ = amber.make_pair(None, [[text, True] for text in texts], {"cup": 0.99, "car": 0.01}, **settings)
     assert (pair["chosen"], pair["rejected"]) == (texts[1], texts[2])
     assert pair["doubted"] == {"chosen": [], "rejected": ["car"] * 3} and pair["objects"]["cup"]["named_by"] == 3
     for texts in (["a cup", "a cup and a cup"], ["a cup"], []):  # nothing differs
-        assert amber.make_pair(None, [[text, True] for text in texts], {"cup": 0.99}, find=find) == (None, True)
+        assert amber.make_pair(None, [[text, True] for text in texts], {"cup": 0.99}, **settings) == (None, True)
+
+
+@pytest.mark.parametrize(("costs", "chosen"), [(0.5, "a cup, a tree and a bus"), (2.0, "a cup")])
+def test_the_higher_the_costs_the_less_is_risked(costs, chosen):
+    find = amber.find_nouns("vocabulary", {"cup", "bus", "tree"})
+    answers = [[text, True] for text in ("a cup", "a cup, a tree and a bus", "a bus")]
+    confirmed = {"cup": 0.999, "tree": 0.999, "bus": 0.001}
+    pair, _ = amber.make_pair(None, answers, confirmed, find=find, denied_costs=costs)
+    assert (pair["chosen"], pair["rejected"]) == (chosen, "a bus")
 
 
 def test_a_run_goes_on_where_it_was_broken_off_and_lists_broken_pictures(photos, made, tmp_path, capsys):
@@ -108,9 +118,13 @@ def test_a_run_goes_on_where_it_was_broken_off_and_lists_broken_pictures(photos,
     journal = path.with_name("pairs.parquet.journal-0.jsonl")
     journal.write_text(journal.read_text()[:-30])  # its last line was cut short
     assert write(photos, path) == made[1]
-    with pytest.raises(SystemExit):
-        write(photos, path, "--verify", "6")
-    assert "verify was 5, is 6" in capsys.readouterr().err
+    for flags, message in (
+        (["--verify", "6"], "verify was 5, is 6"),
+        (["--denied_costs", "4"], "denied_costs was 2.0, is 4.0"),
+    ):
+        with pytest.raises(SystemExit):
+            write(photos, path, *flags)
+        assert message in capsys.readouterr().err
     (photos.parent / "broken").mkdir()
     (photos.parent / "broken" / "a.png").write_bytes(b"no picture")
     (photos.parent / "broken" / "b.png").write_bytes((photos / "0.png").read_bytes())
