@@ -10,8 +10,6 @@ Needs   pip install -r requirements/train.txt -r requirements/eval.txt
 
     python llava_amber_validation_benchmark_with_lora.py --lora_path checkpoints/llava-orpo-prod --compare_base \\
         --query_file AMBER/data/query/query_all.json --image_dir AMBER/image --output_file amber/results.json
-    python llava_amber_validation_benchmark_with_lora.py --lora_path checkpoints/llava-orpo-prod --compare_base \\
-        --query_file coco_pope_popular.json --image_dir val2014 --output_file pope_popular/results.json
     python llava_amber_validation_benchmark_with_lora.py --image_dir my_photos --verify 12 --write_pairs pairs.parquet
     python llava_amber_validation_benchmark_with_lora.py --test_mode --nouns vocabulary --output_file outputs/amber/results.json
 """
@@ -49,6 +47,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"{text} is not above 0")
         return int(text)
 
+    def existing(text: str) -> Path:
+        if not Path(text).exists():
+            raise argparse.ArgumentTypeError(f"{text} does not exist")
+        return Path(text)
+
     model = parser.add_argument_group("model")
     add(model, "--model_path", "base model: hub id or folder", default="llava-hf/llava-v1.6-mistral-7b-hf")
     add(model, "--lora_path", "adapter: hub id or folder")
@@ -64,77 +67,68 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(model, "--test_mode", "use the embedded miniature as model and benchmark, if not given", action="store_true")
 
     data = parser.add_argument_group("benchmark")
-    add(data, "--query_file", "AMBER's queries (data/query/query_all.json), or a file of POPE or RePOPE", type=Path)
-    add(data, "--image_dir", "folder of the pictures", type=Path)
+    add(data, "--query_file", "queries: AMBER's data/query/query_all.json, or a file of POPE or RePOPE", type=existing)
+    add(data, "--image_dir", "folder of the pictures", type=existing)
     add(data, "--output_file", "file for the answers", type=Path, default=Path("results.json"))
     for name, file in AMBER_FILES.items():
-        add(data, f"--{name}_file", f"AMBER's {file} (default: beside the query file, or one folder up)", type=Path)
-    kinds = "a all, g generative, d discriminative: de existence, da attribute, dr relation"
+        add(data, f"--{name}_file", f"AMBER's {file} (default: beside the query file, or one folder up)", type=existing)
+    kinds = "g captions, d yes/no questions (de existence, da attribute, dr relation), a all"
     add(data, "--evaluation_type", kinds, default="a", choices=list(SECTIONS))
     add(data, "--limit", "only the first N pictures, with all their questions", type=count)
     steps = data.add_mutually_exclusive_group()
     add(steps, "--skip_inference", "score the answers in --output_file", action="store_true")
     add(steps, "--skip_evaluation", "only answer", action="store_true")
-    add(
-        data,
-        "--write_pairs",
-        "parquet file for pairs of the best and worst of --verify candidates; no scores",
-        type=Path,
-    )
-    add(data, "--questions", "questions for --write_pairs, one a line, which take turns over the pictures", type=Path)
+    add(steps, "--write_pairs", "only write pairs of the best and worst of --verify candidates to this file", type=Path)
+    costs = "what an object that is not there costs a candidate, where one that is there earns 1"
+    add(data, "--denied_costs", costs, type=float, default=2.0)
+    add(data, "--questions", "for --write_pairs: questions, one a line, which the pictures take in turn", type=existing)
 
     scoring = parser.add_argument_group("scoring")
     others = scoring.add_mutually_exclusive_group()
     add(others, "--compare_base", "answer with the adapter off too, and compare", action="store_true")
-    add(others, "--baseline_file", "answers of an earlier run to compare with", type=Path)
+    add(others, "--baseline_file", "answers of an earlier run to compare with", type=existing)
     add(scoring, "--spacy_model", "word vectors that decide which words are alike", default="en_core_web_lg")
     add(scoring, "--similarity_table", "read this table of alike words, or write it if there is none", type=Path)
-    nouns = "how nouns are found: in AMBER's way, or without NLTK's data by looking up its words, which is not official"
+    nouns = "how nouns are found: in AMBER's way, or looked up, which needs no NLTK and is not official"
     add(scoring, "--nouns", nouns, default="nltk", choices=["nltk", "vocabulary"])
 
     args = parser.parse_args(argv)
     if args.test_mode:
-        amber, own_words = MINIATURE / "amber", args.spacy_model != parser.get_default("spacy_model")
+        amber = MINIATURE / "amber"
         parser.set_defaults(model_path=str(MINIATURE / "model"), relation_file=amber / "relation.json")
+        if args.spacy_model == parser.get_default("spacy_model"):
+            parser.set_defaults(similarity_table=amber / "similarity.json")
         if not args.write_pairs:  # nobody should train on the benchmark's pictures
             parser.set_defaults(query_file=amber / "query" / "query_all.json", image_dir=amber / "image")
-        parser.set_defaults(similarity_table=None if own_words else amber / "similarity.json")
         args = parser.parse_args(argv)
-    lists = [getattr(args, f"{name}_file") for name in AMBER_FILES]
-    read = [path for path in (args.query_file, args.image_dir, args.baseline_file, args.questions, *lists) if path]
-    missing = ", ".join(str(path) for path in read if not path.exists())
-    near = (args.query_file or Path("-")).absolute().parent
+    folder = (args.query_file or Path("-")).absolute().parent
     for name, file in AMBER_FILES.items():
-        if not getattr(args, f"{name}_file"):
-            setattr(args, f"{name}_file", near / file if (near / file).is_file() else near.parent / file)
-    rank, processes = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", 1))
-    answering, pairs = not args.skip_inference, args.write_pairs
-    no_pairs = args.compare_base or args.clip_model or args.skip_inference
-    no_words = pairs and args.nouns == "vocabulary" and not args.relation_file.is_file()
-    local = args.lora_path or args.verify > 1 or args.load_4bit or args.load_8bit or processes > 1
-    no_vllm = "--backend vllm takes merged or quantized checkpoints, which llava_quantize_vllm.py makes, and neither "
-    no_vllm += "--lora_path, --verify, --load_4bit, --load_8bit nor torchrun"
+        near = folder / file if (folder / file).exists() else folder.parent / file
+        setattr(args, f"{name}_file", getattr(args, f"{name}_file") or near)
+    pairs, alone, rank = args.write_pairs, os.environ.get("WORLD_SIZE", "1") == "1", os.environ.get("RANK", "0")
+    unmerged = args.lora_path or args.verify > 1 or args.load_4bit or args.load_8bit or not alone
+    words = args.nouns == "nltk" or args.relation_file.exists()
+    no_vllm = "takes a merged or quantized model, and no --lora_path, --verify, --load_4bit, --load_8bit or torchrun"
     faults = {
-        f"{missing} does not exist": missing,
         "--query_file is needed": not args.query_file and not pairs,
-        "--image_dir is needed to answer": answering and not args.image_dir,
+        "--image_dir is needed to answer": not args.image_dir and not args.skip_inference,
         "scores.json is where the scores go; give the answers another name": args.output_file.name == "scores.json",
-        "--skip_inference scores a whole file; leave --limit out": args.limit and not answering,
-        "--compare_base needs --lora_path": args.compare_base and answering and not args.lora_path,
+        "--skip_inference scores a whole file; leave --limit out": args.skip_inference and args.limit,
+        "--compare_base needs --lora_path": args.compare_base and not args.lora_path and not args.skip_inference,
         "--clip_model is what --verify checks with; give --verify 4 too": args.clip_model and args.verify == 1,
         "--write_pairs compares candidates; give --verify 12 too": pairs and args.verify == 1,
-        "--write_pairs takes neither --compare_base, --clip_model nor --skip_inference": pairs and no_pairs,
-        "--nouns vocabulary needs the words to look up; give --relation_file": no_words,
-        no_vllm: args.backend == "vllm" and local,
-        f"RANK is {rank} without WORLD_SIZE; unset it, or use torchrun": processes == 1 and rank != "0",
+        "--write_pairs takes neither --compare_base nor --clip_model": pairs and (args.compare_base or args.clip_model),
+        "--nouns vocabulary needs the words to look up; give --relation_file": pairs and not words,
+        f"--backend vllm {no_vllm}": args.backend == "vllm" and unmerged,
+        f"RANK is {rank} without WORLD_SIZE; unset it, or use torchrun": alone and rank != "0",
     }
     for message, found in faults.items():
         if found:
             parser.error(message)
     if pairs:
-        args.output_file, args.skip_evaluation = args.write_pairs, True
+        args.output_file, args.skip_evaluation = pairs, True
     if args.compare_base:
-        args.baseline_file = args.output_file.with_name(f"{args.output_file.stem}_base{args.output_file.suffix}")
+        args.baseline_file = args.output_file.with_stem(f"{args.output_file.stem}_base")
     args.batch_size = args.batch_size or (64 if args.backend == "vllm" else 8)
     return args
 
@@ -153,12 +147,13 @@ import random
 import re
 import warnings
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import partial, wraps
-from itertools import combinations, permutations
+from functools import partial, reduce, wraps
+from itertools import chain, combinations, permutations
+from operator import sub
 from typing import NoReturn
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -637,6 +632,7 @@ def start_vllm(model_path: str, processor, max_new_tokens: int) -> Callable:
 # ---------------------------------------------------------------------------- checked answers (--verify)
 
 VERIFY_TEMPERATURE = 0.7  # at which --verify draws candidates beside the greedy answer
+PAIR_TEMPERATURE = 0.9  # at which --write_pairs draws all candidates
 
 
 def load_clip(model_path: str, device) -> Callable[[Image.Image, list[str]], list[float]]:
@@ -662,140 +658,114 @@ def load_clip(model_path: str, device) -> Callable[[Image.Image, list[str]], lis
     return compare
 
 
-def draw_candidates(model, processor, images, pixels, questions, count: int, max_new_tokens: int, temperature) -> dict:
-    """Draw `count` answers to every question about every picture; return {(picture, question): [[answer, complete], …]}."""
-    drawn = defaultdict(list)
-    asked = [[question for question in part for _ in range(count)] for part in questions]
-    answers = answer_questions(model, processor, images, pixels, asked, max_new_tokens, temperature)
-    for picture, place, *answer in answers:
-        drawn[picture, place // count].append(answer)
-    return drawn
-
-
 @torch.inference_mode()
 def confirm_objects(model, processor, images: list, pixels, words: list[list[str]]) -> list[dict[str, float]]:
     """Return, for each picture, {word: probability} of the model's own answer Yes to "Is there a … in this image?".
 
     It is that of Yes among Yes and No in any spelling that is one token. All words about a picture take one forward pass.
     """
-    found: list[dict] = [{} for _ in words]
     if not any(words):
-        return found
-    spelled: dict[str, list[int]] = {"yes": [], "no": []}
-    for token, number in processor.tokenizer.get_vocab().items():
-        spelled.get(token.strip("▁ ").lower(), []).append(number)
-    questions = [
-        [f"Is there {'an' if word[0] in 'aeiou' else 'a'} {word} in this image?" for word in part] for part in words
-    ]
+        return [{} for _ in words]
+    asked = "Is there {} {} in this image?"
+    questions = [[asked.format("an" if word[0] in "aeiou" else "a", word) for word in part] for part in words]
     batch = Batch(model, processor, images, pixels, questions)
     chances = batch.logits.float().softmax(-1)
-    yes, no = (chances[:, spelled[answer]].sum(-1) for answer in ("yes", "no"))
-    for branch, share in zip(batch.branches, (yes / (yes + no).clamp(min=1e-30)).tolist(), strict=True):
-        found[branch.picture][words[branch.picture][branch.question - 1]] = share
-    return found
+    said = {number: token.strip("▁ ").lower() for token, number in processor.tokenizer.get_vocab().items()}
+    yes, no = (chances[:, [number for number in said if said[number] == word]].sum(-1) for word in ("yes", "no"))
+    shares = iter((yes / (yes + no).clamp(min=1e-30)).tolist())  # in the order of the questions
+    return [{word: next(shares) for word in part} for part in words]
 
 
-def verify_answers(model, processor, images, pixels, questions, max_new_tokens, *, candidates, find, clip) -> Iterator:
-    """Answer as answer_questions does, but in place of a greedy answer that names objects give the best of `candidates`:
-    itself and others drawn at VERIFY_TEMPERATURE. The best one fits the picture best by `clip`, or without it has the
-    fewest objects that the model denies, and then the most that it confirms; the first of equals."""
-    texts = {}
-    greedy = answer_questions(model, processor, images, pixels, questions, max_new_tokens)
-    for picture, number, text, complete in greedy:
-        if find(text):
-            texts[picture, number] = [[text, complete]]
-        else:  # "Yes" names no object
-            yield picture, number, text, complete
-    open_ones = [[(i, j) for j in range(len(part)) if (i, j) in texts] for i, part in enumerate(questions)]
-    asked = [[questions[i][j] for i, j in part] for part in open_ones]
-    drawn = draw_candidates(model, processor, images, pixels, asked, candidates - 1, max_new_tokens, VERIFY_TEMPERATURE)
-    for (picture, place), more in drawn.items():
-        texts[open_ones[picture][place]] += more
-    objects = {key: [{word for _, word in find(text)} for text, _ in answers] for key, answers in texts.items()}
-    words = [sorted({word for key in part for named in objects[key] for word in named}) for part in open_ones]
-    confirmed = [] if clip else confirm_objects(model, processor, images, pixels, words)
-    for key, answers in texts.items():
-        if clip:
-            best = np.argmax(clip(images[key[0]], [text for text, _ in answers]))
-        else:
-            denied = [sum(confirmed[key[0]][word] <= 0.5 for word in named) for named in objects[key]]
-            order = [(no, no - len(named)) for no, named in zip(denied, objects[key], strict=True)]
-            best = order.index(min(order))
-        yield *key, *answers[best]
+def check_answers(
+    model, processor, images, pixels, questions, max_new_tokens, *, count, find, choose, greedy=True, confirm=True
+) -> Iterator:
+    """Answer as answer_questions does, but with what `choose` makes of `count` candidates for each answer.
+
+    If `greedy`, the first candidate is the greedy answer, which stands if it names no object, and the others are drawn.
+    Otherwise all are drawn, and those cut off at `max_new_tokens` are left out. `choose` gets the image, the candidates,
+    [[answer, complete], …], and if `confirm` what confirm_objects says of the objects that `find` finds in them.
+    """
+    shown = model, processor, images, pixels
+    found = {(picture, number): [] for picture, part in enumerate(questions) for number in range(len(part))}
+    if greedy:
+        for picture, number, *answer in answer_questions(*shown, questions, max_new_tokens):
+            found[picture, number].append(answer)
+            if not find(answer[0]):  # such as "Yes"
+                yield picture, number, *found.pop((picture, number))[0]
+    # for each picture, the question to which each drawn answer belongs
+    places = [[key for key in found if key[0] == i for _ in range(count - greedy)] for i in range(len(images))]
+    asked = [[questions[picture][number] for picture, number in part] for part in places]
+    temperature = VERIFY_TEMPERATURE if greedy else PAIR_TEMPERATURE
+    for picture, place, *answer in answer_questions(*shown, asked, max_new_tokens, temperature):
+        if greedy or answer[1]:
+            found[places[picture][place]].append(answer)
+    named = [set() for _ in images]
+    for (picture, _), answers in found.items():
+        named[picture] |= {word for text, _ in answers for _, word in find(text)}
+    confirmed = confirm_objects(*shown, [sorted(words) if confirm else [] for words in named])
+    for (picture, number), answers in found.items():
+        yield picture, number, *choose(images[picture], answers, confirmed[picture])
+
+
+def keep_best(image, answers: list, confirmed: dict[str, float], *, find: Callable, clip: Callable | None) -> list:
+    """Return the candidate that is closest to the image by `clip`, or without it the one with the fewest objects that the
+    model denies, and then the most that it confirms; the first of equals."""
+    if clip:
+        worth = clip(image, [text for text, _ in answers])
+    else:
+        chances = [[confirmed[word] for word in {word for _, word in find(text)}] for text, _ in answers]
+        worth = [(-sum(yes <= 0.5 for yes in part), sum(yes > 0.5 for yes in part)) for part in chances]
+    return answers[worth.index(max(worth))]
 
 
 # ---------------------------------------------------------------------------- pairs of its own answers (--write_pairs)
 
-PAIR_TEMPERATURE = 0.9  # at which the candidates of a pair are drawn
-DENIED_COSTS = 2.0  # what an object that is not there costs, where one that is there earns 1
 LENGTH_COSTS = 0.15  # what it costs a pair that one of its answers names an object more than the other
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-def ask_folder(image_dir: Path, questions_file: Path | None) -> list[dict]:
-    """Return a query for each picture of a folder, as read_questions does; the questions of the file take turns."""
-    questions = ["Describe this image."]
-    if questions_file:
-        lines = questions_file.read_text(encoding="utf-8").splitlines()
-        questions = [line.strip() for line in lines if line.strip()] or stop(f"--questions {questions_file} is empty.")
+def ask_folder(image_dir: Path, questions_file: Path | None) -> dict[int, dict]:
+    """Return {id: question} as read_questions does, one for each picture of a folder; those of the file take turns."""
+    text = questions_file.read_text(encoding="utf-8") if questions_file else "Describe this image."
+    questions = [line.strip() for line in text.splitlines() if line.strip()] or stop(f"{questions_file} is empty.")
     names = sorted(str(path.relative_to(image_dir)) for path in image_dir.rglob("*") if path.suffix.lower() in PICTURES)
     if not names:
         stop(f"--image_dir {image_dir} has no pictures ({', '.join(PICTURES)}).")
-    return [{"id": i, "image": name, "query": questions[i % len(questions)]} for i, name in enumerate(names)]
+    asked = [{"id": i, "image": name, "query": questions[i % len(questions)]} for i, name in enumerate(names)]
+    return {query["id"]: query | {"sections": ["generative"]} for query in asked}
 
 
-def weigh_objects(objects: list[list[str]], confirmed: dict[str, float]) -> dict[str, float]:
-    """Return {object: how likely it is in the picture} from two witnesses, whose odds are multiplied: `confirmed`, which is
-    the probability of the model's Yes when it is asked, and the share of the candidates that name the object (`objects`
-    has each one's). benchmarks/README.md has the errors of each and of both."""
-    counts = Counter(word for named in objects for word in set(named))
-    belief = {}
-    for word in sorted(counts):
-        share = (counts[word] + 0.5) / (len(objects) + 1)
-        for_it, against = confirmed[word] * share, (1 - confirmed[word]) * (1 - share)
-        belief[word] = for_it / (for_it + against)
-    return belief
+def make_pair(image, answers: list, confirmed: dict[str, float], *, find: Callable, denied_costs: float) -> tuple:
+    """Return the two candidates that differ most in what they are worth, with what was found out about their objects, or
+    None if they do not differ by one object; and True, because nothing of them is cut off.
 
-
-def make_pair(texts: list[str], find: Callable, confirmed: dict[str, float]) -> dict | None:
-    """Return the two candidates that differ most in what they are worth, with what was found out about their objects; None
-    if they do not differ by one object.
-
-    Each object that a candidate names counts once, for or against it by how likely it is there. A pair whose candidates
-    name equally many is preferred, because from shorter chosen answers the model learns to say less.
+    How likely an object is there is said by two witnesses, whose odds are multiplied: `confirmed`, the probability of the
+    model's Yes when it is asked, and the share of the candidates that name it. benchmarks/README.md has the errors of both.
+    Each object that a candidate names counts once, by this belief: one that is there earns 1, and one that is not there costs
+    `denied_costs`. A pair whose candidates name equally many is preferred, because from shorter chosen answers the model
+    learns to say less.
     """
-    found = [find(text) for text in texts]
-    objects = [[word for _, word in nouns] for nouns in found]
-    belief = weigh_objects(objects, confirmed)
-    value = {word: chance - DENIED_COSTS * (1 - chance) for word, chance in belief.items()}
-    worth = [sum(value[word] for word in sorted(set(named))) for named in objects]
-
-    def compare(pair: tuple[int, int]) -> float:
-        best, worst = pair
-        return worth[best] - worth[worst] - LENGTH_COSTS * abs(len(objects[best]) - len(objects[worst]))
-
-    best, worst = max(permutations(range(len(texts)), 2), key=compare)
-    if worth[best] - worth[worst] < 1:
-        return None
-    sides = {"chosen": best, "rejected": worst}
-    counts = Counter(word for named in objects for word in set(named))
-    checks = {word: {"yes": confirmed[word], "named_by": counts[word], "belief": belief[word]} for word in belief}
-    doubted = {side: [written for written, word in found[n] if belief[word] <= 0.5] for side, n in sides.items()}
-    details = {"candidates": len(texts), "worth": {side: worth[n] for side, n in sides.items()}, "objects": checks}
-    return {"chosen": texts[best], "rejected": texts[worst], **details, "doubted": doubted}
-
-
-def pair_answers(model, processor, images, pixels, questions, max_new_tokens, *, candidates, find) -> Iterator:
-    """Yield (picture, question, pair, True) for every question about every picture, where answer_questions yields answers;
-    the pair is make_pair's. Candidates that were cut off at `max_new_tokens` are left out."""
-    drawn = draw_candidates(model, processor, images, pixels, questions, candidates, max_new_tokens, PAIR_TEMPERATURE)
-    texts = {key: [text for text, complete in answers if complete] for key, answers in drawn.items()}
-    words = [set() for _ in images]
-    for (picture, _), answers in texts.items():
-        words[picture] |= {word for text in answers for _, word in find(text)}
-    confirmed = confirm_objects(model, processor, images, pixels, [sorted(part) for part in words])
-    for (picture, number), answers in texts.items():
-        yield picture, number, make_pair(answers, find, confirmed[picture]) if len(answers) > 1 else None, True
+    texts, nouns = [text for text, _ in answers], [find(text) for text, _ in answers]
+    objects = [sorted({word for _, word in part}) for part in nouns]
+    known, value = {}, {}
+    for word in sorted(set(chain(*objects))):
+        yes, named_by = confirmed[word], sum(word in part for part in objects)
+        share = (named_by + 0.5) / (len(texts) + 1)
+        belief = yes * share / (yes * share + (1 - yes) * (1 - share))
+        known[word] = {"yes": yes, "named_by": named_by, "belief": belief}
+        value[word] = belief - denied_costs * (1 - belief)
+    worth = [sum(value[word] for word in part) for part in objects]
+    doubted = [[written for written, word in part if known[word]["belief"] <= 0.5] for part in nouns]
+    gains = {
+        (i, j): worth[i] - worth[j] - LENGTH_COSTS * abs(len(nouns[i]) - len(nouns[j]))
+        for i, j in permutations(range(len(texts)), 2)
+    }
+    best, worst = max(gains, key=gains.get, default=(0, 0))
+    if len(texts) < 2 or worth[best] - worth[worst] < 1:
+        return None, True
+    pair = {"chosen": texts[best], "rejected": texts[worst], "candidates": len(texts)}
+    pair |= {"worth": {"chosen": worth[best], "rejected": worth[worst]}, "objects": known}
+    return pair | {"doubted": {"chosen": doubted[best], "rejected": doubted[worst]}}, True
 
 
 def write_pairs(output_file: Path, queries: list[dict], answers: dict[int, dict], image_dir: Path) -> None:
@@ -805,42 +775,30 @@ def write_pairs(output_file: Path, queries: list[dict], answers: dict[int, dict]
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
+    def make_row(query: dict, pair: dict) -> dict:
+        row = {"ds_name": "own answers", "origin_dataset": image_dir.absolute().name, "question": query["query"]}
+        row |= {"chosen": pair["chosen"], "rejected": pair["rejected"], "idx": str(query["id"])}
+        row |= {"image_path": query["image"], "origin_split": json.dumps({"type": "self_alignment"})}
+        row["checks"] = json.dumps({name: pair[name] for name in ("candidates", "worth", "objects")})
+        row["image"] = {"bytes": find_picture(image_dir, query["image"]).read_bytes(), "path": query["image"]}
+        return row
+
     names = "ds_name question chosen rejected origin_dataset origin_split idx image_path checks".split()
     columns = {name: datasets.Value("string") for name in names} | {"image": datasets.Image()}
     schema = datasets.Features(columns).arrow_schema
     made = [(query, pair) for query in queries if (pair := answers.get(query["id"], {}).get("response"))]
-
-    def make_row(query: dict, pair: dict) -> dict:
-        return {
-            "ds_name": "own answers",
-            "image": {"bytes": find_picture(image_dir, query["image"]).read_bytes(), "path": query["image"]},
-            "question": query["query"],
-            "chosen": pair["chosen"],
-            "rejected": pair["rejected"],
-            "origin_dataset": image_dir.absolute().name,
-            "origin_split": json.dumps({"type": "self_alignment"}),
-            "idx": str(query["id"]),
-            "image_path": query["image"],
-            "checks": json.dumps({name: pair[name] for name in ("candidates", "worth", "objects")}),
-        }
-
     partial_file = output_file.with_name(f"{output_file.name}.{os.getpid()}.partial")
     with parquet.ParquetWriter(partial_file, schema) as writer:
         for start in range(0, len(made), 100):  # pictures are in memory a hundred at a time
-            rows = [make_row(query, pair) for query, pair in made[start : start + 100]]
+            rows = [make_row(*part) for part in made[start : start + 100]]
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
     os.replace(partial_file, output_file)
-    captions = [
-        {side: query | {"response": pair[side], "wrong": pair["doubted"][side]} for side in ("chosen", "rejected")}
-        for query, pair in made
-    ]
+    sides = ("chosen", "rejected")
+    captions = [{s: query | {"response": pair[s], "wrong": pair["doubted"][s]} for s in sides} for query, pair in made]
     page = output_file.with_suffix(".html")
     write_gallery(captions, image_dir, page, "Objects that the model's own answers make unlikely are marked.")
     asked = sum(query["id"] in answers for query in queries)
     console.print(f"{len(made):,} pairs of {asked:,} questions in {output_file}; look at {page}", markup=False)
-
-
-# ---------------------------------------------------------------------------- answering a benchmark
 
 
 # ---------------------------------------------------------------------------- answering a benchmark
@@ -901,14 +859,17 @@ def digest_checkpoint(path: str | Path) -> str:
 
 def describe_run(args, queries: list[dict], processor) -> dict:
     """Return the settings on which answers depend, the adapter apart."""
+
+    def digest(value) -> str:
+        return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
     names = ("max_new_tokens", "load_4bit", "load_8bit", "backend", "device", "verify", "clip_model")
-    asked = [[query["id"], query["image"], query["query"]] for query in queries]
-    long = {"queries": asked, "prompt": build_prompt(processor, "Is it?", (64, 64))}
-    return {
-        **{name: getattr(args, name) for name in names},
-        **{name: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16] for name, value in long.items()},
+    return {name: getattr(args, name) for name in names} | {
+        "queries": digest([[query["id"], query["image"], query["query"]] for query in queries]),
+        "prompt": digest(build_prompt(processor, "Is it?", (64, 64))),
         "nouns": args.nouns if args.verify > 1 else None,
         "pairs": bool(args.write_pairs),
+        "denied_costs": args.denied_costs if args.write_pairs else None,
         "image_dir": os.path.abspath(args.image_dir),
         "model": digest_checkpoint(args.model_path),
     }
@@ -917,11 +878,12 @@ def describe_run(args, queries: list[dict], processor) -> dict:
 def read_journals(output_file: Path, settings: dict) -> dict[int, dict]:
     """Return the answers of an earlier, unfinished run by query id. Stops if they were given under other `settings`, with
     which each journal begins. Damaged lines are left out, so that their questions are asked again."""
-    answers = {}
-    journals = [path for path in output_file.parent.iterdir() if path.name.startswith(f"{output_file.name}.journal-")]
+    folder, begin = output_file.parent, f"{output_file.name}.journal-"
+    journals = sorted(path for path in folder.iterdir() if path.name.startswith(begin))
     if output_file.exists() and not journals:
         stop(f"{output_file} exists without a journal; score it with --skip_inference or name another --output_file.")
-    for path in sorted(journals):
+    answers = {}
+    for path in journals:
         rows = []
         for line in path.read_bytes().splitlines():
             with suppress(ValueError):
@@ -958,16 +920,19 @@ def make_answerer(args, processor) -> tuple:
     """Load what answers; return a function of (images, pixels, questions), and the model if it runs in this process."""
     if args.backend == "vllm":
         return start_vllm(args.model_path, processor, args.max_new_tokens), None
-    device = args.device
+    function, checks, device = answer_questions, {}, args.device
+    if args.verify > 1:  # before the model, whose loading takes minutes
+        find = find_nouns(args.nouns, read_relation(args.relation_file)[1] if args.nouns == "vocabulary" else None)
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"  # under torchrun, a GPU a process
     model, processor = load_llava(args.model_path, args.lora_path, device, args.load_4bit, args.load_8bit)
-    function, checks = answer_questions, {}
     if args.verify > 1:
-        find = find_nouns(args.nouns, read_vocabulary(args.relation_file) if args.nouns == "vocabulary" else None)
-        function, checks = pair_answers, {"candidates": args.verify, "find": find}
-        if not args.write_pairs:
-            function, checks["clip"] = verify_answers, args.clip_model and load_clip(args.clip_model, model.device)
+        clip = load_clip(args.clip_model, model.device) if args.clip_model else None
+        choose = partial(keep_best, find=find, clip=clip)
+        if args.write_pairs:
+            choose = partial(make_pair, find=find, denied_costs=args.denied_costs)
+        function, checks = check_answers, {"count": args.verify, "find": find, "choose": choose}
+        checks |= {"greedy": not args.write_pairs, "confirm": not clip}
     return partial(function, model, processor, max_new_tokens=args.max_new_tokens, **checks), model
 
 
@@ -997,25 +962,25 @@ def answer_benchmark(args, every_query: list[dict], queries: list[dict]) -> list
     adapter = digest_checkpoint(read_adapter(args.lora_path)[0]) if args.lora_path else None
     runs[args.output_file] = settings | {"adapter": adapter}
     args.output_file.parent.mkdir(parents=True, exist_ok=True)
-    earlier = {output_file: read_journals(output_file, settings) for output_file, settings in runs.items()}
+    earlier = {file: read_journals(file, settings) for file, settings in runs.items()}
     state.wait_for_everyone()  # nobody writes before everybody has read
-    failures, answer, model = {}, None, None
-    for output_file, settings in runs.items():
-        answers = earlier[output_file]
-        if any(query["id"] not in answers for query in queries):
+    failures, answer = {}, None
+    for file, settings in runs.items():
+        answers, failed = earlier[file], []
+        todo = [group for group in mine if any(query["id"] not in answers for asked in group for query in asked)]
+        if todo:
             if not answer:
                 answer, model = make_answerer(args, processor)
-            todo = [group for group in mine if any(query["id"] not in answers for asked in group for query in asked)]
             workers = 2 * torch.cuda.is_available()
             loader = torch.utils.data.DataLoader(todo, batch_size=None, num_workers=workers, collate_fn=opener)
-            path = output_file.with_name(f"{output_file.name}.journal-{state.process_index}.jsonl")
+            path = file.with_name(f"{file.name}.journal-{state.process_index}.jsonl")
             off = args.lora_path and not settings["adapter"]
             with model.disable_adapter() if off else nullcontext():
                 failed = fill_journal(path, settings, loader, answers, answer)
-            failures |= {failure["id"]: failure for failure in gather_object(failed)}
+        failures |= {failure["id"]: failure for failure in gather_object(failed)}
         if MAIN_PROCESS:
             write = partial(write_pairs, image_dir=args.image_dir) if args.write_pairs else write_answers
-            write(output_file, every_query, read_journals(output_file, settings))
+            write(file, every_query, read_journals(file, settings))
     return list(failures.values())
 
 
@@ -1041,18 +1006,19 @@ def read_questions(query_file: Path, annotation_file: Path | None) -> dict[int, 
     """Return {id: question} of a benchmark, in the file's order: its `id`, `image` and `query`, the `sections` that it counts
     in, and what the annotation says, such as its `truth`. POPE's files hold their own annotations."""
     if "label" in read_rows(query_file, "image")[0]:
-        rows, annotation_file = read_rows(query_file, "question_id image text label"), None
         names = {"id": "question_id", "image": "image", "query": "text", "truth": "label"}
+        rows, notes = read_rows(query_file, " ".join(names.values())), []
         rows = [{name: row[key] for name, key in names.items()} | {"type": "pope"} for row in rows]
     else:
         rows = read_rows(query_file, "id image query")
+        notes = read_rows(annotation_file, "id type truth") if annotation_file else []
     questions = {row["id"]: row for row in rows}
     if len(questions) < len(rows):  # as in files of POPE's that were put together
         stop(f"--query_file {query_file} has {len(rows):,} questions with {len(questions):,} ids; ids must differ.")
-    for note in read_rows(annotation_file, "id type truth") if annotation_file else ():
+    for note in notes:
         questions.get(note["id"], {}).update(note)
     for number, question in questions.items():
-        if annotation_file and "type" not in question:
+        if notes and "type" not in question:
             stop(f"--annotation_file {annotation_file} has no entry for query {number}; it belongs to other queries.")
         question["sections"] = TYPES.get(question.get("type"), ["discriminative", "relation"])
     return questions
@@ -1067,10 +1033,10 @@ def select_queries(queries: list[dict], sections: list[str], limit: int | None) 
     return [query for query in queries if query["image"] in images]
 
 
-def read_vocabulary(relation_file: Path) -> set[str]:
-    """Return all words that AMBER's scoring knows."""
+def read_relation(relation_file: Path) -> tuple[dict[str, list[str]], set[str]]:
+    """Return AMBER's {word: words associated with it}, and all words in it, which are those that its scoring knows."""
     relation = json.loads(relation_file.read_text(encoding="utf-8"))
-    return set(relation).union(*relation.values())
+    return relation, set(relation).union(*relation.values())
 
 
 # ---------------------------------------------------------------------------- scoring
@@ -1084,30 +1050,36 @@ YES_NO = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 # WordNet's files of things that a picture can show, and words in them that are about pictures
 THINGS = {f"noun.{name}" for name in ("animal", "artifact", "body", "food", "object", "person", "plant", "substance")}
 NO_OBJECTS = "image picture photo photograph scene view background foreground side top bottom line shape object".split()
+# ending of a word -> that of its plural; the first that fits counts
+PLURALS = {"man$": "men", "(?<=[lra])f$|(?<=i)fe$": "ves", "([^aeiou])y$": r"\1ies"}
+PLURALS |= {"([sxzo]|[cs]h)$": r"\1es", "$": "s"}
 
 
 def find_nouns(kind: str, vocabulary: set[str] | None) -> Callable[[str], list[tuple[str, str]]]:
     """Return a function from a text to its nouns in the vocabulary, in order: (as written, as in the vocabulary). `nltk` is
     AMBER's way: WordNet's lemmas of tokens tagged NN*; without a vocabulary, of things that can be seen. `vocabulary` looks
-    words and regular plurals up."""
+    words and regular plurals up, and knows no grammar."""
     if kind == "vocabulary":
-        return look_up_nouns(vocabulary)
+        plurals = {"child": "children", "mouse": "mice", "goose": "geese"}
+        for word in vocabulary - plurals.keys():
+            ending = next(ending for ending in PLURALS if re.search(ending, word))
+            plurals[word] = re.sub(ending, PLURALS[ending], word)
+        forms = {plurals[word]: word for word in vocabulary} | {word: word for word in vocabulary}
+        return lambda text: [(word, forms[word]) for word in re.findall(r"\w+(?:-\w+)*", text) if word in forms]
     import nltk
 
     # loading WordNet also maps it to other versions of itself, which takes seconds and which no lemma needs
     nltk.corpus.reader.wordnet.WordNetCorpusReader.map_wn = lambda *_: None
     lemmatize = nltk.stem.WordNetLemmatizer().lemmatize
 
-    def is_wanted(lemma: str) -> bool:
-        if vocabulary:
-            return lemma in vocabulary
+    def is_thing(lemma: str) -> bool:
         senses = nltk.corpus.wordnet.synsets(lemma, "n")[:2]
         return lemma not in NO_OBJECTS and any(sense.lexname() in THINGS for sense in senses)
 
     def tag_nouns(text: str) -> list[tuple[str, str]]:
         tagged = nltk.pos_tag(nltk.word_tokenize(text))
         nouns = [(word, lemmatize(word)) for word, tag in tagged if tag.startswith("NN")]
-        return [(word, lemma) for word, lemma in nouns if is_wanted(lemma)]
+        return [(word, lemma) for word, lemma in nouns if (lemma in vocabulary if vocabulary else is_thing(lemma))]
 
     try:
         tag_nouns("Two dogs.")
@@ -1117,21 +1089,14 @@ def find_nouns(kind: str, vocabulary: set[str] | None) -> Callable[[str], list[t
     return tag_nouns
 
 
-def look_up_nouns(vocabulary: set[str]) -> Callable[[str], list[tuple[str, str]]]:
-    """Return a function as find_nouns does, which knows the vocabulary's words and their plurals, and no grammar."""
-    plurals = {"child": "children", "mouse": "mice", "goose": "geese"}
-    endings = {r"man$": "men", r"(?<=[lra])f$|(?<=i)fe$": "ves", r"([^aeiou])y$": r"\1ies", r"([sxzo]|[cs]h)$": r"\1es"}
-    for word in vocabulary - plurals.keys():
-        ending = next((ending for ending in endings if re.search(ending, word)), None)
-        plurals[word] = re.sub(ending, endings[ending], word) if ending else f"{word}s"
-    forms = {plurals[word]: word for word in vocabulary} | {word: word for word in vocabulary}
-    return lambda text: [(word, forms[word]) for word in re.findall(r"\w+(?:-\w+)*", text) if word in forms]
-
-
 def load_similarity(path: Path | None, spacy_model: str, vocabulary: set[str]) -> tuple[dict[str, set[str]], str]:
     """Return {word: the words it counts as, itself included} and the name of the spaCy model that says so. The table of the
     words that are alike, for AMBER above a similarity of 0.8, is read from `path`, or made within seconds and written there."""
-    if not (path and path.exists()):
+    if path and path.exists():
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if not vocabulary <= set(table["words"]):
+            stop(f"--similarity_table {path} lacks words of AMBER's; name a new file to have a table made there.")
+    else:
         import spacy
 
         try:
@@ -1142,16 +1107,12 @@ def load_similarity(path: Path | None, spacy_model: str, vocabulary: set[str]) -
         if not nlp.vocab.vectors.n_keys:
             console.print(f"{name} has no word vectors; its similarities are not those that AMBER means")
         words = sorted(vocabulary)
-        with warnings.catch_warnings(action="ignore"):  # words without a vector are similar to none
-            pairs = [(a.text, b.text, a.similarity(b)) for a, b in combinations(map(nlp, words), 2)]
+        warnings.filterwarnings("ignore", message=".*W008")  # words without a vector are similar to none
+        pairs = [(a.text, b.text, a.similarity(b)) for a, b in combinations(map(nlp, words), 2)]
         similar = [[first, second, round(value, 4)] for first, second, value in pairs if value > 0.8]
         table = {"spacy_model": name, "threshold": 0.8, "words": words, "similar": similar}
         if path:
             write_whole(path, json.dumps(table))
-    else:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        if not vocabulary <= set(table["words"]):
-            stop(f"--similarity_table {path} lacks words of AMBER's; name a new file to have a table made there.")
     alike = {word: {word} for word in table["words"]}
     for first, second, _ in table["similar"]:
         alike[first].add(second)
@@ -1191,9 +1152,8 @@ def judge_caption(nouns: list[tuple[str, str]], note: dict, relation: dict, safe
 
 def prepare_captions(args) -> tuple[Callable, str]:
     """Return a function that scores a caption, (text, annotation), as judge_caption does, and the spaCy model's name."""
-    relation = json.loads(args.relation_file.read_text(encoding="utf-8"))
+    relation, vocabulary = read_relation(args.relation_file)
     safe_words = set(args.safe_words_file.read_text(encoding="utf-8").split("\n"))
-    vocabulary = read_vocabulary(args.relation_file)
     alike, spacy_model = load_similarity(args.similarity_table, args.spacy_model, vocabulary)
     find = find_nouns(args.nouns, vocabulary)
     return lambda text, note: judge_caption(find(text), note, relation, safe_words, alike), spacy_model
@@ -1223,21 +1183,18 @@ def read_answers(path: Path, questions: dict[int, dict], judge_text: Callable | 
     punctuation, is that answer.
     """
     found = {}
-    for row in read_rows(path, "id response"):
-        if row["id"] not in questions:
-            continue
-        row, text = row | questions[row["id"]], row["response"]
-        caption, pope = (row["sections"] == [section] for section in ("generative", "pope"))
-        if text is None and not caption:  # a wrong answer
-            row["response"] = text = ""
-        if not isinstance(text, str):
+    for row in (row | questions[row["id"]] for row in read_rows(path, "id response") if row["id"] in questions):
+        caption = row["sections"] == ["generative"]
+        if row["response"] is None and not caption:
+            row["response"] = ""  # a wrong answer
+        if not isinstance(text := row["response"], str):
             stop(f"{path} has no text as its response to question {row['id']}.")
         if caption:
             shares, row["wrong"] = judge_text(text, row)
         begins = YES_NO.match(text)
         for rule, said in (("strict", text), ("normalised", begins[1].capitalize() if begins else text)):
             if not caption:
-                shares = judge_answer(said, row["truth"], pope)
+                shares = judge_answer(said, row["truth"], row["sections"] == ["pope"])
             row[rule] = np.array([shares.get(f, (0, 0)) if s in row["sections"] else (0, 0) for s, f in SHARES], int)
         found[row["id"]] = row
     return found or stop(f"{path} has no answer to a question of this benchmark.")
@@ -1250,7 +1207,7 @@ def compute_figures(sums: np.ndarray, official: bool) -> dict[str, dict]:
     to one decimal. Otherwise nothing is rounded, 100 % of few answers does not differ from 100 % of many, and a section
     without answers has NaN.
     """
-    start, figures = 0.001 if official else 1e-9, defaultdict(dict)
+    figures = defaultdict(dict)
     shares = dict(zip(SHARES, np.moveaxis(sums, (-2, -1), (0, 1)), strict=True))
 
     def shown(value, section: str):
@@ -1260,8 +1217,8 @@ def compute_figures(sums: np.ndarray, official: bool) -> dict[str, dict]:
         return np.where(asked > 0, value, np.nan)
 
     for (section, figure), (part, whole) in shares.items():
-        times = 3 if section == "attribute" else 1  # the sum of three denominators
-        value = part / (np.maximum(whole, 1) if section == "pope" else whole + times * start) * 100
+        start = (0.001 if official else 1e-9) * (3 if section == "attribute" else 1)  # the sum of three denominators
+        value = part / (np.maximum(whole, 1) if section == "pope" else whole + start) * 100
         figures[section][figure] = shown(100 - value if figure == "hal" else value, section)
     for section in ANSWER_SECTIONS:
         p, r = figures[section]["precision"] / 100, figures[section]["recall"] / 100
@@ -1286,35 +1243,34 @@ def estimate(first: np.ndarray, second: np.ndarray | None, sections: list[str], 
     For a difference the same pictures are drawn from both, and `p_value` is that of the paired permutation test: under the
     null hypothesis each picture's two answer sets are exchangeable (Efron and Tibshirani 1993, chapters 13 and 15).
     """
-    if {"generative", "discriminative"} <= set(sections):
-        sections = [*sections, "amber"]
+    sides = np.stack([first] if second is None else [first, second])  # (sides, pictures, SHARES, 2)
 
-    def subtract(*sides: np.ndarray) -> dict:
-        """Return each figure of the first side's sums, (draws, SHARES, 2), less that of the second, if there is one."""
-        figures = [compute_figures(sums, official=False) for sums in sides]
-        keys = [(section, figure) for section in sections for figure in figures[0][section]]
-        return {(s, f): figures[0][s][f] - (figures[1][s][f] if len(sides) > 1 else 0) for s, f in keys}
+    def subtract(sums: np.ndarray) -> dict[str, dict]:
+        """Return each figure of the first side's sums, (sides, ..., SHARES, 2), less that of the second, if there is one."""
+        figures = compute_figures(sums, official=False)
+        return {s: {f: value[0] - value[1:].sum(0) for f, value in figures[s].items()} for s in figures}
 
     rng, n = np.random.default_rng(0), len(first)
-    sides = [first] if second is None else [first, second]
     drawn, swapped, result = [], [], defaultdict(dict)
-    for size in [500] * (draws // 500):
-        weights = rng.multinomial(n, np.full(n, 1 / n), size=size).astype(float)
-        drawn.append(subtract(*(np.tensordot(weights, side, 1) for side in sides)))
+    for _ in range(draws // 500):
+        weights = rng.multinomial(n, np.full(n, 1 / n), size=500).astype(float)
+        drawn.append([np.tensordot(weights, side, 1) for side in sides])
         if second is not None:
-            moved = np.tensordot(rng.integers(0, 2, size=(size, n)).astype(float), second - first, 1)
-            swapped.append(subtract(first.sum(0) + moved, second.sum(0) - moved))
-    for (section, figure), (value,) in subtract(*(side.sum(0)[None] for side in sides)).items():
-        if np.isnan(value):
-            continue
-        edges = np.nanpercentile(np.concatenate([part[section, figure] for part in drawn]), [2.5, 97.5])
-        low, high, difference = (round(float(x), 2) + 0.0 for x in (*edges, value))  # + 0.0 makes 0.0 of -0.0
-        entry = {"low": low, "high": high}
-        if second is not None:
-            null = np.abs(np.concatenate([part[section, figure] for part in swapped]))
-            extreme = int((null >= abs(value) - 1e-6).sum())
-            entry = {"difference": difference, **entry, "p_value": round((1 + extreme) / (1 + draws), 4)}
-        result[section][figure] = entry
+            moved = np.tensordot(rng.integers(0, 2, size=(500, n)).astype(float), second - first, 1)
+            swapped.append([first.sum(0) + moved, second.sum(0) - moved])
+    figures, spread = subtract(sides.sum(1)), subtract(np.concatenate(drawn, 1))
+    null = subtract(np.concatenate(swapped, 1)) if swapped else None
+    for section in [*sections, *["amber"] * ({"generative", "discriminative"} <= set(sections))]:
+        for figure, value in figures[section].items():
+            if np.isnan(value):
+                continue
+            edges = np.nanpercentile(spread[section][figure], [2.5, 97.5])
+            low, high, difference = (round(float(x), 2) + 0.0 for x in (*edges, value))  # + 0.0 makes 0.0 of -0.0
+            result[section][figure] = {"low": low, "high": high}
+            if null:
+                extreme = int((np.abs(null[section][figure]) >= abs(value) - 1e-6).sum())
+                p_value = round((1 + extreme) / (1 + draws), 4)
+                result[section][figure] = {"difference": difference, "low": low, "high": high, "p_value": p_value}
     return result
 
 
@@ -1340,13 +1296,8 @@ def summarize(file: Path, rows: list[dict], sections: list[str]) -> dict:
 # ---------------------------------------------------------------------------- report
 
 TITLES = {"chair": "CHAIR ↓", "cover": "Cover ↑", "hal": "Hal ↓", "cog": "Cog ↓", "score": "AMBER score ↑"}
-TITLES |= {
-    "accuracy": "accuracy ↑",
-    "precision": "precision ↑",
-    "recall": "recall ↑",
-    "f1": "F1 ↑",
-    "yes": "answered Yes",
-}
+TITLES |= {figure: f"{figure} ↑" for figure in ("accuracy", "precision", "recall")}
+TITLES |= {"f1": "F1 ↑", "yes": "answered Yes"}
 
 
 def list_sides(scores: dict) -> tuple[list[str], list[dict]]:
@@ -1385,7 +1336,7 @@ def print_scores(scores: dict) -> None:
             table.add_row(TITLES[figure] if section == "amber" else f"  {TITLES[figure]}", *cells)
     console.print(table)
     counts = ", ".join(f"{count:,} of {scores['asked'][task]:,} {task}" for task, count in this["answers"].items())
-    lengths = " and ".join(str(words) for words in this["mean_words"].values())
+    lengths = " and ".join(map(str, this["mean_words"].values()))
     nouns = f"; nouns: {scores['nouns']}, alike by {scores['spacy_model']}" if scores["spacy_model"] else ""
     console.print(f"answers: {counts}, of {lengths} words on average{nouns}")
     if comparison and comparison["left_out"]:
@@ -1397,19 +1348,20 @@ def print_scores(scores: dict) -> None:
 def draw_scores(scores: dict, path: Path) -> None:
     """Draw the figures of scores.json as bars with 95 % intervals, base above this if there is a baseline."""
     labels, sides = list_sides(scores)
-    colours = ["#9aa5b1", "#1b7837"][-len(sides) :]
     sections = [name for name in sides[-1]["intervals"] if name not in (*ATTRIBUTES, "amber")]
     keys = [(section, name) for section in sections for name in sides[-1]["strict"][section]]
     places = np.arange(len(keys)) + 0.8 * np.array([sections.index(section) for section, _ in keys])
     height = 0.8 / len(sides)
     figure = Figure(figsize=(8, 1.2 + 0.36 * places[-1]), layout="constrained")
     axis = figure.subplots()
+    style = {"height": 0.92 * height, "ecolor": "#444444", "capsize": 2}
     for number, (side, label) in enumerate(zip(sides, labels, strict=True)):
-        values = np.array([side["strict"][section][name] for section, name in keys])
-        low, high = (np.array([side["intervals"][s][name][edge] for s, name in keys]) for edge in ("low", "high"))
-        style = {"color": colours[number], "ecolor": "#444444", "capsize": 2, "label": label}
-        style["xerr"] = np.maximum([values - low, high - values], 0)
-        bars = axis.barh(places + height * (number - (len(sides) - 1) / 2), values, 0.92 * height, **style)
+        rows = [[side["strict"][s][name], *side["intervals"][s][name].values()] for s, name in keys]
+        values, low, high = np.array(rows).T
+        middles = places + height * (number - (len(sides) - 1) / 2)
+        ends = np.maximum([values - low, high - values], 0)
+        colour = "#1b7837" if side is sides[-1] else "#9aa5b1"
+        bars = axis.barh(middles, values, xerr=ends, color=colour, label=label, **style)
         axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=7)
     for section in sections:
         first = [key[0] for key in keys].index(section)
@@ -1443,18 +1395,13 @@ def write_gallery(captions: list[dict[str, dict]], image_dir: Path | None, path:
     are marked. `captions` has {label: row} for each picture."""
     if not captions:
         return
-
-    def change(rows: dict[str, dict]) -> int:
-        first, *second = (len(row["wrong"]) for row in rows.values())
-        return abs(first - sum(second))
-
+    captions.sort(key=lambda rows: abs(reduce(sub, (len(row["wrong"]) for row in rows.values()))), reverse=True)
     pictures = []
-    for rows in sorted(captions, key=change, reverse=True)[:24]:
+    for rows in captions[:24]:
         address, texts = "", []
         for label, row in rows.items():
-            words = "|".join(map(re.escape, sorted(set(row["wrong"]))))
-            pieces = re.split(rf"\b({words})\b", row["response"]) if words else [row["response"]]
-            texts.append((label, pieces, len(row["wrong"])))
+            words = "|".join(map(re.escape, sorted(set(row["wrong"])))) or "(?!)"  # which matches nothing
+            texts.append((label, re.split(rf"\b({words})\b", row["response"]), len(row["wrong"])))
         with suppress(OSError, TypeError, ValueError):  # without its picture, a caption is shown all the same
             address = embed_picture(load_image(find_picture(image_dir, row["image"])))
         pictures.append({"image": row["image"], "address": address, "captions": texts})
@@ -1467,32 +1414,27 @@ def evaluate(args, questions: dict[int, dict], sections: list[str], prepared: tu
     """Score the answers, beside the base's or an earlier run's if asked; write scores.json, chart and gallery; print the
     figures. `prepared` is of prepare_captions."""
     judge_text, spacy_model = prepared
-    files = [path for path in (args.baseline_file, args.output_file) if path]
-    labels = ["base", "adapter"] if args.compare_base else [path.stem for path in files]
-    if labels[1:] == labels[:1]:
-        labels[0] = f"earlier {labels[0]}"
-    sides = [read_answers(path, questions, judge_text) for path in files]
-    common = [number for number in sides[0] if number in sides[-1]]
-    tasks = Counter(question["sections"][0] for question in questions.values())
-    scores = summarize(args.output_file, list(sides[-1].values()), sections)
-    scores |= {
-        "query_file": args.query_file.name,
-        "asked": {task: tasks[task] for task in scores["answers"]},
-        "spacy_model": spacy_model,
-        "nouns": args.nouns,
-        "failures": failures,
-    }
-    if len(files) > 1:
+    answers = read_answers(args.output_file, questions, judge_text)
+    scores = summarize(args.output_file, list(answers.values()), sections) | {"query_file": args.query_file.name}
+    asked = {task: sum(task in query["sections"] for query in questions.values()) for task in scores["answers"]}
+    scores |= {"asked": asked, "spacy_model": spacy_model, "nouns": args.nouns, "failures": failures}
+    shown = {args.output_file.stem: list(answers.values())}
+    if args.baseline_file:
+        earlier = read_answers(args.baseline_file, questions, judge_text)
+        common = [number for number in earlier if number in answers]
         if not common:
             stop(f"{args.baseline_file} answers none of the queries that {args.output_file} answers.")
-        base, this = ([side[number] for number in common] for side in sides)
+        first, second = ("base", "adapter") if args.compare_base else (args.baseline_file.stem, args.output_file.stem)
+        first = f"earlier {first}" if first == second else first
+        base, this = ([side[number] for number in common] for side in (earlier, answers))
         scores["comparison"] = {
-            "left_out": len(sides[0].keys() ^ sides[1].keys()),
-            "labels": labels,
+            "left_out": len(earlier.keys() ^ answers.keys()),
+            "labels": [first, second],
             "base": summarize(args.baseline_file, base, sections),
             "this": summarize(args.output_file, this, sections),
             "difference": estimate(sum_by_image(this), sum_by_image(base), sections),
         }
+        shown = {first: base, second: this}
     folder = args.output_file.absolute().parent
     for name in ("scores.png", "gallery.html"):  # of an earlier run
         (folder / name).unlink(missing_ok=True)
@@ -1500,8 +1442,7 @@ def evaluate(args, questions: dict[int, dict], sections: list[str], prepared: tu
     print_scores(scores)
     if scores["intervals"]:
         draw_scores(scores, folder / "scores.png")
-    common = [number for number in common if "wrong" in sides[0][number]]
-    captions = [{label: side[number] for label, side in zip(labels, sides, strict=True)} for number in common]
+    captions = [dict(zip(shown, rows, strict=True)) for rows in zip(*shown.values(), strict=True) if "wrong" in rows[0]]
     note = "Words for things that are not in the picture, by AMBER's annotation, are marked."
     write_gallery(captions, args.image_dir, folder / "gallery.html", note)
     console.print(f"the figures are in {folder / 'scores.json'}, and what was made of them is beside it", markup=False)
@@ -1513,8 +1454,7 @@ def main(argv: list[str] | None = None) -> None:
         annotated = not args.skip_evaluation or args.evaluation_type != "a"
         questions = read_questions(args.query_file, args.annotation_file if annotated else None)
     else:
-        asked = ask_folder(args.image_dir, args.questions)
-        questions = {query["id"]: query | {"sections": ["generative"]} for query in asked}
+        questions = ask_folder(args.image_dir, args.questions)
     queries = list(questions.values())
     pope = queries[0]["sections"] == ["pope"]
     sections = ["pope"] if pope else SECTIONS[args.evaluation_type]
@@ -1523,11 +1463,11 @@ def main(argv: list[str] | None = None) -> None:
     prepared = prepare_captions(args) if evaluating and not pope else (None, None)
     failures_file = args.output_file.with_name(f"{args.output_file.stem}_failures.json")
     if args.skip_inference:
-        failures, answered = json.loads(failures_file.read_text()) if failures_file.exists() else [], True
+        failures = json.loads(failures_file.read_text()) if failures_file.exists() else []
     else:
         selected = select_queries(queries, sections, args.limit)
         failures = answer_benchmark(args, queries, selected)
-        answered = len(failures) < len(selected)
+        evaluating = evaluating and len(failures) < len(selected)
     if not MAIN_PROCESS:
         return
     failures_file.unlink(missing_ok=True)
@@ -1535,7 +1475,7 @@ def main(argv: list[str] | None = None) -> None:
         write_whole(failures_file, json.dumps(failures, indent=1))
         text = f"{len(failures):,} queries could not be answered and are listed in {failures_file}; the first: "
         console.print(f"{text}{failures[0]['image']} {failures[0]['reason']}", markup=False)
-    if evaluating and answered:
+    if evaluating:
         evaluate(args, questions, sections, prepared, failures)
     if failures:
         raise SystemExit(3)

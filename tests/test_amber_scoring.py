@@ -71,9 +71,8 @@ def literal_scores(rows, notes, relation, safe_words, nouns_of, similarity) -> d
             add("cog", sum(hallu[2]), len(note["hallu"]))
             add("clean", wrong == 0)
         else:
-            kind = {"discriminative-attribute-state": "as", "discriminative-attribute-number": "an",
-                    "discriminative-attribute-action": "aa", "discriminative-hallucination": "ha"}.get(note["type"], "asso")  # fmt: skip
-            for name in ("qa", kind):
+            kind = note["type"].removeprefix("discriminative-attribute-").removeprefix("discriminative-")
+            for name in ("all", kind if kind in ("state", "number", "action", "hallucination") else "relation"):
                 add(f"{name} accuracy", response == note["truth"].capitalize())
                 if note["truth"] == "no":
                     add(f"{name} recall", response == "No")
@@ -81,26 +80,19 @@ def literal_scores(rows, notes, relation, safe_words, nouns_of, similarity) -> d
                     add(f"{name} precision", note["truth"] == "no")
 
     def percent(*names):
-        return round(
-            sum(score.get(name, 0) for name in names) / sum(number.get(name, 0.001) for name in names) * 100, 1
-        )
+        part = sum(score.get(name, 0) for name in names)
+        return round(part / sum(number.get(name, 0.001) for name in names) * 100, 1)
 
-    def section(small, *names):
-        accuracy, p, r = (
-            percent(*(f"{name} {what}" for name in names)) for what in ("accuracy", "precision", "recall")
-        )
-        f1 = round(2 * (p / 100) * (r / 100) / ((p / 100) + (r / 100) + small) * 100, 1)
-        return {"accuracy": accuracy, "precision": p, "recall": r, "f1": f1}
+    def section(*names, small=0.0001):
+        found = {kind: percent(*(f"{name} {kind}" for name in names)) for kind in ("accuracy", "precision", "recall")}
+        p, r = found["precision"] / 100, found["recall"] / 100
+        return found | {"f1": round(2 * p * r / (p + r + small) * 100, 1)}
 
-    return {
-        "generative": {
-            "chair": percent("chair"), "cover": percent("cover"), "cog": percent("cog"),
-            "hal": round(100 - score.get("clean", 0) / number.get("clean", 0.001) * 100, 1),
-        },
-        "discriminative": section(0.0001, "qa"), "existence": section(0.001, "ha"),
-        "attribute": section(0.0001, "as", "an", "aa"), "state": section(0.0001, "as"), "number": section(0.0001, "an"),
-        "action": section(0.0001, "aa"), "relation": section(0.0001, "asso"),
-    }  # fmt: skip
+    generative = {"chair": percent("chair"), "cover": percent("cover"), "cog": percent("cog")}
+    generative["hal"] = round(100 - score.get("clean", 0) / number.get("clean", 0.001) * 100, 1)
+    scores = {"generative": generative, "discriminative": section("all")}
+    scores |= {"existence": section("hallucination", small=0.001), "attribute": section("state", "number", "action")}
+    return scores | {name: section(name) for name in ("state", "number", "action", "relation")}
 
 
 def build_vectors(folder: Path, words: list[str]) -> Path:
@@ -132,8 +124,8 @@ def random_rows(notes, words, rng):
         said = []
         for _ in range(rng.randrange(0, 12)):
             word = rng.choice(near if rng.random() < 0.7 else words)
-            said.append(rng.choice(["a {}", "two {}s", "the red {}", "{}", "some {}es", "A {},"]).format(
-                word.capitalize() if rng.random() < 0.1 else word))  # fmt: skip
+            form = rng.choice(["a {}", "two {}s", "the red {}", "{}", "some {}es", "A {},"])
+            said.append(form.format(word.capitalize() if rng.random() < 0.1 else word))
         rows.append({"id": note["id"], "response": rng.choice(["", "The image shows "]) + " and ".join(said) + "."})
     return rows
 
@@ -173,8 +165,8 @@ def test_random_answers_to_the_miniature(seed, tmp_path):
     notes, relation, safe_words, words = read_lists(folder)
     vectors = build_vectors(tmp_path / "vectors", words)
     rows = random_rows(notes, words, random.Random(seed))
-    scores = score(tmp_path / "run", rows, "--nouns", "vocabulary", "--spacy_model", vectors,
-                   "--query_file", folder / "query" / "query_all.json")  # fmt: skip
+    flags = ("--nouns", "vocabulary", "--query_file", folder / "query" / "query_all.json", "--spacy_model", vectors)
+    scores = score(tmp_path / "run", rows, *flags)
     similarity = similarity_of(spacy.load(vectors))
     expected = literal_scores(rows, notes, relation, safe_words, vocabulary_nouns(words), similarity)
     assert scores["strict"] == expected
@@ -192,11 +184,10 @@ def test_random_answers_to_amber_itself(seed, tmp_path, monkeypatch):
     rows = random_rows(notes, words, random.Random(seed))
     vectors = SHARED / "spacy_en_glove_100d_50k"
     scores = score(tmp_path / "run", rows, "--spacy_model", vectors, "--query_file", AMBER / "query" / "query_all.json")
-    lemmatizer = nltk.stem.WordNetLemmatizer()
+    lemmatize = nltk.stem.WordNetLemmatizer().lemmatize
 
     def nouns(text):
-        tagged = nltk.pos_tag(nltk.word_tokenize(text))
-        return [lemmatizer.lemmatize(word) for word, tag in tagged if tag[:2] == "NN"]
+        return [lemmatize(word) for word, tag in nltk.pos_tag(nltk.word_tokenize(text)) if tag[:2] == "NN"]
 
     assert len(rows) == 15_220
     similarity = similarity_of(spacy.load(vectors))
@@ -209,8 +200,8 @@ def test_random_answers_to_amber_itself(seed, tmp_path, monkeypatch):
 def test_always_no_scores_what_is_published(tmp_path):
     notes = read_lists(AMBER)[0]
     rows = [{"id": number, "response": "No"} for number, note in notes.items() if note["type"] != "generative"]
-    scores = score(tmp_path, rows, "--nouns", "vocabulary", "--similarity_table", tmp_path / "table.json", "--spacy_model",
-                   build_vectors(tmp_path / "vectors", ["sky"]), "--query_file", AMBER / "query" / "query_all.json")  # fmt: skip
+    flags = ("--nouns", "vocabulary", "--spacy_model", build_vectors(tmp_path / "vectors", ["sky"]))
+    scores = score(tmp_path, rows, *flags, "--query_file", AMBER / "query" / "query_all.json")
     assert scores["strict"]["discriminative"]["accuracy"] == 66.3 and scores["strict"]["discriminative"]["f1"] == 79.7
     assert scores["strict"]["generative"] == {"chair": 0.0, "cover": 0.0, "hal": 100.0, "cog": 0.0}  # of nothing
     assert "generative" not in scores["intervals"] and scores["amber_score"] is None
@@ -220,20 +211,6 @@ def test_always_no_scores_what_is_published(tmp_path):
 
 RELATION = {"cup": ["mug"], "boat": ["ship", "mug"]} | {word: [] for word in "ship car tree lamp bus star".split()}
 TWINS = [("bus", "car"), ("star", "tree"), ("star", "lamp"), ("mug", "lamp")]
-
-
-def judge(nouns: str, truth: str, hallu: str = "", safe: str = ""):
-    alike = {word: {word} for word in [*RELATION, "mug"]}
-    for first, second in TWINS:
-        alike[first].add(second)
-        alike[second].add(first)
-    note = {"truth": truth.split(), "hallu": hallu.split()}
-    pairs = [(noun, noun) for noun in nouns.split()]
-    shares, wrong = amber.judge_caption(pairs, note, RELATION, set(safe.split()), alike)
-    assert shares["chair"][0] == len(wrong) and shares["hal"] == (not wrong, 1)
-    assert shares["cover"][1] == len(truth.split()) and shares["cog"][1] == len(hallu.split())
-    found = {"named": shares["chair"][1], "hallucinated": shares["chair"][0]}
-    return found | {"covered": shares["cover"][0], "fallen": shares["cog"][0]}
 
 
 @pytest.mark.parametrize(
@@ -263,19 +240,21 @@ def judge(nouns: str, truth: str, hallu: str = "", safe: str = ""):
     ],
 )  # fmt: skip
 def test_a_rule(nouns, truth, hallu, safe, named, hallucinated, covered, fallen):
-    expected = {"named": named, "hallucinated": hallucinated, "covered": covered, "fallen": fallen}
-    assert judge(nouns, truth, hallu, safe) == expected
+    alike = {word: {word, *(other for pair in TWINS if word in pair for other in pair)} for word in [*RELATION, "mug"]}
+    nouns, note = [(noun, noun) for noun in nouns.split()], {"truth": truth.split(), "hallu": hallu.split()}
+    shares, wrong = amber.judge_caption(nouns, note, RELATION, set(safe.split()), alike)
+    assert len(wrong) == hallucinated and shares["hal"] == (not wrong, 1) and shares["chair"] == (hallucinated, named)
+    assert shares["cover"] == (covered, len(note["truth"])) and shares["cog"] == (fallen, len(note["hallu"]))
 
 
 def test_figures_by_hand():
     """Seven answers: denominators start at 0.001 (attribute: three times), F1 from rounded figures."""
-    sums = picture_sums(1, chair=(2, 9), cover=(7, 12), hal=(2, 3), cog=(1, 6), state_accuracy=(1, 1), state_precision=(1, 1),
-                        state_recall=(1, 1), attribute_accuracy=(1, 1), attribute_precision=(1, 1), attribute_recall=(1, 1))  # fmt: skip
+    one = {f"{s}_{name}": (1, 1) for s in ("state", "attribute") for name in ("accuracy", "precision", "recall")}
+    sums = picture_sums(1, chair=(2, 9), cover=(7, 12), hal=(2, 3), cog=(1, 6), **one)
     figures = amber.compute_figures(sums[0], official=True)
     assert figures["generative"] == {"chair": 22.2, "cover": 58.3, "hal": 33.4, "cog": 16.7}
-    assert figures["state"] == {"accuracy": 99.9, "precision": 99.9, "recall": 99.9, "f1": 99.9}
-    assert figures["attribute"] == {"accuracy": 99.7, "precision": 99.7, "recall": 99.7, "f1": 99.7}
-    assert figures["relation"] == {"accuracy": 0.0, "precision": 0.0, "recall": 0.0, "f1": 0.0}
+    for section, value in {"state": 99.9, "attribute": 99.7, "relation": 0.0}.items():
+        assert figures[section] == dict.fromkeys(("accuracy", "precision", "recall", "f1"), value)
     assert np.isnan(amber.compute_figures(sums[0], official=False)["relation"]["f1"])
 
 
@@ -332,20 +311,17 @@ def official_pope(answers: list[str], labels: list[str]) -> dict:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_pope_by_its_own_rule(seed, tmp_path, capsys):
-    rng = random.Random(seed)
-    said = ["Yes", "No", "yes", "no", "NO", "No.", "No, there is none.", "There is not. Yes", "Not here", "Yes. No", "none",
-            "", "no,", "I do not know", "Yes, there is no doubt", "nothing\nno", " No", "cannot", "3.5 no"]  # fmt: skip
+    rng, asked = random.Random(seed), {"text": "Is there a cup?"}
+    said = "Yes|No|yes|no|NO|No.|No, there is none.|There is not. Yes|Not here|Yes. No|none||no,|I do not know|"
+    said = [*(said + "Yes, there is no doubt|nothing\nno| No|cannot|3.5 no").split("|")]
     labels = [rng.choice(["yes", "no"]) for _ in range(997)]
-    rows = [
-        {"question_id": n, "image": f"{n // 6}.jpg", "text": "Is there a cup?", "label": labels[n]} for n in range(997)
-    ]
-    (tmp_path / "coco_pope_random.json").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    rows = [asked | {"question_id": n, "image": f"{n // 6}.jpg", "label": label} for n, label in enumerate(labels)]
+    file = tmp_path / "coco_pope_random.json"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
     texts, earlier = ([rng.choice(said) for _ in labels] for _ in range(2))
-    for name, part in (("results.json", texts), ("earlier.json", earlier)):
-        (tmp_path / name).write_text(json.dumps([{"id": n, "response": text} for n, text in enumerate(part)]))
-    amber.main(["--skip_inference", "--query_file", str(tmp_path / "coco_pope_random.json"), "--baseline_file",
-                str(tmp_path / "earlier.json"), "--output_file", str(tmp_path / "results.json")])  # fmt: skip
-    scores = json.loads((tmp_path / "scores.json").read_text())
+    (tmp_path / "earlier.json").write_text(json.dumps([{"id": n, "response": text} for n, text in enumerate(earlier)]))
+    answers = [{"id": n, "response": text} for n, text in enumerate(texts)]
+    scores = score(tmp_path, answers, "--query_file", file, "--baseline_file", tmp_path / "earlier.json")
     assert scores["strict"] == {"pope": official_pope(texts, labels)}
     comparison = scores["comparison"]
     assert comparison["base"]["strict"]["pope"] == official_pope(earlier, labels)
@@ -368,8 +344,8 @@ def test_the_table_is_spacys_own_and_made_once(tmp_path, monkeypatch):
     rows = [{"id": 1, "response": "a ship and a vehicle"}]
     first = score(tmp_path / "a", rows, *flags)
     table = json.loads((tmp_path / "table.json").read_text())
-    nlp = spacy.load(vectors)
-    alike = {(a, b) for i, a in enumerate(words) for b in words[i + 1 :] if nlp(a).similarity(nlp(b)) > 0.8}
+    docs = list(spacy.load(vectors).pipe(words))
+    alike = {(a.text, b.text) for i, a in enumerate(docs) for b in docs[i + 1 :] if a.similarity(b) > 0.8}
     assert {(a, b) for a, b, _ in table["similar"]} == alike and 5 < len(alike) < 100
     monkeypatch.setattr(spacy, "load", lambda *_: pytest.fail("the table was there"))
     assert score(tmp_path / "b", rows, *flags) == first
@@ -494,41 +470,36 @@ def test_comparison_with_a_file_that_has_fewer_answers(tmp_path):
 def test_intervals_are_by_picture(tmp_path):
     """Answers that agree within a picture: by question, the interval would be half as wide."""
     queries = json.loads((MINIATURE / "amber" / "query" / "query_all.json").read_text())
-    image_of = {query["id"]: query["image"] for query in queries}
-    right = {image: number % 2 for number, image in enumerate(dict.fromkeys(image_of.values()))}
-    rows = mini_rows(
-        lambda note: say_truth(note) if note["type"] != "generative" and right[image_of[note["id"]]] else ""
-    )
+    images = {query["id"]: query["image"] for query in queries}
+    right = {image: number % 2 for number, image in enumerate(dict.fromkeys(images.values()))}
+    rows = mini_rows(lambda note: say_truth(note) if note["id"] > 240 and right[images[note["id"]]] else "")
     edges = score(tmp_path, rows, *MINI)["intervals"]["discriminative"]["accuracy"]
     by_picture = edges["high"] - edges["low"]
     assert by_picture == pytest.approx(2 * 1.96 * 100 * 0.5 / len(right) ** 0.5, rel=0.1)
-    sums = np.array(
-        [picture_sums(1, discriminative_accuracy=(row["response"] != "", 1))[0] for row in rows if row["id"] > 240]
-    )
-    edges = amber.estimate(sums, None, ["discriminative"], draws=500)["discriminative"]["accuracy"]
+    sums = [picture_sums(1, discriminative_accuracy=(row["response"] != "", 1))[0] for row in rows if row["id"] > 240]
+    edges = amber.estimate(np.array(sums), None, ["discriminative"], draws=500)["discriminative"]["accuracy"]
     assert edges["high"] - edges["low"] < by_picture / 2
 
 
-def test_a_difference_is_drawn_from_the_same_pictures():
-    """Two files that differ in the same way on every picture: the difference has no spread, whatever the figures have."""
+def test_estimates_by_hand():
+    # two files that differ in the same way on every picture: the difference has no spread, whatever the figures have
     right = np.arange(60) % 9
     first, second = (picture_sums(60, state_accuracy=(part, 10)) for part in (right + 1, right))
     found = amber.estimate(first, second, ["state"])["state"]["accuracy"]
     assert found["low"] == found["high"] == found["difference"] == 10.0
     alone = amber.estimate(first, None, ["state"])["state"]["accuracy"]
     assert alone["high"] - alone["low"] > 5
-
-
-def test_what_is_not_different_is_not_significant():
-    """100 % precision of 3 and of 9 answers a picture, which AMBER's 0.001 makes 99.99 and 99.997."""
-    first, second = (
-        picture_sums(40, existence_accuracy=(n, 10), existence_precision=(n, n), existence_recall=(n, 10))
-        for n in (9, 3)
-    )
+    # 100 % precision of 3 and of 9 answers a picture, which AMBER's 0.001 makes 99.99 and 99.997, does not differ
+    shares = [{"accuracy": (n, 10), "precision": (n, n), "recall": (n, 10)} for n in (9, 3)]
+    first, second = (picture_sums(40, **{f"existence_{name}": part[name] for name in part}) for part in shares)
     found = amber.estimate(first, second, ["existence"])["existence"]
     assert found["precision"] == {"difference": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
     assert "-0.0" not in json.dumps(amber.estimate(second, first, ["existence"])["existence"]["precision"])
     assert found["recall"]["p_value"] < 0.001
+    # a section that one picture has is not drawn as nothing where the draw lacks this picture
+    rare = np.where(np.arange(30) == 4, 4, 0)
+    found = amber.estimate(picture_sums(30, hal=(0, 1), action_accuracy=(rare, rare)), None, ["action"])
+    assert found["action"]["accuracy"]["low"] >= 99.9
 
 
 @pytest.mark.slow
@@ -544,13 +515,6 @@ def test_the_chart_has_a_unit_and_no_label_on_another(tmp_path, monkeypatch):
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
 
 
-def test_a_rare_section_is_not_drawn_as_nothing():
-    rare = np.where(np.arange(30) == 4, 4, 0)
-    counts = picture_sums(30, hal=(0, 1), action_accuracy=(rare, rare))
-    found = amber.estimate(counts, None, ["action"])["action"]["accuracy"]
-    assert found["low"] >= 99.9  # not 0, as draws without that picture would have it
-
-
 @pytest.mark.parametrize(("kind", "answered"), [("g", "discriminative"), ("d", "generative")])
 def test_a_task_without_answers_has_scores_and_no_chart(kind, answered, tmp_path, capsys):
     (tmp_path / "scores.png").write_text("of an earlier run")
@@ -561,18 +525,12 @@ def test_a_task_without_answers_has_scores_and_no_chart(kind, answered, tmp_path
     assert scores["intervals"] == {} and scores["strict"] and not (tmp_path / "scores.png").exists()
 
 
-def test_odd_answers_are_scored(tmp_path):
+def test_odd_answers_are_scored_and_two_files_of_one_name_have_two_labels(tmp_path):
     rows = [{"id": 1, "response": "<script>alert(1)</script> a tree \ud83d and a bus"}, {"id": 241, "response": None}]
-    scores = score(tmp_path, rows, *MINI)
-    assert scores["answers"] == {"generative": 1, "discriminative": 1}
-    assert "<script>" not in (tmp_path / "gallery.html").read_text()
-
-
-def test_two_files_of_one_name_have_two_labels(tmp_path):
-    rows = mini_rows(lambda note: "No")[:300]
-    (tmp_path / "earlier").mkdir()
-    (tmp_path / "earlier" / "results.json").write_text(json.dumps(rows))
+    score(tmp_path / "earlier", rows, *MINI)
     scores = score(tmp_path / "now", rows, *MINI, "--baseline_file", tmp_path / "earlier" / "results.json")
+    assert scores["answers"] == {"generative": 1, "discriminative": 1}
+    assert "<script>" not in (tmp_path / "now" / "gallery.html").read_text()
     assert scores["comparison"]["labels"] == ["earlier results", "results"]
 
 
@@ -591,19 +549,16 @@ def test_a_bad_answer_file_is_one_sentence(content, tmp_path, capsys):
     assert "results.json" in error and not (tmp_path / "scores.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [("safe_words.txt", None, "safe_words.txt"), ("relation.json", None, "relation.json"),
-     ("annotations.json", None, "annotations.json"),
-     ("similarity.json", '{"words": ["a"], "similar": [], "spacy_model": "x", "threshold": 0.8}', "--similarity_table")],
-)  # fmt: skip
-def test_bad_lists_are_one_sentence(name, content, words, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["safe_words.txt", "relation.json", "annotations.json", "similarity.json"])
+def test_bad_lists_are_named(name, tmp_path, capsys):
     shutil.copytree(MINIATURE / "amber", tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("image"))
-    (tmp_path / name).write_text(content) if content else (tmp_path / name).unlink()
+    (tmp_path / name).unlink()
+    if name == "similarity.json":  # one of other words
+        (tmp_path / name).write_text('{"words": ["a"], "similar": [], "spacy_model": "x", "threshold": 0.8}')
+    flags = ["--query_file", tmp_path / "query" / "query_all.json", "--similarity_table", tmp_path / "similarity.json"]
     with pytest.raises((SystemExit, FileNotFoundError)) as stopped:
-        score(tmp_path / "run", mini_rows(lambda note: "No"), "--nouns", "vocabulary", "--query_file",
-              tmp_path / "query" / "query_all.json", "--similarity_table", tmp_path / "similarity.json")  # fmt: skip
-    assert words in f"{capsys.readouterr().err} {stopped.value}"
+        score(tmp_path / "run", mini_rows(lambda note: "No"), "--nouns", "vocabulary", *flags)
+    assert name in f"{capsys.readouterr().err} {stopped.value}"
 
 
 def test_missing_data_of_nltk_are_one_sentence_with_the_command(tmp_path, monkeypatch, capsys):

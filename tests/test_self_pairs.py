@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import MINIATURE, ROOT
 from PIL import Image
+from safetensors.torch import load_file
 
 import llava_amber_validation_benchmark_with_lora as amber
 import llava_orpo_training as training
@@ -35,9 +36,9 @@ def photos(tmp_path_factory):
 
 
 def write(photos, path, *flags) -> list[dict]:
-    amber.main(["--test_mode", "--nouns", "vocabulary", "--max_new_tokens", "96", "--verify", "5", "--batch_size", "4",
-                "--image_dir", str(photos), "--questions", str(photos.parent / "questions.txt"),
-                "--write_pairs", str(path), *flags])  # fmt: skip
+    settings = "--test_mode --nouns vocabulary --max_new_tokens 96 --verify 5 --batch_size 4"
+    settings += f" --image_dir {photos} --questions {photos.parent / 'questions.txt'} --write_pairs {path}"
+    amber.main([*settings.split(), *flags])
     return parquet.read_table(path).to_pylist()
 
 
@@ -49,9 +50,7 @@ def made(photos):
 
 def test_pairs_have_the_columns_of_rlaif_v_and_the_pictures_inside(photos, made):
     path, rows = made
-    names = sorted(
-        str(file.relative_to(photos)) for file in photos.rglob("*") if file.suffix != ".txt" and file.is_file()
-    )
+    names = [*(f"{seed}.png" for seed in (0, 1, 2, 3, 5, 6, 7, 8)), "more/4.webp"]
     assert 4 <= len(rows) <= 9 and set(rows[0]) == COLUMNS | {"checks"}
     for row in rows:
         assert row["image"]["bytes"] == (photos / row["image_path"]).read_bytes()
@@ -94,12 +93,23 @@ def test_best_and_worst_are_those_of_an_independent_computation(made):
 
 
 def test_of_two_pairs_the_one_whose_answers_are_equally_long_is_taken():
-    find = amber.look_up_nouns({"cup", "car", "bus", "tree"})
+    find = amber.find_nouns("vocabulary", {"cup", "car", "bus", "tree"})
     texts = ["a cup", "a cup, a cup and a cup", "a car, a car and a car", "a cup"]
-    pair = amber.make_pair(texts, find, {"cup": 0.99, "car": 0.01})
+    settings = {"find": find, "denied_costs": 2.0}
+    pair, _ = amber.make_pair(None, [[text, True] for text in texts], {"cup": 0.99, "car": 0.01}, **settings)
     assert (pair["chosen"], pair["rejected"]) == (texts[1], texts[2])
     assert pair["doubted"] == {"chosen": [], "rejected": ["car"] * 3} and pair["objects"]["cup"]["named_by"] == 3
-    assert amber.make_pair(["a cup", "a cup and a cup"], find, {"cup": 0.99}) is None  # nothing differs
+    for texts in (["a cup", "a cup and a cup"], ["a cup"], []):  # nothing differs
+        assert amber.make_pair(None, [[text, True] for text in texts], {"cup": 0.99}, **settings) == (None, True)
+
+
+@pytest.mark.parametrize(("costs", "chosen"), [(0.5, "a cup, a tree and a bus"), (2.0, "a cup")])
+def test_the_higher_the_costs_the_less_is_risked(costs, chosen):
+    find = amber.find_nouns("vocabulary", {"cup", "bus", "tree"})
+    answers = [[text, True] for text in ("a cup", "a cup, a tree and a bus", "a bus")]
+    confirmed = {"cup": 0.999, "tree": 0.999, "bus": 0.001}
+    pair, _ = amber.make_pair(None, answers, confirmed, find=find, denied_costs=costs)
+    assert (pair["chosen"], pair["rejected"]) == (chosen, "a bus")
 
 
 def test_a_run_goes_on_where_it_was_broken_off_and_lists_broken_pictures(photos, made, tmp_path, capsys):
@@ -108,9 +118,13 @@ def test_a_run_goes_on_where_it_was_broken_off_and_lists_broken_pictures(photos,
     journal = path.with_name("pairs.parquet.journal-0.jsonl")
     journal.write_text(journal.read_text()[:-30])  # its last line was cut short
     assert write(photos, path) == made[1]
-    with pytest.raises(SystemExit):
-        write(photos, path, "--verify", "6")
-    assert "verify was 5, is 6" in capsys.readouterr().err
+    for flags, message in (
+        (["--verify", "6"], "verify was 5, is 6"),
+        (["--denied_costs", "4"], "denied_costs was 2.0, is 4.0"),
+    ):
+        with pytest.raises(SystemExit):
+            write(photos, path, *flags)
+        assert message in capsys.readouterr().err
     (photos.parent / "broken").mkdir()
     (photos.parent / "broken" / "a.png").write_bytes(b"no picture")
     (photos.parent / "broken" / "b.png").write_bytes((photos / "0.png").read_bytes())
@@ -121,30 +135,13 @@ def test_a_run_goes_on_where_it_was_broken_off_and_lists_broken_pictures(photos,
     assert parquet.read_table(tmp_path / "other.parquet").num_rows <= 1
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--image_dir", "."], "give --verify 12 too"),
-        (["--verify", "8"], "--image_dir is needed"),
-        (["--image_dir", ".", "--verify", "8", "--nouns", "vocabulary"], "give --relation_file"),
-    ],
-)
-def test_flags_that_do_not_go_together_are_refused(flags, message, capsys):
-    with pytest.raises(SystemExit) as ended:
-        amber.parse_args(["--write_pairs", "pairs.parquet", *flags])
-    assert ended.value.code == 2 and message in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_training_goes_on_from_an_adapter_with_the_pairs(made, tmp_path):
-    training.main(["--test_mode", "--dataset", str(made[0]), "--lora_path", str(MINIATURE / "adapter"), "--report_to", "none",
-                   "--output_dir", str(tmp_path / "round2"), "--batch_size", "2", "--gradient_accumulation_steps", "1",
-                   "--eval_fraction", "0", "--num_workers", "0"])  # fmt: skip
-    from safetensors.torch import load_file
-
-    before, after = (
-        load_file(folder / "adapter_model.safetensors") for folder in (MINIATURE / "adapter", tmp_path / "round2")
-    )
+    flags = f"--test_mode --dataset {made[0]} --lora_path {MINIATURE / 'adapter'} --output_dir {tmp_path / 'round2'}"
+    flags += " --batch_size 2 --gradient_accumulation_steps 1 --eval_fraction 0 --num_workers 0 --report_to none"
+    training.main(flags.split())
+    folders = (MINIATURE / "adapter", tmp_path / "round2")
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in folders)
     moved = [(after[name] - before[name]).abs().max().item() for name in before]
     assert before.keys() == after.keys() and 0 < max(moved) < 0.1  # it moved from there, and not far
     assert not (tmp_path / "round2" / "dropped_rows.jsonl").read_text()

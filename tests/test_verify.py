@@ -1,6 +1,7 @@
-"""Checked generation: --verify keeps the candidate that its check confirms best, in the AMBER script, with and without CLIP."""
+"""Checked generation: --verify keeps the candidate that its check confirms best, with and without CLIP."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,17 @@ def collect(found) -> dict:
     return {(picture, question): (text, complete) for picture, question, text, complete in found}
 
 
+def verify(llava, images, pixels, questions, tokens, candidates, words, clip=None) -> dict:
+    find = amber.find_nouns("vocabulary", words)
+    choose = partial(amber.keep_best, find=find, clip=clip)
+    settings = {"count": candidates, "find": find, "choose": choose, "confirm": not clip}
+    return collect(amber.check_answers(*llava, images, pixels, questions, tokens, **settings))
+
+
+def draw(llava, images, pixels, questions, tokens=60, temperature=0.0) -> dict:
+    return collect(amber.answer_questions(*llava, images, pixels, questions, tokens, temperature))
+
+
 @pytest.fixture(scope="module")
 def llava():
     return amber.load_llava(str(MINIATURE / "model"), device="cpu")
@@ -26,10 +38,9 @@ def llava():
 
 @pytest.fixture(scope="module")
 def some(llava):
-    """Six pictures, their pixels, and two questions about each."""
+    """Six pictures and their pixels."""
     images = [amber.load_image(path) for path in sorted((MINIATURE / "amber" / "image").glob("*.webp"))[:6]]
-    pixels = llava[1].image_processor(images, return_tensors="pt")
-    return images, pixels, [[CAPTION, "Is there a cup in this image?"]] * 6
+    return images, llava[1].image_processor(images, return_tensors="pt")
 
 
 @pytest.fixture(scope="module")
@@ -40,41 +51,39 @@ def clip_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
     letters = [*"abcdefghijklmnopqrstuvwxyz.,"]
     pieces = [*letters, *[letter + "</w>" for letter in letters], "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(
-        vocab={piece: number for number, piece in enumerate(pieces)}, merges=[], model_max_length=77
-    )
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
     images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     CLIPProcessor(images, tokenizer).save_pretrained(folder)
     torch.manual_seed(0)
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPConfig(text_config=small | {"vocab_size": len(pieces), "eos_token_id": len(pieces) - 1, "bos_token_id": len(pieces) - 2},
-                        vision_config=small | {"image_size": 32, "patch_size": 8}, projection_dim=16)  # fmt: skip
-    CLIPModel(config).save_pretrained(folder)
+    text = small | {"vocab_size": len(pieces), "eos_token_id": len(pieces) - 1, "bos_token_id": len(pieces) - 2}
+    vision = small | {"image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
     return folder
 
 
 def test_drawn_answers_depend_on_picture_question_and_place_alone(llava, some):
-    images, pixels, _ = some
+    images, pixels = some
 
-    def draw(numbers, temperature=1.0):
-        part, asked = {name: value[numbers] for name, value in pixels.items()}, [[CAPTION] * 3] * len(numbers)
-        found = amber.answer_questions(*llava, [images[n] for n in numbers], part, asked, 40, temperature)
-        return {(numbers[picture], place): text for picture, place, text, _ in found}
+    def three(numbers, temperature=1.0):
+        part = {name: value[numbers] for name, value in pixels.items()}
+        found = draw(llava, [images[n] for n in numbers], part, [[CAPTION] * 3] * len(numbers), 40, temperature)
+        return {(numbers[picture], place): text for (picture, place), (text, _) in found.items()}
 
-    together = draw([0, 1, 2, 3, 4, 5])
-    assert together == {key: text for number in range(6) for key, text in draw([number]).items()}
+    together = three([0, 1, 2, 3, 4, 5])
+    assert together == {key: text for number in range(6) for key, text in three([number]).items()}
     assert sum(len({together[number, place] for place in range(3)}) > 1 for number in range(6)) >= 4
-    assert len(set(draw([0], temperature=0).values())) == 1
+    assert len(set(three([0], temperature=0).values())) == 1
 
 
 def test_the_best_candidate_is_kept(llava, some):
-    images, pixels, questions = some
+    questions = [[CAPTION, "Is there a cup in this image?"]] * 6
     find = amber.find_nouns("vocabulary", WORDS)
-    greedy = collect(amber.answer_questions(*llava, *some, 60))
-    kept = collect(amber.verify_answers(*llava, *some, 60, candidates=5, find=find, clip=None))
+    greedy = draw(llava, *some, questions)
+    kept = verify(llava, *some, questions, 60, 5, WORDS)
     assert kept.keys() == greedy.keys()
-    asked = [[CAPTION] * 4] * 6
-    drawn = collect(amber.answer_questions(*llava, images, pixels, asked, 60, amber.VERIFY_TEMPERATURE))
+    drawn = draw(llava, *some, [[CAPTION] * 4] * 6, 60, amber.VERIFY_TEMPERATURE)
     changed = 0
     for picture in range(6):
         assert kept[picture, 1] == greedy[picture, 1]  # yes or no: nothing to check
@@ -82,8 +91,8 @@ def test_the_best_candidate_is_kept(llava, some):
         def wrong(text, picture=picture):
             words = sorted({word for _, word in find(text)})
             asked = [f"Is there {'an' if word[0] in 'aeiou' else 'a'} {word} in this image?" for word in words]
-            part = {name: value[[picture]] for name, value in pixels.items()}
-            said = [text for *_, text, _ in amber.answer_questions(*llava, [images[picture]], part, [asked], 5)]
+            part = {name: value[[picture]] for name, value in some[1].items()}
+            said = [text for text, _ in draw(llava, [some[0][picture]], part, [asked], 5).values()]
             return said.count("No"), -said.count("Yes")
 
         candidates = [greedy[picture, 0][0], *[drawn[picture, place][0] for place in range(4)]]
@@ -93,20 +102,16 @@ def test_the_best_candidate_is_kept(llava, some):
 
 
 def test_two_open_questions_have_their_own_candidates(llava, some):
-    images, pixels, _ = some
     asked = [CAPTION, "Name everything you can see in this image."]
-    find = amber.find_nouns("vocabulary", set(CLASSES))
-    clip = lambda image, texts: [len(text) for text in texts]  # noqa: E731, the longest fits best
-    checks = {"candidates": 3, "find": find, "clip": clip}
-    kept = collect(amber.verify_answers(*llava, images, pixels, [asked] * 6, 60, **checks))
-    greedy = collect(amber.answer_questions(*llava, images, pixels, [asked] * 6, 60))
-    places = [[asked[0]] * 2 + [asked[1]] * 2] * 6
-    drawn = collect(amber.answer_questions(*llava, images, pixels, places, 60, amber.VERIFY_TEMPERATURE))
+    longest = lambda image, texts: [len(text) for text in texts]  # noqa: E731, fits best
+    kept = verify(llava, *some, [asked] * 6, 60, 3, set(CLASSES), longest)
+    greedy = draw(llava, *some, [asked] * 6)
+    drawn = draw(llava, *some, [[asked[0]] * 2 + [asked[1]] * 2] * 6, 60, amber.VERIFY_TEMPERATURE)
     for (picture, number), (text, whole) in kept.items():
         others = [drawn[picture, 2 * number], drawn[picture, 2 * number + 1]]
         assert text == max([greedy[picture, number][0], *[other for other, _ in others]], key=len) and whole
-    cut = amber.verify_answers(*llava, images, pixels, [asked] * 6, 8, **checks)
-    assert [whole for *_, whole in cut] == [False] * 12
+    cut = verify(llava, *some, [asked] * 6, 8, 3, set(CLASSES), longest)
+    assert [whole for _, whole in cut.values()] == [False] * 12
 
 
 def test_clip_says_what_the_plain_model_says(clip_folder, some):
@@ -122,24 +127,22 @@ def test_clip_says_what_the_plain_model_says(clip_folder, some):
 
 
 def test_pictures_without_anything_to_check_are_passed_over(llava, some):
-    images, pixels, questions = some
+    images, pixels = some
     words = [["cup"], [], ["star", "tree"], [], [], ["bus"]]
     confirmed = amber.confirm_objects(*llava, images, pixels, words)
     assert [list(part) for part in confirmed] == words
     for picture, part in enumerate(words):
         alone = {name: value[[picture]] for name, value in pixels.items()}
         for word in part:
-            asked = [[f"Is there a {word} in this image?"]]
-            (said,) = amber.answer_questions(*llava, [images[picture]], alone, asked, 4)
-            assert (confirmed[picture][word] > 0.5) == (said[2] == "Yes")
+            ((said, _),) = draw(llava, [images[picture]], alone, [[f"Is there a {word} in this image?"]], 4).values()
+            assert (confirmed[picture][word] > 0.5) == (said == "Yes")
             (single,) = amber.confirm_objects(*llava, [images[picture]], alone, [[word]])
             assert single[word] == pytest.approx(confirmed[picture][word], abs=1e-5)
     assert amber.confirm_objects(*llava, images, pixels, [[]] * 6) == [{}] * 6
-    assert list(amber.answer_questions(*llava, images, pixels, [[]] * 6, 5)) == []
-    some_open = [part if number % 2 else part[1:] for number, part in enumerate(questions)]  # every other: yes or no
-    find = amber.find_nouns("vocabulary", WORDS)
-    kept = amber.verify_answers(*llava, images, pixels, some_open, 60, candidates=3, find=find, clip=None)
-    assert collect(kept).keys() == {(i, j) for i, part in enumerate(some_open) for j in range(len(part))}
+    assert draw(llava, images, pixels, [[]] * 6, 5) == {}
+    asked = [[CAPTION] * (number % 2) + ["Is there a cup in this image?"] for number in range(6)]
+    kept = verify(llava, images, pixels, asked, 60, 3, WORDS)
+    assert kept.keys() == {(i, j) for i, part in enumerate(asked) for j in range(len(part))}
 
 
 @pytest.mark.slow
@@ -168,9 +171,7 @@ def test_a_clip_model_that_is_none_is_one_sentence(tmp_path, clip_folder, capsys
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "nltk_data").is_dir(), reason="NLTK's data are not here")
 def test_without_a_vocabulary_things_are_found_and_other_nouns_are_not(monkeypatch):
-    import nltk
-
-    monkeypatch.setattr(nltk.data, "path", [str(SHARED / "nltk_data")])
+    monkeypatch.setattr("nltk.data.path", [str(SHARED / "nltk_data")])
     find = amber.find_nouns("nltk", None)
     found = find("The image shows two men at a wooden table with cups of coffee, a dog and a bus; the mood is calm.")
     words = [word for _, word in found]
