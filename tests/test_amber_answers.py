@@ -13,7 +13,7 @@ import types
 
 import pytest
 import torch
-from conftest import MINIATURE, ROOT
+from conftest import MINIATURE, ROOT, SHARED
 from PIL import Image
 
 import llava_amber_validation_benchmark_with_lora as amber
@@ -381,7 +381,13 @@ def test_no_picture_at_all(tmp_path):
     assert read(tmp_path / "results.json") == [] and not (tmp_path / "scores.json").exists()
 
 
-# ---------------------------------------------------------------------------- vLLM and flags
+def test_cut_off_answers_are_counted(tmp_path, capsys):
+    flags = [*MINI, "--limit", "3", "--max_new_tokens", "3", "--skip_evaluation", "--output_file"]
+    amber.main([*flags, str(tmp_path / "results.json")])
+    assert "3 cut off at --max_new_tokens" in " ".join(capsys.readouterr().err.split())
+
+
+# ---------------------------------------------------------------------------- vLLM, real photos, flags
 
 
 def test_vllm_is_given_bos_and_one_image_token(tmp_path, monkeypatch, capsys, llava):
@@ -416,6 +422,19 @@ def test_vllm_is_given_bos_and_one_image_token(tmp_path, monkeypatch, capsys, ll
         assert ids[0] == llava[1].tokenizer.bos_token_id and ids.count(512) == 1
         assert ids[:place] + [512] * whole.count(512) + ids[place + 1 :] == whole
     assert read(tmp_path / "results.json") == [{"id": query["id"], "response": "Yes"} for query in queries]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "photo_amber").is_dir(), reason="the photos are not here")
+def test_real_photos(tmp_path, photo_llava):
+    flags = ["--query_file", SHARED / "photo_amber" / "query_all.json", "--image_dir", SHARED / "coco_by_sa", "--limit", "6",
+             "--relation_file", SHARED / "amber" / "relation.json", "--safe_words_file", SHARED / "amber" / "safe_words.txt",
+             "--nouns", "vocabulary", "--spacy_model", SHARED / "spacy_en_glove_100d_50k", "--similarity_table", tmp_path / "t.json",
+             "--model_path", photo_llava, "--batch_size", "3", "--max_new_tokens", "8", "--output_file", tmp_path / "results.json"]  # fmt: skip
+    amber.main([str(flag) for flag in flags])
+    scores = read(tmp_path / "scores.json")
+    assert scores["answers"]["generative"] == 6 and scores["answers"]["discriminative"] >= 6
+    assert scores["spacy_model"] == "spacy_en_glove_100d_50k-0.0.0" and not scores["failures"]
 
 
 @pytest.mark.parametrize(
