@@ -49,7 +49,7 @@ def endless(engine, monkeypatch):
 @pytest.fixture(scope="module")
 def address(engine):
     """The page over the `engine`, listening."""
-    page = host.build_page(engine, "", 1024, False, 40, 64)
+    page = host.build_page(engine, "", 1024, False, 40)
     host.launch_page(page)
     yield page.local_url.rstrip("/")
     page.close()
@@ -255,7 +255,7 @@ def test_odd_pictures_are_seen_as_they_look(tmp_path):
 
 def test_only_real_differences_are_marked():
     def marked(text, other, doubtful=frozenset()):
-        pieces = host.mark_words(text, other, doubtful)
+        pieces = host.mark_answers({"a": text, "b": other}, doubtful)["a"]
         assert "".join(piece for piece, _ in pieces) == text
         return "".join(p for p, m in pieces if "differs" in m), [p for p, m in pieces if "doubtful" in m]
 
@@ -415,7 +415,7 @@ def test_the_terminal_prints_both_answers_side_by_side(engine, capsys, monkeypat
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--max_new_tokens", "-1"], "not above 0"),
+        (["--max_new_tokens", "-1"], "-1 is not from 1"),
         (["--port", "99999"], "99999"),
         (["--question", "Is it?"], "--image"),
         (["--auth_file", "nowhere.txt"], "nowhere.txt cannot be read"),

@@ -22,7 +22,7 @@ CAPTION = "Describe this image."
 def site(engine):  # noqa: F811
     """A listening page: its address, its engine, what plain generation says, and how many answers grow now."""
     about = "<mark>Marked</mark> words are not in the other answer. <u>Underlined</u> objects are those that the base denies."
-    page = host.build_page(engine, about, 900, False, 8, 64, check=host.find_doubtful)
+    page = host.build_page(engine, about, 900, False, 8, host.find_doubtful)
     host.launch_page(page)
     answers = {model: plain(engine, PICTURES[16], CAPTION, model) for model in engine.models}
     yield SimpleNamespace(
