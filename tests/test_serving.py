@@ -137,7 +137,7 @@ def site(served, wanted):
     """The page in this process, over the vLLM that the other page has started."""
     socket = find_child(served[0])[1]
     engine = serving.ServedModels([f"unix:{socket}"])
-    page = serving.build_page(engine, "<mark>Marked</mark> words are not in the other answer.", 900, False, 8, 64)
+    page = serving.build_page(engine, "<mark>Marked</mark> words are not in the other answer.", 900, False, 8)
     serving.launch_page(page)
 
     def growing():
@@ -510,20 +510,20 @@ def test_an_adapter_that_vllm_would_apply_in_part_is_refused(tmp_path, capsys):
 def test_the_watchdog_ends_a_server_that_does_not_listen(tmp_path):
     """One that ignores SIGTERM is killed, and its own children with it."""
     program = "import signal, subprocess, time; signal.signal(15, signal.SIG_IGN); subprocess.Popen(['sleep', '99']); time.sleep(99)"
-    fast = serving.WATCHDOG.replace("sleep(10)", "sleep(1)")
-    process = subprocess.Popen([sys.executable, "-c", fast, tmp_path / "socket", sys.executable, "-c", program], stdin=subprocess.PIPE,
+    fast = serving.WATCHDOG.replace("sleep 10", "sleep 1")
+    process = subprocess.Popen(["sh", "-c", fast, tmp_path / "socket", sys.executable, "-c", program], stdin=subprocess.PIPE,
                                start_new_session=True)  # fmt: skip
-    wait_until(lambda: len(members(process.pid)) == 3)
+    wait_until(lambda: len(members(process.pid)) == 5)  # two shells, cat, the server and its child
     process.stdin.close()
     assert process.wait(30) == -signal.SIGKILL
     wait_until(lambda: not members(process.pid))
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["--model_path", "no/where"], "neither a folder nor a hub id"), (["--model_path", str(MINIATURE)], "no config.json"),
+    (["--model_path", "no/where"], "neither a folder nor a hub id"), (["--model_path", str(MINIATURE)], "config.json"),
     (["--server_url", "gpu1:8000"], "is not an address"), (["--server_url", "http://a", "--lora_path", "b"], "--model_path"),
-    (["--max_tokens", "0"], "above 0"), (["--temperature", "3"], "from 0 to 2"),
-    (["--model_path", str(MINIATURE / "model"), "--lora_path", str(MINIATURE / "model")], "no adapter"),
+    (["--max_tokens", "0"], "0 is not from 1"), (["--temperature", "3"], "from 0 to 2"),
+    (["--model_path", str(MINIATURE / "model"), "--lora_path", str(MINIATURE / "model")], "adapter_config.json"),
 ])  # fmt: skip
 def test_bad_flags_are_one_sentence(flags, words, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -538,5 +538,5 @@ def test_the_seeds_flags_work_as_written():
     assert (args.model_path, args.tensor_parallel_size, args.max_num_seqs) == ("/workspace/q", 2, 8)
     assert (args.temperature, args.max_tokens) == (0.2, 300)
     engine = type("Engine", (), {"models": ["a"]})()
-    page = serving.build_page(engine, "", 300, True, 1, 1, args.temperature)
+    page = serving.build_page(engine, "", 300, True, 1, None, args.temperature)
     assert [block.value for block in page.blocks.values() if "Temperature" in str(getattr(block, "label", ""))] == [0.2]
