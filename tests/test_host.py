@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,19 +109,31 @@ def wait_until(condition, seconds=30):
 # ---------------------------------------------------------------------------- the engine
 
 
+def ask_at_once(address, asked, max_new_tokens=100):
+    """The answers to 32 users at a time over four connections. Each asks about (picture, question, model)."""
+    clients = [Client(address, verbose=False, httpx_kwargs={"timeout": 120}) for _ in range(4)]
+
+    def user(number):
+        picture, *rest = asked[number]
+        file, ask = handle_file(str(picture)), clients[number % 4].predict
+        return ask(file, *rest, 0, 1, max_new_tokens, api_name="/answer")
+
+    with ThreadPoolExecutor(32) as pool:
+        return list(pool.map(user, range(len(asked))))
+
+
 def test_32_users_at_once_get_their_own_right_answers(engine, address, batches):
-    clients = [Client(address, verbose=False) for _ in range(4)]
     asked = [(PICTURES[n], QUESTIONS[n % 3], engine.models[n // 3 % 2]) for n in range(32)]
-    batches.users, jobs = 32, []
-    for number, (picture, question, model) in enumerate(asked):
-        submit = clients[number % 4].submit
-        jobs.append(submit(handle_file(str(picture)), question, model, 0, 1, 100, api_name="/answer"))
-    assert [job.result(timeout=120) for job in jobs] == [plain(engine, *each) for each in asked]
+    batches.users = 32
+    assert ask_at_once(address, asked) == [plain(engine, *each) for each in asked]
     assert max(batches.sizes) == 16 and any(batches.mixed)
-    parts = jobs[0].outputs()  # it streams
+
+
+def test_the_api_streams(engine, address):
+    job = Client(address, verbose=False).submit(handle_file(str(PICTURES[0])), api_name="/answer")
+    assert job.result(timeout=60) == plain(engine, PICTURES[0], QUESTIONS[0])
+    parts = job.outputs()
     assert len(parts) > 2 and all(whole.startswith(part) for part, whole in zip(parts, parts[1:], strict=False))
-    by_default = clients[0].predict(handle_file(str(PICTURES[0])), api_name="/answer")
-    assert by_default == plain(engine, PICTURES[0], QUESTIONS[0])
 
 
 def test_an_adapter_of_the_projector_is_never_mixed_with_the_base(engine, batches, monkeypatch):
@@ -374,22 +387,22 @@ def test_the_terminal_prints_both_answers_side_by_side(engine, capsys, monkeypat
                 assert cells == [plain(engine, picture, question, model) for model in engine.models]
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--max_new_tokens", "-1"], "-1 is not from 1"),
-        (["--port", "99999"], "99999"),
-        (["--question", "Is it?"], "--image"),
-        (["--auth_file", "nowhere.txt"], "nowhere.txt cannot be read"),
-        (["--auth_file", str(SCRIPT)], "name:password"),
-        (["--model_path", "nowhere"], "--model_path nowhere"),
-        (["--test_mode", "--lora_path", "nowhere"], "--lora_path nowhere"),
-        (["--test_mode", "--device", "cpu", "--image", str(SCRIPT)], "no picture"),
-        (["--load_4bit", "--load_8bit"], "not allowed"),
-    ],
-)
-def test_bad_flags_are_one_sentence(flags, words, capsys):
+BAD_FLAGS = {
+    "--max_new_tokens -1": "-1 is not from 1",
+    "--port 99999": "99999",
+    "--question why": "--image",
+    "--auth_file nowhere.txt": "nowhere.txt cannot be read",
+    f"--auth_file {SCRIPT}": "name:password",
+    "--model_path nowhere": "--model_path nowhere",
+    "--test_mode --lora_path nowhere": "--lora_path nowhere",
+    f"--test_mode --device cpu --image {SCRIPT}": "no picture",
+    "--load_4bit --load_8bit": "not allowed",
+}
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_bad_flags_are_one_sentence(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
-        host.main(flags)
+        host.main(flags.split())
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stopped.value.code == 2 and "error: " in error and words in error
+    assert stopped.value.code == 2 and "error: " in error and BAD_FLAGS[flags] in error

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,8 +24,9 @@ import pytest
 import torch
 from conftest import MINIATURE, ROOT
 from gradio_client import Client, handle_file
-from test_host import free_port, wait_until
+from test_host import PICTURES, QUESTIONS, ask_at_once, free_port, wait_until
 from test_host_page import (  # noqa: F401  (the tests of the page, which run here on this page)
+    CAPTION,
     browser,
     open_page,
     test_bad_input_gets_a_sentence_and_the_page_goes_on,
@@ -38,17 +41,20 @@ from llava_gradio_lora_host import build_chat
 from llava_orpo_training import build_prompt, generate_answers, load_image, load_llava
 
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
-PICTURES = sorted((MINIATURE / "amber" / "image").glob("*.webp"))
-CAPTION, DENIAL = "Describe this image.", "Is there a cup in this image?"
 ENVIRONMENT = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
 PROCESSOR = AutoProcessor.from_pretrained(MINIATURE / "model", backend="pil")
 BASE = ["--model_path", MINIATURE / "model"]
 ADAPTER = ["--lora_path", MINIATURE / "adapter"]
-without_vllm = pytest.mark.skipif(not PYTHON.exists() and "CI" not in os.environ, reason="make test makes .venv-vllm")
+
+
+@pytest.fixture(scope="session")
+def vllm():
+    if not PYTHON.exists() and "CI" not in os.environ:
+        pytest.skip("no .venv-vllm here: make test makes it")
 
 
 def needs_vllm(test):
-    return pytest.mark.slow(without_vllm(test))
+    return pytest.mark.slow(pytest.mark.usefixtures("vllm")(test))
 
 
 def start_page(flags, log):
@@ -75,10 +81,8 @@ def members(group):
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory):
+def served(vllm, tmp_path_factory):
     """The page over base and adapter, in float32: (process, address)."""
-    if not PYTHON.exists() and "CI" not in os.environ:
-        pytest.skip("no .venv-vllm here: make test makes it")
     log = tmp_path_factory.mktemp("logs") / "page.log"
     process, address = start_page([*BASE, *ADAPTER, "--dtype", "float32"], log)
     yield process, address
@@ -88,13 +92,13 @@ def served(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def wanted():
-    """What transformers answers about the first 24 pictures: {(model, question): answers}."""
+    """What transformers answers: {(picture, question, model): answer}."""
     model, processor = load_llava(str(BASE[1]), str(ADAPTER[1]), "cpu")
     images, found = [load_image(picture) for picture in PICTURES[:24]], {}
-    for question in (CAPTION, DENIAL):
-        found["adapter", question] = generate_answers(model, processor, images, [question] * 24, 60)
-        with model.disable_adapter():
-            found["model", question] = generate_answers(model, processor, images, [question] * 24, 60)
+    for question, name in product((CAPTION, QUESTIONS[2]), ("model", "adapter")):
+        with nullcontext() if name == "adapter" else model.disable_adapter():
+            answers = generate_answers(model, processor, images, [question] * 24, 60)
+        found |= {(picture, question, name): answer for picture, answer in zip(PICTURES, answers, strict=False)}
     return found
 
 
@@ -104,19 +108,11 @@ def wanted():
 @needs_vllm
 def test_users_at_once_get_transformers_answers_of_base_and_adapter(served, wanted):
     """Base and adapter in one batch too, which vLLM mixes up on a CPU if every place for adapters is taken."""
-    clients = [Client(served[1], verbose=False, httpx_kwargs={"timeout": 120}) for _ in range(4)]
-    users = [(key, number) for number in range(24) for key in wanted]
-
-    def ask(user):
-        (model, question), number = user
-        picture = handle_file(str(PICTURES[number]))
-        return clients[number % 4].predict(picture, question, model, 0, 1, 60, api_name="/answer")
-
-    with ThreadPoolExecutor(32) as pool:
-        answers = list(pool.map(ask, users))
-    assert answers == [wanted[key][number] for key, number in users]
-    assert wanted["model", CAPTION] != wanted["adapter", CAPTION]
-    job = clients[0].submit(handle_file(str(PICTURES[0])), CAPTION, "model", 0, 1, 60, api_name="/answer")
+    assert ask_at_once(served[1], list(wanted), 60) == list(wanted.values())
+    assert any(wanted[picture, CAPTION, "model"] != wanted[picture, CAPTION, "adapter"] for picture in PICTURES[:24])
+    job = Client(served[1], verbose=False).submit(
+        handle_file(str(PICTURES[0])), CAPTION, "model", 0, 1, 60, api_name="/answer"
+    )
     job.result(timeout=60)
     assert len(set(job.outputs())) > 2  # it streams
 
@@ -144,7 +140,7 @@ def site(served, wanted):
         return sum(float(n) for n in re.findall(r"^vllm:num_requests_(?:running|waiting)\{.*\} (\S+)", text, re.M))
 
     found = SimpleNamespace(name="host_quantized", address=page.local_url, engine=engine, growing=growing)
-    found.answers = {model: wanted[model, CAPTION][16] for model in engine.models}
+    found.answers = {model: wanted[PICTURES[16], CAPTION, model] for model in engine.models}
     yield found
     page.close()
 
@@ -187,8 +183,7 @@ def test_every_request_has_the_trained_prompt(served):
         create = models.served["model"][0].chat.completions.create
         return [await create(messages=serving.write_messages(image, turns), **fields) for turns in talks]
 
-    with ThreadPoolExecutor(1) as pool:  # Playwright's loop runs in this thread
-        replies = pool.submit(asyncio.run, ask_all()).result()
+    replies = run(ask_all())
     for reply, turns in zip(replies, talks, strict=True):
         assert reply.prompt_token_ids == build_chat(PROCESSOR, image.size, turns)
 
@@ -213,12 +208,11 @@ def test_an_adapter_on_an_fp8_base_answers_as_in_transformers(tmp_path):
     wanted = generate_answers(model, processor, list(map(load_image, pictures)), [CAPTION] * 32, 60)
     process, address = start_page(["--model_path", folder, *ADAPTER], tmp_path / "page.log")
     try:
-        submit, files = Client(address, verbose=False).submit, [handle_file(str(picture)) for picture in pictures]
-        jobs = [submit(file, CAPTION, "adapter", 0, 1, 60, api_name="/answer") for file in files]
-        same = sum(job.result(timeout=120) == answer for job, answer in zip(jobs, wanted, strict=True))
+        answers = ask_at_once(address, [(picture, CAPTION, "adapter") for picture in pictures], 60)
     finally:
         process.terminate()
         process.wait(30)
+    same = sum(answer == right for answer, right in zip(answers, wanted, strict=True))
     print(f"{same} of 32 answers the same")
     assert same >= 28
 
@@ -240,13 +234,9 @@ def test_vllm_answers_as_transformers_in_every_scheme(made, tmp_path):
         gaps = []
         for image, answer in zip(images, answers[str(folder)], strict=True):
             prompt = build_prompt(processor, CAPTION, image.size)
-            pixels = processor.image_processor(image, return_tensors="pt")
+            pixels = processor.image_processor(image, return_tensors="pt").to(model.dtype)
             with torch.no_grad():
-                logits = model(
-                    input_ids=torch.tensor([prompt + answer["tokens"]]),
-                    pixel_values=pixels["pixel_values"].to(model.dtype),
-                    image_sizes=pixels["image_sizes"],
-                ).logits[0]
+                logits = model(input_ids=torch.tensor([prompt + answer["tokens"]]), **pixels).logits[0]
             scores = logits[len(prompt) - 1 : -1].float().log_softmax(-1)
             scores = scores.gather(1, torch.tensor(answer["tokens"])[:, None])[:, 0]
             gaps.append((scores - torch.tensor(answer["logprobs"])).abs())
@@ -365,13 +355,16 @@ def stub(monkeypatch):
     server.shutdown()
 
 
-def collect(models, name="llava", turns=(("What is this?", None),), *sampling):
-    async def run():
-        stream = models.stream(load_image(PICTURES[0]), {name: list(turns)}, *sampling)
-        return [answers[name] async for answers in stream]
-
+def run(coroutine):
     with ThreadPoolExecutor(1) as pool:  # Playwright's loop runs in this thread
-        return pool.submit(asyncio.run, run()).result()
+        return pool.submit(asyncio.run, coroutine).result()
+
+
+def collect(models, name="llava", turns=(("What is this?", None),), *sampling):
+    async def stream():
+        return [answers[name] async for answers in models.stream(load_image(PICTURES[0]), {name: turns}, *sampling)]
+
+    return run(stream())
 
 
 def test_a_server_is_asked_as_the_model_was_trained(stub, monkeypatch):
@@ -435,11 +428,12 @@ def test_an_adapter_that_vllm_would_apply_in_part_is_refused(tmp_path, capsys):
     good = "model.language_model.layers.0.mlp.up_proj.lora_A.weight"
     assert serving.read_rank(str(MINIATURE / "adapter"))[1] == 16
     assert serving.read_rank(save_adapter(tmp_path / "good", [good], 40))[1] == 40  # a pattern's rank counts
-    for number, (keys, rank) in enumerate((
-        ([good, "model.vision_tower.encoder.layers.0.mlp.fc1.lora_A.weight"], 4), ([good], 600),
-        ([good, "model.multi_modal_projector.linear_1.lora_A.weight"], 4),
-        (["model.layers.0.mlp.up_proj.lora_A.weight"], 4),  # LLaVA's own names, which vLLM does not find
-        ([good, good.replace("lora_A", "lora_magnitude_vector")], 4),
+    for number, (rank, *keys) in enumerate((
+        (4, good, "model.vision_tower.encoder.layers.0.mlp.fc1.lora_A.weight"),
+        (4, good, "model.multi_modal_projector.linear_1.lora_A.weight"),
+        (4, good, good.replace("lora_A", "lora_magnitude_vector")),
+        (4, "model.layers.0.mlp.up_proj.lora_A.weight"),  # LLaVA's own names, which vLLM does not find
+        (600, good),
     )):  # fmt: skip
         with pytest.raises(SystemExit) as error:
             serving.read_rank(save_adapter(tmp_path / str(number), keys, rank))
@@ -450,25 +444,30 @@ def test_the_watchdog_ends_a_server_that_does_not_listen(tmp_path):
     """One that ignores SIGTERM is killed, and its own children with it."""
     program = "import signal, subprocess, time; signal.signal(15, signal.SIG_IGN); subprocess.Popen(['sleep', '99']); time.sleep(99)"
     fast = serving.WATCHDOG.replace("sleep 10", "sleep 1")
-    process = subprocess.Popen(["sh", "-c", fast, tmp_path / "socket", sys.executable, "-c", program], stdin=subprocess.PIPE,
-                               start_new_session=True)  # fmt: skip
+    command = ["sh", "-c", fast, tmp_path / "socket", sys.executable, "-c", program]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     wait_until(lambda: len(members(process.pid)) == 5)  # two shells, cat, the server and its child
     process.stdin.close()
     assert process.wait(30) == -signal.SIGKILL
     wait_until(lambda: not members(process.pid))
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--model_path", "no/where"], "neither a folder nor a hub id"), (["--model_path", str(MINIATURE)], "config.json"),
-    (["--server_url", "gpu1:8000"], "is not an address"), (["--server_url", "http://a", "--lora_path", "b"], "--model_path"),
-    (["--max_tokens", "0"], "0 is not from 1"), (["--temperature", "3"], "from 0 to 2"),
-    (["--model_path", str(MINIATURE / "model"), "--lora_path", str(MINIATURE / "model")], "adapter_config.json"),
-])  # fmt: skip
-def test_bad_flags_are_one_sentence(flags, words, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+BAD_FLAGS = {
+    "--model_path no/where": "neither a folder nor a hub id",
+    f"--model_path {MINIATURE}": "config.json",
+    f"--model_path {BASE[1]} --lora_path {BASE[1]}": "adapter_config.json",
+    "--server_url gpu1:8000": "is not an address",
+    "--server_url http://a --lora_path b": "--model_path",
+    "--max_tokens 0": "0 is not from 1",
+    "--temperature 3": "from 0 to 2",
+}
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_bad_flags_are_one_sentence(flags, capsys, monkeypatch):
     with pytest.raises(SystemExit) as error:
-        serving.main(flags)
-    assert error.value.code == 2 and words in capsys.readouterr().err
+        serving.main(flags.split())
+    assert error.value.code == 2 and BAD_FLAGS[flags] in capsys.readouterr().err
 
 
 def test_the_pages_temperature_starts_where_the_flag_says():
