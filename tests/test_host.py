@@ -14,13 +14,11 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
-from types import SimpleNamespace
 
 import gradio as gr
 import httpx
 import numpy as np
 import pytest
-import torch
 from conftest import MINIATURE, ROOT
 from gradio_client import Client, handle_file
 from PIL import Image
@@ -48,21 +46,6 @@ def endless(engine, monkeypatch):
     return engine
 
 
-@pytest.fixture
-def batches(engine, monkeypatch):
-    """The batches that the engine generates. The first one waits until `batches.users` answers are asked for."""
-    found, generate = SimpleNamespace(users=0, sizes=[], mixed=[]), engine.generate
-
-    def note(batch):
-        wait_until(lambda: len(engine.jobs) >= found.users or found.sizes)
-        found.sizes.append(len(batch))
-        found.mixed.append(len({job.adapter for job in batch}) == 2)
-        generate(batch)
-
-    monkeypatch.setattr(engine, "generate", note)
-    return found
-
-
 @pytest.fixture(scope="module")
 def address(engine):
     """The page over the `engine`, listening."""
@@ -79,19 +62,32 @@ def plain(engine, picture, question, model="Adapter", max_new_tokens=100):
         return generate_answers(engine.model, engine.processor, [image], [question], max_new_tokens)[0]
 
 
-async def grow(engine, model, picture, question, *sampling):
+async def grow(engine, picture, question, model, *sampling):
     """All that is shown of an answer while it grows."""
     stream = engine.stream(host.load_image(picture), {model: [(question, None)]}, *sampling)
     return [answers[model] async for answers in stream]
 
 
 def finish(engine, *asked):
-    """The answers to questions that are asked at once, each as (model, picture, question, ...)."""
+    """The answers to questions that are asked at once, each as (picture, question, model, ...)."""
 
     async def everyone():
         return await asyncio.gather(*[grow(engine, *each) for each in asked])
 
     return [parts[-1] for parts in asyncio.run(everyone())]
+
+
+def note_batches(engine, monkeypatch, users):
+    """The batches that the engine generates. The first one waits until all users have asked."""
+    batches, generate = [], engine.generate
+
+    def note(batch):
+        wait_until(lambda: batches or len(engine.jobs) == users)
+        batches.append(batch)
+        generate(batch)
+
+    monkeypatch.setattr(engine, "generate", note)
+    return batches
 
 
 def free_port():
@@ -122,11 +118,11 @@ def ask_at_once(address, asked, max_new_tokens=100):
         return list(pool.map(user, range(len(asked))))
 
 
-def test_32_users_at_once_get_their_own_right_answers(engine, address, batches):
+def test_32_users_at_once_get_their_own_right_answers(engine, address, monkeypatch):
     asked = [(PICTURES[n], QUESTIONS[n % 3], engine.models[n // 3 % 2]) for n in range(32)]
-    batches.users = 32
+    batches = note_batches(engine, monkeypatch, 32)
     assert ask_at_once(address, asked) == [plain(engine, *each) for each in asked]
-    assert max(batches.sizes) == 16 and any(batches.mixed)
+    assert max(map(len, batches)) == 16 and any(len({job.adapter for job in batch}) == 2 for batch in batches)
 
 
 def test_the_api_streams(engine, address):
@@ -136,12 +132,17 @@ def test_the_api_streams(engine, address):
     assert len(parts) > 2 and all(whole.startswith(part) for part, whole in zip(parts, parts[1:], strict=False))
 
 
-def test_an_adapter_of_the_projector_is_never_mixed_with_the_base(engine, batches, monkeypatch):
-    monkeypatch.setattr(engine, "mixes", False)
-    batches.users = 2
-    answers = finish(engine, *[(model, PICTURES[16], QUESTIONS[0]) for model in engine.models])
-    assert answers == [plain(engine, PICTURES[16], QUESTIONS[0], model) for model in engine.models]
-    assert not any(batches.mixed)
+def test_an_adapter_of_the_projector_is_never_mixed_with_the_base(engine, monkeypatch):
+    with monkeypatch.context() as patched:
+        added = "base_model.model.model.multi_modal_projector.linear_1.lora_A.default.weight"
+        patched.setattr(engine.model, "named_parameters", lambda: [(added, None)])
+        monkeypatch.setattr(engine, "mixes", host.Engine(engine.model, engine.processor, 1).mixes)
+    asked, batches = (
+        [(PICTURES[16], QUESTIONS[0], name) for name in engine.models],
+        note_batches(engine, monkeypatch, 2),
+    )
+    assert finish(engine, *asked) == [plain(engine, *each) for each in asked]
+    assert all(len({job.adapter for job in batch}) == 1 for batch in batches)
 
 
 def test_a_conversation_is_one_prompt_and_a_question_is_plain_text(engine, photo_llava):
@@ -163,14 +164,14 @@ def test_a_conversation_is_one_prompt_and_a_question_is_plain_text(engine, photo
 
 def test_who_stops_reading_ends_the_generation_and_nobody_elses(endless):
     async def leave():
-        other = asyncio.create_task(grow(endless, "Adapter", PICTURES[1], QUESTIONS[0], 0, 1, 150))
+        other = asyncio.create_task(grow(endless, PICTURES[1], QUESTIONS[0], "Adapter", 0, 1, 150))
         image = host.load_image(PICTURES[0])
         async with aclosing(endless.stream(image, {"Base": [(QUESTIONS[0], None)]}, 0, 1, 900)) as stream:
             async for answers in stream:
                 if answers["Base"]:
                     (mine,) = (job for job in endless.jobs if job.tokens and not job.adapter)
                     break
-        waiting = asyncio.create_task(grow(endless, "Base", PICTURES[2], QUESTIONS[0], 0, 1, 900))
+        waiting = asyncio.create_task(grow(endless, PICTURES[2], QUESTIONS[0], "Base", 0, 1, 900))
         await asyncio.sleep(0.05)
         waiting.cancel()  # before its turn
         return mine, await other
@@ -183,25 +184,24 @@ def test_who_stops_reading_ends_the_generation_and_nobody_elses(endless):
 
 
 def test_sampling_follows_its_settings(engine):
-    def draw(*sampling):
-        return set(finish(engine, *[("Base", PICTURES[6], QUESTIONS[1], *sampling, 40)] * 6))
+    asked = (PICTURES[6], QUESTIONS[1], "Base")
 
-    assert draw(0, 1) == {plain(engine, PICTURES[6], QUESTIONS[1], "Base", 40)} == draw(1, 0.01)
+    def draw(*sampling):
+        return set(finish(engine, *[(*asked, *sampling, 40)] * 6))
+
+    assert draw(0, 1) == {plain(engine, *asked, 40)} == draw(1, 0.01)
     assert len(draw(1.5, 1)) > 1
 
 
 def test_a_failure_costs_one_batch_and_not_the_page(engine, monkeypatch):
-    def fail(batch):
-        raise torch.OutOfMemoryError("the GPU is full")
-
-    asked = ("Base", PICTURES[0], QUESTIONS[0])
+    asked = (PICTURES[0], QUESTIONS[0], "Base")
     with monkeypatch.context() as patched:
-        patched.setattr(engine, "generate", fail)
+        patched.setattr(engine, "generate", lambda batch: 1 / 0)
         with pytest.raises(gr.Error, match="failed on this question"):
             finish(engine, asked)
-    assert finish(engine, asked) == [plain(engine, PICTURES[0], QUESTIONS[0], "Base")]
+    assert finish(engine, asked) == [plain(engine, *asked)]
     with pytest.raises(gr.Error, match="longer than the model can read"):
-        finish(engine, ("Base", PICTURES[0], "cup " * 5000))
+        finish(engine, (PICTURES[0], "cup " * 5000, "Base"))
 
 
 # ---------------------------------------------------------------------------- pictures, questions, words
