@@ -90,8 +90,9 @@ def test_two_answers_stream_and_what_differs_is_marked(site, open_page):
     page = open_page()
     page.set_input_files("#picture input[type=file]", PICTURES[16])
     expect(page.locator("#picture img")).to_be_visible()
-    page.evaluate("""() => { window.seen = []; const answers = document.querySelector('#answers'); new MutationObserver(
-        () => window.seen.push(answers.querySelector('p')?.innerText || '')).observe(answers, {childList: true, subtree: true}) }""")
+    page.evaluate("""() => { window.seen = []; const answers = document.querySelector('#answers');
+        new MutationObserver(() => window.seen.push(answers.querySelector('p')?.innerText || ''))
+            .observe(answers, {childList: true, subtree: true, characterData: true}) }""")
     button(page, "Ask").click()  # an empty question asks for a description
     finished(page)
     base, adapter = site.answers.values()
