@@ -290,7 +290,8 @@ def write_messages(image: Image.Image, turns: list) -> list[dict]:
             plain = re.sub(r"<(/?(?:image|s|pad|unk))>", r"(\1)", text or "")
             messages.append({"role": role, "content": [{"type": "text", "text": plain}]})
     file = io.BytesIO()
-    image.save(file, "PNG", compress_level=1)  # without a loss, so that the model sees the same pixels
+    # without a loss, so that the model sees the same pixels; a copy, since Pillow lets no two threads save one image
+    image.copy().save(file, "PNG", compress_level=1)
     url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
     messages[0]["content"].insert(0, {"type": "image_url", "image_url": {"url": url}})
     return messages[:-1]  # without the answer that is wanted
