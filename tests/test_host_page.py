@@ -3,13 +3,11 @@ are those of both pages: here over transformers, and in test_serving.py, which i
 
 import os
 import shutil
-import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from playwright.sync_api import Error, expect, sync_playwright
-from test_host import PICTURES, REFUSED, endless, engine, plain  # noqa: F401
+from test_host import PICTURES, REFUSED, endless, engine, plain, wait_until  # noqa: F401
 
 import llava_gradio_lora_host as host
 
@@ -22,12 +20,11 @@ CAPTION = "Describe this image."
 def site(engine):  # noqa: F811
     """A listening page: its address, its engine, what plain generation says, and how many answers grow now."""
     about = "<mark>Marked</mark> words are not in the other answer. <u>Underlined</u> objects are those that the base denies."
-    page = host.build_page(engine, about, 900, False, 8, 64, check=host.find_doubtful)
+    page = host.build_page(engine, about, 900, False, 8, host.find_doubtful)
     host.launch_page(page)
-    answers = {model: plain(engine, PICTURES[16], CAPTION, model) for model in engine.models}
-    yield SimpleNamespace(
-        name="host", address=page.local_url, engine=engine, answers=answers, growing=lambda: len(engine.jobs)
-    )
+    found = SimpleNamespace(name="host", address=page.local_url, engine=engine, growing=lambda: len(engine.jobs))
+    found.answers = {model: plain(engine, PICTURES[16], CAPTION, model) for model in engine.models}
+    yield found
     page.close()
 
 
@@ -48,28 +45,24 @@ def browser():
 @pytest.fixture
 def open_page(site, browser):
     """A function that opens the page, of a width in pixels, light or dark."""
-    pages, problems = [], []
+    problems, context = [], browser.new_context()
+    context.on("weberror", lambda error: problems.append(str(error.error)))
+    context.on("dialog", lambda dialog: (problems.append("a script ran"), dialog.dismiss()))
 
     def open_one(width=1280, height=800, theme="light"):
-        page = browser.new_page(viewport={"width": width, "height": height})
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("dialog", lambda dialog: (problems.append("a script ran"), dialog.dismiss()))
+        page = context.new_page()
+        page.set_viewport_size({"width": width, "height": height})
         page.goto(f"{site.address}?__theme={theme}")
         expect(page.locator("#question textarea")).to_be_visible()
-        pages.append(page)
         return page
 
     yield open_one
-    for page in pages:
-        page.close()
+    context.close()
     assert not problems
 
 
-def give(page, picture):
-    """Upload a picture, from a path or as (name, bytes)."""
-    if not isinstance(picture, Path):
-        picture = {"name": picture[0], "mimeType": "image/png", "buffer": picture[1]}
-    page.locator("#picture input[type=file]").set_input_files(picture)
+def button(page, name):
+    return page.get_by_role("button", name=name, exact=True)
 
 
 def example(page, number):
@@ -80,19 +73,12 @@ def example(page, number):
 
 def ask(page, question):
     page.locator("#question textarea").fill(question)
-    page.get_by_role("button", name="Ask", exact=True).click()
+    button(page, "Ask").click()
 
 
 def finished(page, turns=1):
     expect(page.locator("#answers article")).to_have_count(turns)  # begun
-    expect(page.get_by_role("button", name="Ask", exact=True)).to_be_visible()
-
-
-def wait_until(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    expect(button(page, "Ask")).to_be_visible()
 
 
 def shown(page, turn=0):
@@ -102,13 +88,12 @@ def shown(page, turn=0):
 @pytest.mark.slow  # a mark of the module would not go with the tests into test_serving.py
 def test_two_answers_stream_and_what_differs_is_marked(site, open_page):
     page = open_page()
-    give(page, PICTURES[16])
+    page.set_input_files("#picture input[type=file]", PICTURES[16])
     expect(page.locator("#picture img")).to_be_visible()
-    page.evaluate(
-        """() => { window.seen = []; new MutationObserver(() => window.seen.push(document.querySelector('#answers p')?.innerText || ''))
-                   .observe(document.querySelector('#answers'), {childList: true, subtree: true, characterData: true}) }"""
-    )
-    page.get_by_role("button", name="Ask", exact=True).click()  # an empty question asks for a description
+    page.evaluate("""() => { window.seen = []; const answers = document.querySelector('#answers');
+        new MutationObserver(() => window.seen.push(answers.querySelector('p')?.innerText || ''))
+            .observe(answers, {childList: true, subtree: true, characterData: true}) }""")
+    button(page, "Ask").click()  # an empty question asks for a description
     finished(page)
     base, adapter = site.answers.values()
     assert base != adapter and shown(page) == [base, adapter]
@@ -122,7 +107,7 @@ def test_two_answers_stream_and_what_differs_is_marked(site, open_page):
     ask(page, "Is there a house in this image?")
     finished(page, turns=2)
     assert shown(page)[1] in ("Yes", "No") and shown(page, 1) == [base, adapter]  # the newest is first
-    page.get_by_role("button", name="Clear the answers").click()
+    button(page, "Clear the answers").click()
     expect(page.locator("#answers article")).to_have_count(0)
 
 
@@ -130,11 +115,10 @@ def test_two_answers_stream_and_what_differs_is_marked(site, open_page):
 def test_a_follow_up_sees_the_conversation_about_its_picture_alone(site, open_page, monkeypatch):
     conversations, stream = [], site.engine.stream
 
-    def note(image, talks, *rest, **options):
-        questions = [question for question, _ in talks.get(site.engine.models[0], [])]
-        if questions[-1:] in (["One?"], ["Two?"], ["Three?"]):
-            conversations.append(questions)
-        return stream(image, talks, *rest, **options)
+    def note(image, talks, *settings, **options):
+        if settings:  # it is no question about an object
+            conversations.append([question for question, _ in talks[site.engine.models[0]]])
+        return stream(image, talks, *settings, **options)
 
     monkeypatch.setattr(site.engine, "stream", note)
     page = open_page()
@@ -158,7 +142,7 @@ def test_stop_a_new_picture_and_leaving_end_the_generation(site, endless, open_p
     page.get_by_label("number input for Longest answer").blur()
     example(page, 0)
     for end in (
-        lambda: page.get_by_role("button", name="Stop", exact=True).click(),
+        lambda: button(page, "Stop").click(),
         lambda: page.locator("#examples .gallery-item").nth(1).click(),
         lambda: page.close(),
     ):
@@ -169,20 +153,21 @@ def test_stop_a_new_picture_and_leaving_end_the_generation(site, endless, open_p
         end()
         wait_until(lambda: not site.growing(), 2)  # far too soon for 900 tokens
         if not page.is_closed():
-            expect(page.get_by_role("button", name="Ask", exact=True)).to_be_visible()
+            expect(button(page, "Ask")).to_be_visible()
             if before == 1:  # what came of it stays, unless it is about another picture
                 assert all("The image" in text for text in shown(page))
-                page.get_by_role("button", name="Clear the answers").click()
+                button(page, "Clear the answers").click()
             expect(page.locator("#answers article")).to_have_count(0)
 
 
 @pytest.mark.slow
 def test_bad_input_gets_a_sentence_and_the_page_goes_on(site, open_page):
     page = open_page()
-    page.get_by_role("button", name="Ask", exact=True).click()
+    button(page, "Ask").click()
     expect(page.locator(".toast-body").last).to_contain_text("Choose a picture first")
     for name in ("text", "svg", "html", "cut off", "bomb"):
-        give(page, ("a.png", REFUSED[name][0]))
+        file = {"name": "a.png", "mimeType": "image/png", "buffer": REFUSED[name][0]}
+        page.set_input_files("#picture input[type=file]", file)
         expect(page.locator(".toast-body").filter(has_text=REFUSED[name][1]).first).to_be_visible()
         expect(page.locator("#picture img")).to_have_count(0)
         for close in page.locator(".toast-close").all()[::-1]:
@@ -211,9 +196,8 @@ def test_on_a_phone_the_answers_are_in_sight(site, open_page, theme):
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")  # nothing to scroll sideways
     base, adapter = (page.locator("#answers p").nth(number).bounding_box() for number in (0, 1))
     assert adapter["y"] > base["y"] + base["height"] and adapter["y"] + adapter["height"] < 844
-    colour, background = page.locator("#answers .differs").first.evaluate(
-        "mark => [getComputedStyle(mark).color, getComputedStyle(mark).backgroundColor]"
-    )
+    look = "mark => [getComputedStyle(mark).color, getComputedStyle(mark).backgroundColor]"
+    colour, background = page.locator("#answers .differs").first.evaluate(look)
     light, dark = (sum(map(int, value[4:-1].split(","))) for value in (background, colour))
     assert abs(light - dark) > 300  # the marked words can be read
     if SCREENSHOTS:

@@ -6,13 +6,13 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,41 +24,53 @@ import pytest
 import torch
 from conftest import MINIATURE, ROOT
 from gradio_client import Client, handle_file
+from test_host import PICTURES, QUESTIONS, ask_at_once, free_port, wait_until
 from test_host_page import (  # noqa: F401  (the tests of the page, which run here on this page)
+    CAPTION,
     browser,
     open_page,
     test_bad_input_gets_a_sentence_and_the_page_goes_on,
     test_on_a_phone_the_answers_are_in_sight,
     test_stop_a_new_picture_and_leaving_end_the_generation,
     test_two_answers_stream_and_what_differs_is_marked,
-    wait_until,
 )
+from transformers import AutoProcessor
 
 import llava_gradio_lora_host_quantized as serving
 from llava_gradio_lora_host import build_chat
 from llava_orpo_training import build_prompt, generate_answers, load_image, load_llava
 
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
-PICTURES = sorted((MINIATURE / "amber" / "image").glob("*.webp"))
-CAPTION, DENIAL = "Describe this image.", "Is there a cup in this image?"
 ENVIRONMENT = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
-needs_vllm = pytest.mark.skipif(
-    not PYTHON.exists() and "CI" not in os.environ, reason="no .venv-vllm here: make test makes it"
-)
+PROCESSOR = AutoProcessor.from_pretrained(MINIATURE / "model", backend="pil")
+BASE = ["--model_path", MINIATURE / "model"]
+ADAPTER = ["--lora_path", MINIATURE / "adapter"]
 
 
-def start_page(flags, log):
-    """Start the page in .venv-vllm and wait until it is there: (process, address)."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [PYTHON, "llava_gradio_lora_host_quantized.py", *flags, "--port", port]
+@pytest.fixture(scope="session")
+def vllm():
+    if not PYTHON.exists() and "CI" not in os.environ:
+        pytest.skip("no .venv-vllm here: make test makes it")
+
+
+def needs_vllm(test):
+    return pytest.mark.slow(pytest.mark.usefixtures("vllm")(test))
+
+
+@contextmanager
+def running_page(folder, *flags):
+    """The page in .venv-vllm, once it is there: (process, address)."""
+    port, log = free_port(), folder / "page.log"
+    command = [PYTHON, "llava_gradio_lora_host_quantized.py", *flags, *ADAPTER, "--port", port]
     with log.open("w") as file:
         process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file, env=ENVIRONMENT, cwd=ROOT)
-    deadline = time.monotonic() + 300
-    while "The page is at" not in log.read_text():
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.5)
-    return process, f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: "The page is at" in log.read_text() or process.poll() is not None, 300)
+        assert process.poll() is None, log.read_text()[-3000:]
+        yield process, f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 def find_child(process):
@@ -74,27 +86,21 @@ def members(group):
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory):
+def served(vllm, tmp_path_factory):
     """The page over base and adapter, in float32: (process, address)."""
-    if not PYTHON.exists() and "CI" not in os.environ:
-        pytest.skip("no .venv-vllm here: make test makes it")
-    flags = ["--model_path", MINIATURE / "model", "--lora_path", MINIATURE / "adapter", "--dtype", "float32"]
-    process, address = start_page(flags, tmp_path_factory.mktemp("logs") / "page.log")
-    yield process, address
-    process.terminate()
-    process.wait(30)
+    with running_page(tmp_path_factory.mktemp("page"), *BASE, "--dtype", "float32") as page:
+        yield page
 
 
 @pytest.fixture(scope="session")
 def wanted():
-    """What transformers answers about the first 24 pictures: {(model, question): answers}."""
-    model, processor = load_llava(str(MINIATURE / "model"), str(MINIATURE / "adapter"), "cpu")
-    images = [load_image(picture) for picture in PICTURES[:24]]
-    found = {}
-    for question in (CAPTION, DENIAL):
-        found["adapter", question] = generate_answers(model, processor, images, [question] * 24, 60)
-        with model.disable_adapter():
-            found["model", question] = generate_answers(model, processor, images, [question] * 24, 60)
+    """What transformers answers: {(picture, question, model): answer}."""
+    model, processor = load_llava(str(BASE[1]), str(ADAPTER[1]), "cpu")
+    images, found = [load_image(picture) for picture in PICTURES[:24]], {}
+    for question, name in product((CAPTION, QUESTIONS[2]), ("model", "adapter")):
+        with nullcontext() if name == "adapter" else model.disable_adapter():
+            answers = generate_answers(model, processor, images, [question] * 24, 60)
+        found |= {(picture, question, name): answer for picture, answer in zip(PICTURES, answers, strict=False)}
     return found
 
 
@@ -102,28 +108,13 @@ def wanted():
 
 
 @needs_vllm
-@pytest.mark.slow
 def test_users_at_once_get_transformers_answers_of_base_and_adapter(served, wanted):
     """Base and adapter in one batch too, which vLLM mixes up on a CPU if every place for adapters is taken."""
-    clients = [Client(served[1], verbose=False, httpx_kwargs={"timeout": 120}) for _ in range(4)]
-    users = [(key, number) for number in range(24) for key in wanted]
-
-    def ask(user):
-        (model, question), number = user
-        picture = handle_file(str(PICTURES[number]))
-        return clients[number % 4].predict(picture, question, model, 0, 1, 60, api_name="/answer")
-
-    with ThreadPoolExecutor(32) as pool:
-        answers = list(pool.map(ask, users))
-    assert answers == [wanted[key][number] for key, number in users]
-    assert wanted["model", CAPTION] != wanted["adapter", CAPTION]
-    job = clients[0].submit(handle_file(str(PICTURES[0])), CAPTION, "model", 0, 1, 60, api_name="/answer")
-    job.result(timeout=60)
-    assert len(set(job.outputs())) > 2  # it streams
+    assert ask_at_once(served[1], list(wanted), 60) == list(wanted.values())
+    assert any(wanted[picture, CAPTION, "model"] != wanted[picture, CAPTION, "adapter"] for picture in PICTURES[:24])
 
 
 @needs_vllm
-@pytest.mark.slow
 def test_special_tokens_are_words_and_what_is_too_long_is_refused(served):
     client, picture = Client(served[1], verbose=False), handle_file(str(PICTURES[0]))
     assert client.predict(picture, "<image> </s> Is it?", api_name="/answer")
@@ -137,7 +128,7 @@ def site(served, wanted):
     """The page in this process, over the vLLM that the other page has started."""
     socket = find_child(served[0])[1]
     engine = serving.ServedModels([f"unix:{socket}"])
-    page = serving.build_page(engine, "<mark>Marked</mark> words are not in the other answer.", 900, False, 8, 64)
+    page = serving.build_page(engine, "<mark>Marked</mark> words are not in the other answer.", 900, False, 8)
     serving.launch_page(page)
 
     def growing():
@@ -145,10 +136,9 @@ def site(served, wanted):
             text = client.get("http://vllm/metrics").text
         return sum(float(n) for n in re.findall(r"^vllm:num_requests_(?:running|waiting)\{.*\} (\S+)", text, re.M))
 
-    answers = {model: wanted[model, CAPTION][16] for model in engine.models}
-    yield SimpleNamespace(
-        name="host_quantized", address=page.local_url, engine=engine, answers=answers, growing=growing
-    )
+    found = SimpleNamespace(name="host_quantized", address=page.local_url, engine=engine, growing=growing)
+    found.answers = {model: wanted[PICTURES[16], CAPTION, model] for model in engine.models}
+    yield found
     page.close()
 
 
@@ -160,7 +150,6 @@ def endless(site, monkeypatch):
 
 
 @needs_vllm
-@pytest.mark.slow
 def test_no_other_user_reaches_the_pages_own_vllm(served):
     """It listens on no port: vLLM asks for a key only below /v1, and answers /invocations without one."""
     group, path = find_child(served[0])
@@ -176,38 +165,27 @@ def test_no_other_user_reaches_the_pages_own_vllm(served):
 
 
 @needs_vllm
-@pytest.mark.slow
 def test_every_request_has_the_trained_prompt(served):
     models = serving.ServedModels([f"unix:{find_child(served[0])[1]}"])
     assert models.models == ["model", "adapter"]
     for _, _, longest, extra in models.served.values():
         assert longest == 1024 and extra == {}
-    client, name = models.served["model"][0], "model"
-    _, processor = serving_processor(MINIATURE / "model")
     image = load_image(PICTURES[3])
     questions = (CAPTION, "Is there\n a chair, please?", "日本語 🎉")
     talks = [[(question, None)] for question in questions]
     talks += [[(CAPTION, "The image shows a tree."), (question, None)] for question in questions]
 
     async def ask_all():
-        fields = {"model": name, "max_completion_tokens": 1, "extra_body": {"return_token_ids": True}}
-        create = client.chat.completions.create
+        fields = {"model": "model", "max_completion_tokens": 1, "extra_body": {"return_token_ids": True}}
+        create = models.served["model"][0].chat.completions.create
         return [await create(messages=serving.write_messages(image, turns), **fields) for turns in talks]
 
-    with ThreadPoolExecutor(1) as pool:  # Playwright's loop runs in this thread
-        replies = pool.submit(asyncio.run, ask_all()).result()
+    replies = run(ask_all())
     for reply, turns in zip(replies, talks, strict=True):
-        assert reply.prompt_token_ids == build_chat(processor, image.size, turns)
-
-
-def serving_processor(folder):
-    from transformers import AutoProcessor
-
-    return None, AutoProcessor.from_pretrained(folder, backend="pil")
+        assert reply.prompt_token_ids == build_chat(PROCESSOR, image.size, turns)
 
 
 @needs_vllm
-@pytest.mark.slow
 def test_a_killed_page_leaves_no_process(served):
     """The last test that uses the page."""
     group, path = find_child(served[0])
@@ -217,42 +195,22 @@ def test_a_killed_page_leaves_no_process(served):
 
 
 @needs_vllm
-@pytest.mark.slow
 def test_an_adapter_on_an_fp8_base_answers_as_in_transformers(tmp_path):
     import llava_quantize_vllm as quantizing
 
-    folder = tmp_path / "fp8"
-    flags = [
-        "--model_path",
-        MINIATURE / "model",
-        "--scheme",
-        "FP8_DYNAMIC",
-        "--output_dir",
-        folder,
-        "--gate_samples",
-        "0",
-    ]
+    folder, pictures = tmp_path / "fp8", PICTURES[:32]
+    flags = [*BASE, "--scheme", "FP8_DYNAMIC", "--output_dir", folder, "--gate_samples", "0"]
     quantizing.main(list(map(str, flags)))
-    model, processor = load_llava(str(folder), str(MINIATURE / "adapter"), "cpu")
-    images = [load_image(picture) for picture in PICTURES[:32]]
-    wanted = generate_answers(model, processor, images, [CAPTION] * 32, 60)
-    process, address = start_page(["--model_path", folder, "--lora_path", MINIATURE / "adapter"], tmp_path / "page.log")
-    try:
-        client = Client(address, verbose=False)
-        jobs = [
-            client.submit(handle_file(str(picture)), CAPTION, "adapter", 0, 1, 60, api_name="/answer")
-            for picture in PICTURES[:32]
-        ]
-        same = sum(job.result(timeout=120) == answer for job, answer in zip(jobs, wanted, strict=True))
-    finally:
-        process.terminate()
-        process.wait(30)
+    model, processor = load_llava(str(folder), str(ADAPTER[1]), "cpu")
+    wanted = generate_answers(model, processor, list(map(load_image, pictures)), [CAPTION] * 32, 60)
+    with running_page(tmp_path, "--model_path", folder) as (_, address):
+        answers = ask_at_once(address, [(picture, CAPTION, "adapter") for picture in pictures], 60)
+    same = sum(answer == right for answer, right in zip(answers, wanted, strict=True))
     print(f"{same} of 32 answers the same")
     assert same >= 28
 
 
 @needs_vllm
-@pytest.mark.slow
 def test_vllm_answers_as_transformers_in_every_scheme(made, tmp_path):
     """FP8_BLOCK is not among them: vLLM has no kernel for it on a CPU."""
     exact = tmp_path / "float32"
@@ -269,13 +227,9 @@ def test_vllm_answers_as_transformers_in_every_scheme(made, tmp_path):
         gaps = []
         for image, answer in zip(images, answers[str(folder)], strict=True):
             prompt = build_prompt(processor, CAPTION, image.size)
-            pixels = processor.image_processor(image, return_tensors="pt")
+            pixels = processor.image_processor(image, return_tensors="pt").to(model.dtype)
             with torch.no_grad():
-                logits = model(
-                    input_ids=torch.tensor([prompt + answer["tokens"]]),
-                    pixel_values=pixels["pixel_values"].to(model.dtype),
-                    image_sizes=pixels["image_sizes"],
-                ).logits[0]
+                logits = model(input_ids=torch.tensor([prompt + answer["tokens"]]), **pixels).logits[0]
             scores = logits[len(prompt) - 1 : -1].float().log_softmax(-1)
             scores = scores.gather(1, torch.tensor(answer["tokens"])[:, None])[:, 0]
             gaps.append((scores - torch.tensor(answer["logprobs"])).abs())
@@ -287,21 +241,14 @@ def test_vllm_answers_as_transformers_in_every_scheme(made, tmp_path):
 
 
 @needs_vllm
-@pytest.mark.slow
 def test_ambers_script_runs_on_the_quantized_checkpoint(made, tmp_path):
-    command = ["llava_amber_validation_benchmark_with_lora.py", "--test_mode", "--backend", "vllm", "--evaluation_type", "g",
-               "--limit", "20", "--nouns", "vocabulary", "--output_file"]  # fmt: skip
-    run = [str(PYTHON), *command, str(tmp_path / "vllm" / "results.json"), "--model_path", str(made["FP8_DYNAMIC"])]
-    subprocess.run(run, check=True, timeout=300, cwd=ROOT, env=ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
-    plain = [
-        sys.executable,
-        *command,
-        str(tmp_path / "plain" / "results.json"),
-        "--lora_path",
-        str(MINIATURE / "adapter"),
-    ]
-    plain[plain.index("vllm")] = "transformers"
-    subprocess.run(plain, check=True, timeout=300, cwd=ROOT)
+    script = "llava_amber_validation_benchmark_with_lora.py"
+    flags = "--test_mode --evaluation_type g --limit 20 --nouns vocabulary --output_file".split()
+    environment = ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    quantized = ["--backend", "vllm", "--model_path", made["FP8_DYNAMIC"]]
+    for python, name, model in ((PYTHON, "vllm", quantized), (sys.executable, "plain", ADAPTER)):
+        command = [python, script, *flags, tmp_path / name / "results.json", *model]
+        subprocess.run([*map(str, command)], check=True, timeout=300, cwd=ROOT, env=environment)
     answers = [json.loads((tmp_path / folder / "results.json").read_text()) for folder in ("vllm", "plain")]
     assert len(answers[0]) == 20 and sum(a == b for a, b in zip(*answers, strict=True)) >= 14
     scores = [json.loads((tmp_path / folder / "scores.json").read_text()) for folder in ("vllm", "plain")]
@@ -310,7 +257,6 @@ def test_ambers_script_runs_on_the_quantized_checkpoint(made, tmp_path):
 
 
 @needs_vllm
-@pytest.mark.slow
 def test_vllm_knows_our_flags_and_the_readmes():
     """As its own parser reads them: the command with which `vllm serve` is started on a GPU, and the README's."""
     text = (ROOT / "README.md").read_text().replace("\\\n", " ").replace("…", "folder")
@@ -330,8 +276,8 @@ def test_vllm_knows_our_flags_and_the_readmes():
         print(args.model_tag, args.tensor_parallel_size, args.max_lora_rank, args.lora_modules)
         for line in sys.argv[1:]:
             print(parser.parse_args(shlex.split(line)))"""
-    run = subprocess.run([str(PYTHON), "-c", program, *lines], capture_output=True, text=True, timeout=120, env=ENVIRONMENT,
-                         cwd=ROOT)  # fmt: skip
+    command = [str(PYTHON), "-c", program, *lines]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-2000:]
     assert "miniature/model 2 16 [LoRAModulePath(name='adapter', path='miniature/adapter'" in run.stdout
 
@@ -342,70 +288,50 @@ def test_vllm_knows_our_flags_and_the_readmes():
 class Stub(BaseHTTPRequestHandler):
     """A server that does as its `mode` says: bos, bare (no BOS), adds (add_special_tokens adds it), vicuna; and breaking …"""
 
-    mode, asked, adapter_moves, key = "bos", [], 1, "secret"
+    mode, asked, adapter_moves = "bos", [], 1
 
     def log_message(self, *_):
         pass
 
     def do_GET(self):
-        if self.headers["Authorization"] != f"Bearer {self.key}":
-            return self.reply({"error": {"message": "no key"}}, 401)
-        base, adapter = (
-            {"id": "models/llava", "max_model_len": 100, "parent": None},
-            {"id": "orpo", "parent": "models/llava"},
-        )
-        self.reply({"data": [base, adapter], "object": "list"})
+        models = [{"id": "models/llava", "max_model_len": 100}, {"id": "orpo", "parent": "models/llava"}]
+        if self.headers["Authorization"] == "Bearer secret":
+            return self.reply({"data": models, "object": "list"})
+        self.reply({"error": {"message": "no key"}}, 401)
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path == "/tokenize":
-            return self.tokenize(body)
+            return self.reply({"tokens": self.tokenize(**body)})
         self.asked.append(body)
-        if body.get("prompt_logprobs") is not None:
-            moved = self.adapter_moves * (body["model"] == "orpo")
-            scores = [None, {"5": {"logprob": -1.0 - moved}}]
-            message = {"role": "assistant", "content": "A"}
-            return self.reply({"choices": [{"index": 0, "message": message}], "prompt_logprobs": scores})
+        if "prompt_logprobs" in body:
+            score = {"5": {"logprob": -1.0 - self.adapter_moves * (body["model"] == "orpo")}}
+            choice = {"index": 0, "message": {"role": "assistant", "content": "A"}}
+            return self.reply({"choices": [choice], "prompt_logprobs": [None, score]})
         if self.mode == "refusing":
             return self.reply({"error": {"message": "too long for me"}}, 400)
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.end_headers()
-        for word, end in (("A", None), (" red", None), (" cup", "abort" if self.mode == "aborting" else "stop")):
-            if self.mode == "garbage":
-                return self.wfile.write(b"data: {no json\n\n")
-            choice = {"index": 0, "delta": {"content": word}, "finish_reason": end}
-            self.wfile.write(f"data: {json.dumps({'id': '1', 'choices': [choice]})}\n\n".encode())
-            if self.mode == "breaking":
-                return
-        self.wfile.write(b"data: [DONE]\n\n")
+        words = [("A", None), (" red", None), (" cup", "abort" if self.mode == "aborting" else "stop")]
+        choices = [{"index": 0, "delta": {"content": word}, "finish_reason": end} for word, end in words]
+        events = [json.dumps({"id": "1", "choices": [choice]}) for choice in choices] + ["[DONE]"]
+        events = {"garbage": ["{no json"], "breaking": events[:1]}.get(self.mode, events)
+        self.reply("".join(f"data: {event}\n\n" for event in events))
 
-    def tokenize(self, body):
-        tokenizer = TOKENIZER.tokenizer
-        text = body.get("prompt")
-        if text is None:
-            parts = [part for message in body["messages"] for part in message["content"]]
-            for part in parts:
-                part["type"] = part["type"].removesuffix("_url")
-            template = serving.CHAT_TEMPLATE.removeprefix("" if self.mode == "bos" else "{{ bos_token }} ")
-            template = template.replace("[INST]", "USER:") if self.mode == "vicuna" else template
-            text = jinja2.Template(template).render(messages=body["messages"], bos_token="<s>", eos_token="</s>")
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-        ids = [1] * (self.mode == "adds" and bool(body.get("add_special_tokens"))) + ids
-        image = TOKENIZER.image_token_id
-        ids = [i for token in ids for i in [token] * (7 if token == image and "messages" in body else 1)]
-        self.reply({"tokens": ids, "token_strs": [text]})
+    def tokenize(self, prompt=None, messages=(), add_special_tokens=False, **_):
+        for part in [part for message in messages for part in message["content"]]:
+            part["type"] = part["type"].removesuffix("_url")
+        template = serving.CHAT_TEMPLATE.removeprefix("" if self.mode == "bos" else "{{ bos_token }} ")
+        template = template.replace("[INST]", "USER:") if self.mode == "vicuna" else template
+        text = prompt or jinja2.Template(template).render(messages=messages, bos_token="<s>", eos_token="</s>")
+        ids, image = PROCESSOR.tokenizer(text, add_special_tokens=False).input_ids, PROCESSOR.image_token_id
+        ids = [1] * (self.mode == "adds" and add_special_tokens) + ids
+        return [i for token in ids for i in [token] * (7 if token == image and messages else 1)]
 
     def reply(self, content, status=200):
-        data = json.dumps(content).encode()
+        stream = isinstance(content, str)
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Type", "text/event-stream" if stream else "application/json")
         self.end_headers()
-        self.wfile.write(data)
-
-
-TOKENIZER = serving_processor(MINIATURE / "model")[1]
+        self.wfile.write((content if stream else json.dumps(content)).encode())
 
 
 @pytest.fixture
@@ -419,28 +345,26 @@ def stub(monkeypatch):
     server.shutdown()
 
 
-def collect(models, name="llava", turns=(("What is this?", None),), *sampling):
-    async def run():
-        stream = models.stream(load_image(PICTURES[0]), {name: list(turns)}, *sampling)
-        return [answers[name] async for answers in stream]
-
+def run(coroutine):
     with ThreadPoolExecutor(1) as pool:  # Playwright's loop runs in this thread
-        return pool.submit(asyncio.run, run()).result()
+        return pool.submit(asyncio.run, coroutine).result()
+
+
+def collect(models, name="llava", turns=(("What is this?", None),), *sampling):
+    async def stream():
+        return [answers[name] async for answers in models.stream(load_image(PICTURES[0]), {name: turns}, *sampling)]
+
+    return run(stream())
 
 
 def test_a_server_is_asked_as_the_model_was_trained(stub, monkeypatch):
     models = serving.ServedModels([stub])
     assert models.models == ["llava", "orpo"]
-    assert (
-        collect(models, "orpo", [("Is <image> a </s>?", "A cup."), ("And?", None)], 0.5, 0.25, 1000)[-1] == "A red cup"
-    )
+    turns = [("Is <image> a </s>?", "A cup."), ("And?", None)]
+    assert collect(models, "orpo", turns, 0.5, 0.25, 1000)[-1] == "A red cup"
     asked = Stub.asked[-1]
-    assert (asked["model"], asked["temperature"], asked["top_p"], asked["max_completion_tokens"]) == (
-        "orpo",
-        0.5,
-        0.25,
-        100,  # its base's context
-    )
+    assert (asked["model"], asked["temperature"], asked["top_p"]) == ("orpo", 0.5, 0.25)
+    assert asked["max_completion_tokens"] == 100  # its base's context
     assert [message["role"] for message in asked["messages"]] == ["user", "assistant", "user"]
     picture, question = asked["messages"][0]["content"]
     assert question["text"] == "Is (image) a (/s)?" and asked["messages"][2]["content"][0]["text"] == "And?"
@@ -460,23 +384,21 @@ def test_what_cannot_be_proved_is_refused_before_the_page(stub, capsys, monkeypa
         assert error.value.code == 2
         return capsys.readouterr().err
 
-    monkeypatch.setattr(Stub, "mode", "bare")
-    sentence = refused()
-    assert "--chat-template" in sentence and serving.shlex.split(sentence.rstrip(".\n"))[-1] == serving.CHAT_TEMPLATE
-    monkeypatch.setattr(Stub, "mode", "vicuna")
-    assert "--scheme BF16" in refused()
+    for mode, words in (("bare", "--chat-template"), ("vicuna", "--scheme BF16")):
+        monkeypatch.setattr(Stub, "mode", mode)
+        assert words in (sentence := refused())
+        assert serving.shlex.split(sentence.rstrip(".\n"))[-1] == serving.CHAT_TEMPLATE
     monkeypatch.setattr(Stub, "mode", "bos")
     monkeypatch.setattr(Stub, "adapter_moves", 0)
     assert "does not apply the adapter orpo" in refused()
     monkeypatch.setenv("OPENAI_API_KEY", "wrong")
-    assert "another key" in refused()
-    assert "start it first" in refused("http://127.0.0.1:9")
+    assert "another key" in refused() and "start it first" in refused("http://127.0.0.1:9")
 
 
 def test_what_goes_wrong_at_a_server_is_one_sentence(stub, monkeypatch):
-    models = serving.ServedModels([stub])
-    for mode, words in (("refusing", "refuses this question: .*too long for me"), ("breaking", "broke off in the middle"),
-                        ("aborting", "broke off in the middle"), ("garbage", "does not answer")):  # fmt: skip
+    models, broken = serving.ServedModels([stub]), "broke off in the middle"
+    sentences = {"refusing": "refuses this question: .*too long for me", "garbage": "does not answer"}
+    for mode, words in (sentences | {"breaking": broken, "aborting": broken}).items():
         monkeypatch.setattr(Stub, "mode", mode)
         with pytest.raises(gr.Error, match=words) as refused:
             collect(models)
@@ -496,11 +418,12 @@ def test_an_adapter_that_vllm_would_apply_in_part_is_refused(tmp_path, capsys):
     good = "model.language_model.layers.0.mlp.up_proj.lora_A.weight"
     assert serving.read_rank(str(MINIATURE / "adapter"))[1] == 16
     assert serving.read_rank(save_adapter(tmp_path / "good", [good], 40))[1] == 40  # a pattern's rank counts
-    for number, (keys, rank) in enumerate((
-        ([good, "model.vision_tower.encoder.layers.0.mlp.fc1.lora_A.weight"], 4), ([good], 600),
-        ([good, "model.multi_modal_projector.linear_1.lora_A.weight"], 4),
-        (["model.layers.0.mlp.up_proj.lora_A.weight"], 4),  # LLaVA's own names, which vLLM does not find
-        ([good, good.replace("lora_A", "lora_magnitude_vector")], 4),
+    for number, (rank, *keys) in enumerate((
+        (4, good, "model.vision_tower.encoder.layers.0.mlp.fc1.lora_A.weight"),
+        (4, good, "model.multi_modal_projector.linear_1.lora_A.weight"),
+        (4, good, good.replace("lora_A", "lora_magnitude_vector")),
+        (4, "model.layers.0.mlp.up_proj.lora_A.weight"),  # LLaVA's own names, which vLLM does not find
+        (600, good),
     )):  # fmt: skip
         with pytest.raises(SystemExit) as error:
             serving.read_rank(save_adapter(tmp_path / str(number), keys, rank))
@@ -510,33 +433,35 @@ def test_an_adapter_that_vllm_would_apply_in_part_is_refused(tmp_path, capsys):
 def test_the_watchdog_ends_a_server_that_does_not_listen(tmp_path):
     """One that ignores SIGTERM is killed, and its own children with it."""
     program = "import signal, subprocess, time; signal.signal(15, signal.SIG_IGN); subprocess.Popen(['sleep', '99']); time.sleep(99)"
-    fast = serving.WATCHDOG.replace("sleep(10)", "sleep(1)")
-    process = subprocess.Popen([sys.executable, "-c", fast, tmp_path / "socket", sys.executable, "-c", program], stdin=subprocess.PIPE,
-                               start_new_session=True)  # fmt: skip
-    wait_until(lambda: len(members(process.pid)) == 3)
+    fast = serving.WATCHDOG.replace("sleep 10", "sleep 1")
+    command = ["sh", "-c", fast, tmp_path / "socket", sys.executable, "-c", program]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    wait_until(lambda: len(members(process.pid)) == 5)  # two shells, cat, the server and its child
     process.stdin.close()
     assert process.wait(30) == -signal.SIGKILL
     wait_until(lambda: not members(process.pid))
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--model_path", "no/where"], "neither a folder nor a hub id"), (["--model_path", str(MINIATURE)], "no config.json"),
-    (["--server_url", "gpu1:8000"], "is not an address"), (["--server_url", "http://a", "--lora_path", "b"], "--model_path"),
-    (["--max_tokens", "0"], "above 0"), (["--temperature", "3"], "from 0 to 2"),
-    (["--model_path", str(MINIATURE / "model"), "--lora_path", str(MINIATURE / "model")], "no adapter"),
-])  # fmt: skip
-def test_bad_flags_are_one_sentence(flags, words, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+BAD_FLAGS = {
+    "--model_path no/where": "neither a folder nor a hub id",
+    f"--model_path {MINIATURE}": "config.json",
+    f"--model_path {BASE[1]} --lora_path {BASE[1]}": "adapter_config.json",
+    "--server_url gpu1:8000": "is not an address",
+    "--server_url http://a --lora_path b": "--model_path",
+    "--max_tokens 0": "0 is not from 1",
+    "--temperature 3": "from 0 to 2",
+}
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_bad_flags_are_one_sentence(flags, capsys, monkeypatch):
     with pytest.raises(SystemExit) as error:
-        serving.main(flags)
-    assert error.value.code == 2 and words in capsys.readouterr().err
+        serving.main(flags.split())
+    assert error.value.code == 2 and BAD_FLAGS[flags] in capsys.readouterr().err
 
 
-def test_the_seeds_flags_work_as_written():
-    args = serving.parse_args("--model_path /workspace/q --tensor_parallel_size 2 --max_num_seqs 8 --temperature 0.2 "
-                              "--max_tokens 300".split())  # fmt: skip
-    assert (args.model_path, args.tensor_parallel_size, args.max_num_seqs) == ("/workspace/q", 2, 8)
-    assert (args.temperature, args.max_tokens) == (0.2, 300)
-    engine = type("Engine", (), {"models": ["a"]})()
-    page = serving.build_page(engine, "", 300, True, 1, 1, args.temperature)
+def test_the_pages_temperature_starts_where_the_flag_says():
+    args = serving.parse_args(["--temperature", "0.2", "--max_tokens", "300"])
+    engine = SimpleNamespace(models=["a"])
+    page = serving.build_page(engine, "", args.max_tokens, True, 1, None, args.temperature)
     assert [block.value for block in page.blocks.values() if "Temperature" in str(getattr(block, "label", ""))] == [0.2]
