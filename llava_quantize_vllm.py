@@ -109,7 +109,7 @@ import datasets
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from PIL import Image, ImageOps
@@ -142,9 +142,8 @@ def load_image(source: str | Path | bytes) -> Image.Image:
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
         if image.mode[0] in "IF":  # 16 or 32 bits a pixel, of which convert() would clip all above 255
-            values = np.asarray(image, dtype="float64").clip(0)
-            brightest = 65535 if image.mode.startswith("I;16") else max(values.max(), 1)
-            return Image.fromarray((values * 255 / brightest).astype("uint8")).convert("RGB")
+            brightest = 65535 if image.mode.startswith("I;16") else max(image.getextrema()[1], 1)
+            image = Image.fromarray((np.asarray(image).clip(0) * 255.0 / brightest).astype("uint8"))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -158,11 +157,10 @@ def build_prompt(processor, question: str, image_size: tuple[int, int]) -> list[
     """Return the token ids of LLaVA-1.6's prompt, which is `[INST] <image>\\n{question} [/INST]` after BOS, or Vicuna's form
     where the processor's chat template is Vicuna's.
 
-    `image_size` is the picture's (width, height) in pixels, on which the number of image tokens depends. As in the original
-    code, the text before and after them is tokenized separately. A `<image>` or `</s>` inside the question is plain text.
+    The number of image tokens depends on the picture's `image_size`, which is (width, height). As in the original code, the
+    text before and after them is tokenized separately. A `<image>` or `</s>` inside the question is plain text.
     """
-    tokenizer = processor.tokenizer
-    width, height = image_size
+    tokenizer, (width, height) = processor.tokenizer, image_size
     num_image_tokens = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"][0]
     before, after = "[INST] ", " [/INST]"
     if "[INST]" not in (processor.chat_template or before):
@@ -186,9 +184,7 @@ ORIGINAL_KEYS = {
 # Copied from llava_orpo_training.read_original
 def read_original(model_path: str, original: dict) -> tuple:
     """Return (config, processor, vision tower's name) for a checkpoint in LLaVA's own format, whose config.json is `original`.
-
-    The tokenizer gets `<image>` and `<pad>` as its next two tokens, as in the hub's converted checkpoints.
-    """
+    The tokenizer gets `<image>` and `<pad>` as its next two tokens, as in the hub's converted checkpoints."""
     from transformers import AutoConfig, LlamaTokenizer, LlavaNextConfig, LlavaNextProcessor
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
@@ -196,8 +192,7 @@ def read_original(model_path: str, original: dict) -> tuple:
     for name, value in expected.items():
         if original.get(name) != value:
             stop(f"--model_path {model_path} has {name} {original.get(name)!r}; LLaVA-1.6 has {value!r}.")
-    tower = original["mm_vision_tower"]
-    vision = LlavaNextConfig().vision_config
+    tower, vision = original["mm_vision_tower"], LlavaNextConfig().vision_config
     if tower != "openai/clip-vit-large-patch14-336":  # this one, which all published checkpoints name, is the default
         vision = AutoConfig.from_pretrained(tower, trust_remote_code=False)
         vision = getattr(vision, "vision_config", vision)
@@ -206,20 +201,19 @@ def read_original(model_path: str, original: dict) -> tuple:
     text["model_type"] = "mistral" if original["model_type"] == "llava_mistral" else "llama"
     grid = original["image_grid_pinpoints"]  # (width, height) pairs, which some checkpoints write as text
     grid = [[height, width] for width, height in (json.loads(grid) if isinstance(grid, str) else grid)]
+    config = LlavaNextConfig(vision_config=vision.to_dict(), text_config=text, image_grid_pinpoints=grid)
+    config.vision_feature_layer = original["mm_vision_select_layer"]
     tokenizer = LlamaTokenizer.from_pretrained(model_path, add_bos_token=True, legacy=True, padding_side="left")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     if len(tokenizer) != 32002:
         stop(f"--model_path {model_path} has a tokenizer of {len(tokenizer) - 2:,} tokens; LLaVA-1.6 has 32,000.")
-    config = LlavaNextConfig(vision_config=vision.to_dict(), text_config=text, image_grid_pinpoints=grid)
-    config.vision_feature_layer = original["mm_vision_select_layer"]
     side = vision.image_size
     images = LlavaNextImageProcessorPil(size={"shortest_edge": side}, crop_size=side, image_grid_pinpoints=grid)
     before, after = ("[INST] ", " [/INST]") if text["model_type"] == "mistral" else ("USER: ", " ASSISTANT:")
     template = before + "<image>\n{{ messages[0]['content'][-1]['text'] }}" + after
-    processor = LlavaNextProcessor(images, tokenizer, vision.patch_size, "default", template)
-    processor.num_additional_image_tokens = 1
-    return config, processor, tower
+    settings = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return config, LlavaNextProcessor(images, tokenizer, vision.patch_size, chat_template=template, **settings), tower
 
 
 # Copied from llava_orpo_training.read_checkpoint
@@ -263,27 +257,50 @@ def rename_key(key: str) -> str:
 
 
 # Copied from llava_orpo_training.read_adapter
-def read_adapter(lora_path: str) -> tuple[Path, "LoraConfig"]:
-    """Return a LoRA adapter's folder, which is fetched first if `lora_path` is a hub id, and its configuration."""
+def read_adapter(lora_path: str) -> tuple[Path, "LoraConfig", dict[str, torch.Tensor]]:
+    """Return a LoRA adapter's folder, which is fetched first if `lora_path` is a hub id, its configuration, and its weights."""
     from huggingface_hub import snapshot_download
     from peft import PeftConfig
 
     folder = Path(lora_path)
     try:
         if not folder.is_dir():
-            folder = Path(snapshot_download(lora_path, allow_patterns=["*.json", "adapter_model.safetensors"]))
-        config = PeftConfig.from_pretrained(str(folder))
+            files = ["*.json", "adapter_model.safetensors", "non_lora_trainables.bin"]
+            folder = Path(snapshot_download(lora_path, allow_patterns=files))
+        config, saved = PeftConfig.from_pretrained(str(folder)), load_file(folder / "adapter_model.safetensors")
     except Exception as error:
-        stop(f"--lora_path {lora_path} is no adapter: {str(error).splitlines()[0]} Give a hub id or a folder.")
+        advice = "Give a hub id or a folder; convert an adapter_model.bin to safetensors first."
+        stop(f"--lora_path {lora_path} is no adapter: {str(error).splitlines()[0]} {advice}")
     if config.peft_type != "LORA":
         stop(f"--lora_path {lora_path} is a {config.peft_type} adapter; this script reads LoRA.")
     if (folder / "non_lora_trainables.bin").exists():
         stop(f"--lora_path {lora_path} has more weights in non_lora_trainables.bin; merge it with LLaVA's own code.")
-    if not (folder / "adapter_model.safetensors").exists():
-        stop(f"--lora_path {lora_path} has no adapter_model.safetensors; convert its adapter_model.bin, if it has one.")
+    weights = {rename_key(key): weight for key, weight in saved.items()}
     config.rank_pattern = {rename_key(name): rank for name, rank in config.rank_pattern.items()}
     config.alpha_pattern = {rename_key(name): alpha for name, alpha in config.alpha_pattern.items()}
-    return folder, config
+    if not config.exclude_modules and not any("vision_tower" in key for key in weights):
+        config.exclude_modules = r".*vision_tower.*"  # its layers have the same names
+    return folder, config, weights
+
+
+# Copied from llava_orpo_training.load_adapter
+def load_adapter(model, folder: Path, config, weights: dict[str, torch.Tensor], trainable: bool = False):
+    """Put an adapter, as read_adapter returns it, on the model and return the PeftModel. Stops unless every weight is finite
+    and has its layer, and every layer that the configuration names has its weights."""
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    config.inference_mode, config.base_model_name_or_path = not trainable, None
+    try:
+        adapted = get_peft_model(model, config)
+        report = set_peft_model_state_dict(adapted, {f"base_model.model.{key}": weights[key] for key in weights})
+    except Exception as error:  # weights of another base or rank
+        stop(f"--lora_path {folder} does not fit this base: {' '.join(str(error).split())[:300]}")
+    faults = [f"the model has no layer for {key}" for key in report.unexpected_keys]
+    faults += [f"it lacks {key}" for key in report.missing_keys if "lora_" in key or "modules_to_save" in key]
+    faults += [f"{key} is not finite" for key, weight in weights.items() if not weight.isfinite().all()]
+    if faults:
+        stop(f"--lora_path {folder} cannot be used on this base: {faults[0]}.")
+    return adapted.eval()
 
 
 # ---------------------------------------------------------------------------- the checkpoint to start from
@@ -475,31 +492,6 @@ def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
     return bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
 
 
-def attach_adapter(model, lora_path: str) -> tuple:
-    """Put an adapter on a model, which may be build_skeleton's; return (PeftModel, the base's own embedding or head, which
-    PEFT saves beside an update of it). Stops unless every weight is finite and has its layer, and every layer its weights."""
-    folder, config = read_adapter(lora_path)
-    try:
-        saved = load_file(folder / "adapter_model.safetensors")
-        weights = {rename_key(key): weight for key, weight in saved.items()}
-        own = {key.replace(".base_layer", ""): weights.pop(key) for key in list(weights) if ".base_layer." in key}
-        if not config.exclude_modules and not any("vision_tower" in key for key in weights):
-            config.exclude_modules = r".*vision_tower.*"  # its layers have the same names
-        config.inference_mode, config.base_model_name_or_path = True, None
-        adapted = get_peft_model(model, config)
-        report = set_peft_model_state_dict(adapted, {f"base_model.model.{key}": weights[key] for key in weights})
-    except Exception as error:  # weights of another base or rank, a broken file
-        stop(f"--lora_path {lora_path} does not fit this base: {' '.join(str(error).split())[:300]}")
-    faults = [f"the model has no layer for {key}" for key in report.unexpected_keys]
-    faults += [f"it lacks {key}" for key in report.missing_keys if "lora_" in key or "modules_to_save" in key]
-    faults += [f"{key} is not finite" for key, weight in weights.items() if not weight.isfinite().all()]
-    if config.bias != "none":
-        faults = [f"it has trained biases (bias={config.bias!r}), which are not merged"]
-    if faults:
-        stop(f"--lora_path {lora_path} cannot be used on this base: {faults[0]}.")
-    return adapted.eval(), own
-
-
 class Merge:
     """A compressed-tensors converter that turns a shard of the base into one of base and adapter, in the hub's layout and
     in bfloat16. Only one shard is in memory at a time. PEFT merges each layer, in float32."""
@@ -509,9 +501,13 @@ class Merge:
         self.rows, self.nf4, self.lora_path = model.config.text_config.vocab_size, nf4, lora_path
         self.rounded = list_rounded(model) if nf4 else {}
         self.merged, self.changed = set(), set()
-        self.layers, self.whole, self.own = {}, {}, {}  # PEFT's layers, tensors trained as a whole, see attach_adapter
+        self.layers, self.whole, self.own = {}, {}, {}  # PEFT's layers, tensors trained as a whole, and see below
         if lora_path:
-            adapted, self.own = attach_adapter(model, lora_path)
+            folder, config, weights = read_adapter(lora_path)
+            for key in [key for key in weights if ".base_layer." in key]:
+                # beside an update of the embedding or the head, PEFT saves that of the base
+                self.own[key.replace(".base_layer", "")] = weights.pop(key)
+            adapted = load_adapter(model, folder, config, weights)
             for name, module in adapted.base_model.model.named_modules():
                 if isinstance(module, BaseTunerLayer):
                     self.layers[name] = module
@@ -748,7 +744,7 @@ def load_reference(stage: Path, lora_path: str | None, nf4: bool, device: str):
     model = load_model(stage, device)
     for module in list_rounded(model).values() if nf4 else []:
         module.weight.data = round_to_nf4(module.weight.data)
-    return attach_adapter(model, lora_path)[0] if lora_path else model
+    return load_adapter(model, *read_adapter(lora_path)) if lora_path else model
 
 
 def run_gate(reference: tuple, folder: Path, processor, samples: list, max_new_tokens: int, max_kl: float) -> dict:
