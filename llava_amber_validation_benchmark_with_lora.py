@@ -197,11 +197,11 @@ def stop(message: str, code: int = 2) -> NoReturn:
 
 
 # Copied from llava_orpo_training.write_whole
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str) -> None:
     """Write a file so that it is there whole or not at all."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
+        partial.write_text(content, "utf-8", "replace")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -209,8 +209,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 # Copied from llava_orpo_training.load_image
 def load_image(source: str | Path | bytes) -> Image.Image:
-    """Open a picture from a path or from a file's bytes, turned upright (EXIF) and in RGB, with white where it is
-    transparent. Raises OSError if it is not a picture."""
+    """Open a picture from a path or bytes, upright (EXIF), in RGB, on white. Raises OSError if it is not a picture."""
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
         if image.mode[0] in "IF":  # 16 or 32 bits a pixel, of which convert() would clip all above 255
@@ -226,8 +225,7 @@ def load_image(source: str | Path | bytes) -> Image.Image:
 
 # Copied from llava_orpo_training.build_prompt
 def build_prompt(processor, question: str, image_size: tuple[int, int]) -> list[int]:
-    """Return the token ids of LLaVA-1.6's prompt, which is `[INST] <image>\\n{question} [/INST]` after BOS, or Vicuna's form
-    where the processor's chat template is Vicuna's.
+    """Return the token ids of LLaVA-1.6's prompt: BOS and `[INST] <image>\\n{question} [/INST]`, or Vicuna's form of it.
 
     The number of image tokens depends on the picture's `image_size`, which is (width, height). As in the original code, the
     text before and after them is tokenized separately. A `<image>` or `</s>` inside the question is plain text.
@@ -316,7 +314,6 @@ def load_llava(model_path: str, lora_path: str | None = None, device="auto", loa
     The device "auto" is the first of cuda, mps and cpu that is there, and "all" spreads the layers over all GPUs. Weights
     are float32 on the CPU and bfloat16 on a GPU, or float16 if the GPU lacks it. `load_4bit` keeps the language model in NF4
     with double quantization, `load_8bit` in LLM.int8. Only safetensors files are read, and no code of a checkpoint is run.
-    Stops unless every weight has its place and the adapter moves the logits of a prompt with a picture.
     """
     from transformers import BitsAndBytesConfig, LlavaNextForConditionalGeneration
 
@@ -326,25 +323,15 @@ def load_llava(model_path: str, lora_path: str | None = None, device="auto", loa
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     has_bf16 = device == "mps" or torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16 if has_bf16 else torch.float16
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=load_4bit,
-        load_in_8bit=load_8bit,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head", ".*vision_tower.*", ".*multi_modal_projector.*"],
-    )
+    bits = {"load_in_4bit": load_4bit, "load_in_8bit": load_8bit, "bnb_4bit_quant_type": "nf4"}
+    bits |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    bits["llm_int8_skip_modules"] = ["lm_head", ".*vision_tower.*", ".*multi_modal_projector.*"]
+    settings = {"dtype": dtype, "device_map": "auto" if device == "all" else {"": device}, "use_safetensors": True}
+    settings |= {"config": config, "key_mapping": ORIGINAL_KEYS if tower else None, "output_loading_info": True}
+    if load_4bit or load_8bit:
+        settings["quantization_config"] = BitsAndBytesConfig(**bits)
     try:
-        model, report = LlavaNextForConditionalGeneration.from_pretrained(
-            model_path,
-            config=config,
-            key_mapping=ORIGINAL_KEYS if tower else None,
-            dtype=dtype,
-            quantization_config=quantization if load_4bit or load_8bit else None,
-            device_map="auto" if device == "all" else {"": device},
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        model, report = LlavaNextForConditionalGeneration.from_pretrained(model_path, **settings)
         if tower:
             complete_original(model, tower, report["missing_keys"])
     except Exception as error:
@@ -394,14 +381,14 @@ ADAPTER_KEYS = {
     **ORIGINAL_KEYS,
     r"^language_model\.model\.": "model.language_model.",
     r"^language_model\.lm_head": "lm_head",
-    r"^(vision_tower|multi_modal_projector|language_model)\.": r"model.\1.",
+    r"^(vision_tower\.|multi_modal_projector\.|language_model\.|image_newline)": r"model.\1",
     r"^model\.vision_tower\.vision_model\.": "model.vision_tower.",
 }
 
 
 # Copied from llava_orpo_training.rename_key
 def rename_key(key: str) -> str:
-    """Return today's name for a layer or weight of an adapter."""
+    """Return today's name for a layer or weight of an adapter or a checkpoint."""
     for pattern, replacement in ADAPTER_KEYS.items():
         key = re.sub(pattern, replacement, key)
     return key
