@@ -16,7 +16,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin, patch_environment
 from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import MINIATURE, ROOT
 from safetensors.torch import load_file
-from test_training import losses, read_pairs
+from test_training import losses, write_pairs
 from torch.distributed.run import get_args_parser
 
 import llava_amber_validation_benchmark_with_lora as amber
@@ -44,13 +44,6 @@ def launch(command: str):
 def environment(args) -> dict[str, str]:
     """What the launcher hands to the processes it starts."""
     return prepare_multi_gpu_env(args)
-
-
-def pairs(folder, **sizes):
-    folder.mkdir()
-    for split, size in sizes.items():
-        read_pairs(MINIATURE / "preferences", split).select(range(size)).to_parquet(folder / f"{split}.parquet")
-    return folder
 
 
 def start(*command, **variables):
@@ -100,7 +93,7 @@ def test_the_readmes_commands_parse():
 
 def test_another_number_of_processes_goes_on_with_a_run(tmp_path, monkeypatch, capsys):
     """One process begins, two go on, one ends: the curve is that of one process from begin to end."""
-    data = pairs(tmp_path / "pairs", train=24)
+    data = write_pairs(tmp_path / "pairs", train=24)
     flags = [*FLAGS, "--dataset", str(data), "--epochs", "2", "--eval_fraction", "0",
              "--gradient_checkpointing", "off"]  # fmt: skip
     one, two = ["--gradient_accumulation_steps", "2"], ["--gradient_accumulation_steps", "1"]
@@ -137,8 +130,8 @@ def test_another_number_of_processes_goes_on_with_a_run(tmp_path, monkeypatch, c
 
 def test_weights_split_by_fsdp2_give_the_loss_of_whole_ones(tmp_path):
     """The script over two processes by accelerate_configs/fsdp2.yaml: losses, answers and adapter of one process."""
-    data = pairs(tmp_path / "pairs", train=24, test=2)
-    flags = [*FLAGS, "--dataset", str(data), "--gradient_checkpointing"]
+    data = write_pairs(tmp_path / "pairs", train=24, test=2)
+    flags = [*FLAGS, "--dataset", str(data), "--gradient_checkpointing", "on"]
     training.main([*flags, "--output_dir", str(tmp_path / "whole"), "--gradient_accumulation_steps", "2"])
     start("accelerate.commands.launch", "--config_file", CONFIGS / "fsdp2.yaml", "--num_processes", "2",
           "--mixed_precision", "no", "--main_process_port", "29542", ROOT / "tests" / "fsdp_on_cpu.py",
@@ -154,5 +147,4 @@ def test_weights_split_by_fsdp2_give_the_loss_of_whole_ones(tmp_path):
     expected = load_file(tmp_path / "whole" / "adapter_model.safetensors")
     found = load_file(tmp_path / "split" / "adapter_model.safetensors")
     assert found.keys() == expected.keys()
-    for name, weight in found.items():
-        assert (weight - expected[name]).abs().max() < 1e-3, name
+    assert all((weight - expected[name]).abs().max() < 1e-3 for name, weight in found.items())
