@@ -48,8 +48,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model = parser.add_argument_group("model")
     add(model, "--model_path", "base model: hub id or folder", default="llava-hf/llava-v1.6-mistral-7b-hf")
     add(model, "--lora_path", "adapter: hub id or folder; without one, the base alone is quantized")
-    kinds = {"choices": ["trained", "nf4", "base"], "default": "trained"}
-    add(model, "--merge_lora", "merge into weights as in training (NF4 after QLoRA), NF4, or the base's", **kinds)
+    kinds = ["trained", "nf4", "base"]
+    add(model, "--merge_lora", "into which weights: NF4 after QLoRA, NF4, the base's", choices=kinds, default="trained")
     add(model, "--device", "auto (cuda, then mps, then cpu), all (spread over the GPUs), cuda:1, cpu", default="auto")
     add(model, "--test_mode", "use the embedded miniature and its adapter, if not given", action="store_true")
 
@@ -350,8 +350,8 @@ def stage_checkpoint(model_path: str, folder: Path):
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
         added = complete_tensors(source, weights, tower)
-        save_file(added, folder / "z_added.safetensors")  # where two shards have a tensor, transformers takes the last
-        # beside a model.safetensors, transformers would read no other file
+        # transformers reads no file beside a model.safetensors, and takes the last where two shards have a tensor
+        save_file(added, folder / "z_added.safetensors")
         weights = {key: f"base-{name}" for key, name in weights.items()} | dict.fromkeys(added, "z_added.safetensors")
     else:
         for file in source.iterdir():
@@ -507,7 +507,7 @@ class Merge(Converter):
         return weight
 
 
-# ---------------------------------------------------------------------------- pictures with questions
+# ---------------------------------------------------------------------------- pictures with questions, and quantizing
 
 
 def iterate_samples(rows, root: Path):
@@ -556,9 +556,6 @@ def make_batch(model, processor, samples: list, answers: list[list[int]]) -> dic
     batch = processor.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
     pixels = processor.image_processor([image for image, _, _ in samples], return_tensors="pt")
     return {**batch, **pixels.to(model.device, model.dtype)}
-
-
-# ---------------------------------------------------------------------------- quantizing
 
 
 def list_ignored(names: list[str]) -> list[str]:

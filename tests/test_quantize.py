@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import MINIATURE, ROOT, build_original_llava
 from safetensors.torch import load_file, save_file
-from test_loading import make_adapter
+from test_loading import WEIGHTS, configure, edit, make_adapter
 
 import llava_quantize_vllm as quantizing
 from llava_orpo_training import build_prompt, generate_answers, load_llava, probe_logits
@@ -70,10 +70,9 @@ def test_the_merge_is_pefts_and_in_the_hubs_layout(made):
 def train_adapter(folder, **options):
     """Save an adapter of random weights. What it trains as a whole is moved, too."""
     make_adapter(folder, **options)
-    weights = load_file(folder / "adapter_model.safetensors")
-    whole = [key for key in weights if "linear_1" in key and "lora" not in key]
-    weights |= {key: weights[key] + 0.1 * torch.randn_like(weights[key]) for key in whole}
-    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    whole = [key for key in load_file(folder / WEIGHTS) if "linear_1" in key and "lora" not in key]
+    if whole:
+        edit(folder, WEIGHTS, lambda old: old | {key: old[key] + 0.1 * torch.randn_like(old[key]) for key in whole})
     return {key.removeprefix("base_model.model.").removesuffix(".weight") for key in whole}
 
 
@@ -119,14 +118,9 @@ def test_transformers_loads_it_right(made, scheme):
     assert torch.equal(model.model.language_model(words).last_hidden_state, part)
     assert (found - probe_logits(wanted, processor)).abs().max() < bound  # garbage differs by 10 and more
     assert (found.argmax(-1) == probe_logits(wanted, processor).argmax(-1)).float().mean() > 0.85
-    kept, whole = (
-        [name for name in model.state_dict() if re.search("vision|projector|lm_head|embed", name)],
-        wanted.state_dict(),
-    )
-    assert len(kept) > 60
-    assert all(
-        torch.equal(model.state_dict()[name].to(torch.bfloat16), whole[name].to(torch.bfloat16)) for name in kept
-    )
+    kept = [name for name in model.state_dict() if re.search("vision|projector|lm_head|embed", name)]
+    pairs = [[one.state_dict()[name].to(torch.bfloat16) for one in (model, wanted)] for name in kept]
+    assert len(kept) > 60 and all(torch.equal(*pair) for pair in pairs)
     projection = model.model.language_model.layers[1].mlp.down_proj
     assert hasattr(projection, "quantization_scheme") == (scheme != "BF16")
 
@@ -202,13 +196,9 @@ def test_the_gates_figures_are_those_of_one_question_at_a_time():
         answer = processor.tokenizer(f" {texts[0]}", add_special_tokens=False).input_ids + [2]
         pixels = processor.image_processor(image, return_tensors="pt")
 
-        def predict(model, prompt=prompt, answer=answer, pixels=pixels):
-            with torch.no_grad():
-                logits = model(input_ids=torch.tensor([prompt + answer]), image_sizes=pixels["image_sizes"],
-                               pixel_values=pixels["pixel_values"]).logits[0]  # fmt: skip
-            return logits[len(prompt) - 1 : -1].log_softmax(-1)
-
-        p, q = predict(before), predict(after)
+        with torch.no_grad():
+            p, q = (model(input_ids=torch.tensor([prompt + answer]), **pixels).logits[0] for model in (before, after))
+        p, q = (logits[len(prompt) - 1 : -1].log_softmax(-1) for logits in (p, q))
         kl.append((p.exp() * (p - q)).sum(-1))
         same.append(p.argmax(-1) == q.argmax(-1))
     assert (quality["samples"], quality["tokens"], quality["answers_changed"]) == (12, len(torch.cat(kl)), changed)
@@ -231,15 +221,16 @@ def test_divergence_of_known_distributions():
     assert torch.allclose(found, torch.tensor([0.143841, 0.130812]), atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "damage"), [("layers.0.mlp.down_proj.weight_scale", lambda scale: scale * 4),
-                                              ("layers.1.self_attn.o_proj.weight", lambda weight: weight.flip(0)),
-                                              ("lm_head.weight", lambda weight: weight * torch.nan)])  # fmt: skip
+DAMAGE = {"layers.0.mlp.down_proj.weight_scale": lambda scale: scale * 4}
+DAMAGE |= {"layers.1.self_attn.o_proj.weight": lambda weight: weight.flip(0), "lm_head.weight": lambda w: w * torch.nan}
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGE.items())
 def test_the_gate_catches_one_damaged_tensor_and_its_figures_are_json(made, tmp_path, name, damage):
     folder = shutil.copytree(made["FP8_DYNAMIC"], tmp_path / "damaged")
-    tensors = read_tensors(folder)
-    key = next(key for key in tensors if key.endswith(name) and "vision" not in key)
-    tensors[key] = damage(tensors[key].float()).to(tensors[key].dtype).contiguous()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (key,) = [key for key in read_tensors(folder) if key.endswith(name) and "vision" not in key]
+    change = lambda old: old | {key: damage(old[key].float()).to(old[key].dtype).contiguous()}  # noqa: E731
+    edit(folder, "model.safetensors", change)
     quality, _ = ask_gate(folder, 4)
     assert not quality["passed"] and (quality["kl"] is None) == (name == "lm_head.weight")
     json.dumps(quality, allow_nan=False)
@@ -335,18 +326,9 @@ def test_a_killed_run_leaves_nothing_that_looks_finished_and_memory_is_that_of_a
         assert process.wait(60) in (130, 143, -9)
         assert not folder.exists() and partial.exists() == (sent == signal.SIGKILL)
         assert "Traceback" not in process.stderr.read()
-    asked = [
-        "--gate_samples",
-        "1",
-        "--max_new_tokens",
-        "2",
-        "--max_kl",
-        "100",
-        "--test_mode",
-    ]  # by a base of several files
-    finished = subprocess.run(
-        [*command, str(folder), *asked], check=True, timeout=300, env=environment, capture_output=True
-    )
+    asked = "--gate_samples 1 --max_new_tokens 2 --max_kl 100 --test_mode".split()  # by a base of several files
+    command += [str(folder), *asked]
+    finished = subprocess.run(command, check=True, timeout=300, env=environment, capture_output=True)
     assert b"accelerator" not in finished.stderr  # a library's warning
     assert len(list(folder.glob("*.safetensors"))) == len(list(sharded.glob("*.safetensors"))) and not partial.exists()
     assert read_report(folder)["quality"]["tokens"] > 0
@@ -379,8 +361,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(made, tmp_path, capsys, mo
     assert "cannot be read" in refuse(capsys, "--model_path", "nowhere", *out)
     assert "is no adapter" in refuse(capsys, "--lora_path", "nowhere", *out)
     broken = shutil.copytree(ADAPTER, tmp_path / "adapter")  # all other faults of adapters are test_loading's
-    weights = load_file(broken / "adapter_model.safetensors")
-    save_file(weights | {min(weights): weights[min(weights)] * torch.nan}, broken / "adapter_model.safetensors")
+    edit(broken, WEIGHTS, lambda old: old | {min(old): old[min(old)] * torch.nan})
     assert "is not finite" in refuse(capsys, "--lora_path", str(broken), *out)
     shutil.rmtree(broken)
     assert "cannot be read" in refuse(capsys, "--dataset", str(tmp_path / "none"), "--gate_samples", "2", *out)
@@ -391,9 +372,8 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(made, tmp_path, capsys, mo
         assert words in refuse(capsys, "--dataset", str(rows), "--gate_samples", "2", *out)
     rows.unlink()
     broken = shutil.copytree(BASE, tmp_path / "broken")
-    config = json.loads((broken / "config.json").read_text())
-    config["text_config"]["intermediate_size"] = 512
-    (broken / "config.json").write_text(json.dumps(config))
+    text = json.loads((broken / "config.json").read_text())["text_config"] | {"intermediate_size": 512}
+    configure(broken, "config.json", text_config=text)
     assert "do not fit its config.json" in refuse(capsys, "--model_path", str(broken), *out)
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 10**6, 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
