@@ -192,11 +192,11 @@ def stop(message: str, code: int = 2) -> NoReturn:
 
 
 # Copied from llava_orpo_training.write_whole
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str) -> None:
     """Write a file so that it is there whole or not at all."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
+        partial.write_text(content, "utf-8", "replace")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -204,14 +204,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 # Copied from llava_orpo_training.load_image
 def load_image(source: str | Path | bytes) -> Image.Image:
-    """Open a picture from a path or from a file's bytes, turned upright (EXIF) and in RGB, with white where it is
-    transparent. Raises OSError if it is not a picture."""
+    """Open a picture from a path or bytes, upright (EXIF), in RGB, on white. Raises OSError if it is not a picture."""
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
         if image.mode[0] in "IF":  # 16 or 32 bits a pixel, of which convert() would clip all above 255
-            values = np.asarray(image, dtype="float64").clip(0)
-            brightest = 65535 if image.mode.startswith("I;16") else max(values.max(), 1)
-            return Image.fromarray((values * 255 / brightest).astype("uint8")).convert("RGB")
+            brightest = 65535 if image.mode.startswith("I;16") else max(image.getextrema()[1], 1)
+            image = Image.fromarray((np.asarray(image).clip(0) * 255.0 / brightest).astype("uint8"))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -222,14 +220,12 @@ def load_image(source: str | Path | bytes) -> Image.Image:
 
 # Copied from llava_orpo_training.build_prompt
 def build_prompt(processor, question: str, image_size: tuple[int, int]) -> list[int]:
-    """Return the token ids of LLaVA-1.6's prompt, which is `[INST] <image>\\n{question} [/INST]` after BOS, or Vicuna's form
-    where the processor's chat template is Vicuna's.
+    """Return the token ids of LLaVA-1.6's prompt: BOS and `[INST] <image>\\n{question} [/INST]`, or Vicuna's form of it.
 
-    `image_size` is the picture's (width, height) in pixels, on which the number of image tokens depends. As in the original
-    code, the text before and after them is tokenized separately. A `<image>` or `</s>` inside the question is plain text.
+    The number of image tokens depends on the picture's `image_size`, which is (width, height). As in the original code, the
+    text before and after them is tokenized separately. A `<image>` or `</s>` inside the question is plain text.
     """
-    tokenizer = processor.tokenizer
-    width, height = image_size
+    tokenizer, (width, height) = processor.tokenizer, image_size
     num_image_tokens = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"][0]
     before, after = "[INST] ", " [/INST]"
     if "[INST]" not in (processor.chat_template or before):
@@ -253,9 +249,7 @@ ORIGINAL_KEYS = {
 # Copied from llava_orpo_training.read_original
 def read_original(model_path: str, original: dict) -> tuple:
     """Return (config, processor, vision tower's name) for a checkpoint in LLaVA's own format, whose config.json is `original`.
-
-    The tokenizer gets `<image>` and `<pad>` as its next two tokens, as in the hub's converted checkpoints.
-    """
+    The tokenizer gets `<image>` and `<pad>` as its next two tokens, as in the hub's converted checkpoints."""
     from transformers import AutoConfig, LlamaTokenizer, LlavaNextConfig, LlavaNextProcessor
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
@@ -263,8 +257,7 @@ def read_original(model_path: str, original: dict) -> tuple:
     for name, value in expected.items():
         if original.get(name) != value:
             stop(f"--model_path {model_path} has {name} {original.get(name)!r}; LLaVA-1.6 has {value!r}.")
-    tower = original["mm_vision_tower"]
-    vision = LlavaNextConfig().vision_config
+    tower, vision = original["mm_vision_tower"], LlavaNextConfig().vision_config
     if tower != "openai/clip-vit-large-patch14-336":  # this one, which all published checkpoints name, is the default
         vision = AutoConfig.from_pretrained(tower, trust_remote_code=False)
         vision = getattr(vision, "vision_config", vision)
@@ -273,20 +266,19 @@ def read_original(model_path: str, original: dict) -> tuple:
     text["model_type"] = "mistral" if original["model_type"] == "llava_mistral" else "llama"
     grid = original["image_grid_pinpoints"]  # (width, height) pairs, which some checkpoints write as text
     grid = [[height, width] for width, height in (json.loads(grid) if isinstance(grid, str) else grid)]
+    config = LlavaNextConfig(vision_config=vision.to_dict(), text_config=text, image_grid_pinpoints=grid)
+    config.vision_feature_layer = original["mm_vision_select_layer"]
     tokenizer = LlamaTokenizer.from_pretrained(model_path, add_bos_token=True, legacy=True, padding_side="left")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     if len(tokenizer) != 32002:
         stop(f"--model_path {model_path} has a tokenizer of {len(tokenizer) - 2:,} tokens; LLaVA-1.6 has 32,000.")
-    config = LlavaNextConfig(vision_config=vision.to_dict(), text_config=text, image_grid_pinpoints=grid)
-    config.vision_feature_layer = original["mm_vision_select_layer"]
     side = vision.image_size
     images = LlavaNextImageProcessorPil(size={"shortest_edge": side}, crop_size=side, image_grid_pinpoints=grid)
     before, after = ("[INST] ", " [/INST]") if text["model_type"] == "mistral" else ("USER: ", " ASSISTANT:")
     template = before + "<image>\n{{ messages[0]['content'][-1]['text'] }}" + after
-    processor = LlavaNextProcessor(images, tokenizer, vision.patch_size, "default", template)
-    processor.num_additional_image_tokens = 1
-    return config, processor, tower
+    settings = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return config, LlavaNextProcessor(images, tokenizer, vision.patch_size, chat_template=template, **settings), tower
 
 
 # Copied from llava_orpo_training.read_checkpoint
@@ -324,47 +316,32 @@ def load_llava(model_path: str, lora_path: str | None = None, device="auto", loa
     config, processor, tower = read_checkpoint(model_path)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    dtype = torch.float32
-    if device != "cpu":
-        has_bf16 = device == "mps" or torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = torch.bfloat16 if has_bf16 else torch.float16
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=load_4bit,
-        load_in_8bit=load_8bit,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head", ".*vision_tower.*", ".*multi_modal_projector.*"],
-    )
+    has_bf16 = device == "mps" or torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16 if has_bf16 else torch.float16
+    bits = {"load_in_4bit": load_4bit, "load_in_8bit": load_8bit, "bnb_4bit_quant_type": "nf4"}
+    bits |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    bits["llm_int8_skip_modules"] = ["lm_head", ".*vision_tower.*", ".*multi_modal_projector.*"]
+    settings = {"dtype": dtype, "device_map": "auto" if device == "all" else {"": device}, "use_safetensors": True}
+    settings |= {"config": config, "key_mapping": ORIGINAL_KEYS if tower else None, "output_loading_info": True}
+    if load_4bit or load_8bit:
+        settings["quantization_config"] = BitsAndBytesConfig(**bits)
     try:
-        model, report = LlavaNextForConditionalGeneration.from_pretrained(
-            model_path,
-            config=config,
-            key_mapping=ORIGINAL_KEYS if tower else None,
-            dtype=dtype,
-            quantization_config=quantization if load_4bit or load_8bit else None,
-            device_map="auto" if device == "all" else {"": device},
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        model, report = LlavaNextForConditionalGeneration.from_pretrained(model_path, **settings)
         if tower:
             complete_original(model, tower, report["missing_keys"])
     except Exception as error:
         stop(f"--model_path {model_path} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}).")
-    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    if missing or unexpected:
-        found = f"missing: {', '.join(missing[:3]) or 'none'}; unexpected: {', '.join(unexpected[:3]) or 'none'}"
-        stop(f"--model_path {model_path}: the weights do not fit config.json ({found}).")
+    for fault in ("missing", "unexpected"):
+        if report[f"{fault}_keys"]:
+            stop(f"--model_path {model_path} does not fit its config.json ({fault}: {min(report[f'{fault}_keys'])}).")
     if hasattr(model, "ct_decompress_hook"):  # compressed-tensors would wait for a forward of the whole model
         model.hf_quantizer.compressor.decompress_model(model)
-    if load_4bit and device == "cpu":
-        # bitsandbytes would repack the weights at a forward in eval mode, and then silently compute no gradients
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+    model = allow_cache_position(model.eval())
     if adapter:
-        model = load_adapter(model, processor, *adapter)
-    return allow_cache_position(model.eval()), processor
+        model = load_adapter(model, *adapter)
+        if torch.equal(probe_logits(model, processor), probe_logits(model, processor, adapter=False)):
+            stop(f"--lora_path {lora_path} does nothing: the logits of a prompt are the same with it and without it.")
+    return model, processor
 
 
 # Copied from llava_orpo_training.complete_original
@@ -372,14 +349,12 @@ def complete_original(model, tower: str, missing: set[str]) -> None:
     """Add what a checkpoint in LLaVA's own format lacks: 64 rows of vocabulary, as in the hub's converted checkpoints, and
     the vision weights from the tower's own checkpoint, if all are `missing`."""
     from transformers import CLIPVisionModel
-    from transformers.conversion_mapping import get_model_conversion_mapping
 
     vision = {key for key in model.state_dict() if "vision_tower" in key}
     if vision <= missing:
         weights = CLIPVisionModel.from_pretrained(tower, dtype=model.dtype, use_safetensors=True).state_dict()
-        model.model.vision_tower.load_state_dict({k.removeprefix("vision_model."): w for k, w in weights.items()})
+        model.model.vision_tower.load_state_dict(weights)
         missing -= vision
-    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)  # saved in the hub's layout
     model.resize_token_embeddings(model.config.text_config.vocab_size + 64, mean_resizing=False)
     for weight in (model.get_input_embeddings().weight, model.lm_head.weight):
         # a new row is the mean of the others, so that its logit is their mean and never the greatest
@@ -390,8 +365,7 @@ def complete_original(model, tower: str, missing: set[str]) -> None:
 def allow_cache_position(model):
     """Let callers pass `cache_position`, as transformers 4.38 to 4.57 do, to a model whose forward does not know it."""
     forward = model.forward
-    parameters = inspect.signature(forward).parameters.values()
-    if not any(p.name == "cache_position" or p.kind is p.VAR_KEYWORD for p in parameters):
+    if not {"cache_position", "kwargs"} & inspect.signature(forward).parameters.keys():
         model.forward = wraps(forward)(lambda *args, cache_position=None, **kwargs: forward(*args, **kwargs))
     return model
 
@@ -402,67 +376,61 @@ ADAPTER_KEYS = {
     **ORIGINAL_KEYS,
     r"^language_model\.model\.": "model.language_model.",
     r"^language_model\.lm_head": "lm_head",
-    r"^(vision_tower|multi_modal_projector|language_model)\.": r"model.\1.",
+    r"^(vision_tower\.|multi_modal_projector\.|language_model\.|image_newline)": r"model.\1",
     r"^model\.vision_tower\.vision_model\.": "model.vision_tower.",
 }
 
 
 # Copied from llava_orpo_training.rename_key
 def rename_key(key: str) -> str:
-    """Return today's name for a layer or weight of an adapter."""
+    """Return today's name for a layer or weight of an adapter or a checkpoint."""
     for pattern, replacement in ADAPTER_KEYS.items():
         key = re.sub(pattern, replacement, key)
     return key
 
 
 # Copied from llava_orpo_training.read_adapter
-def read_adapter(lora_path: str) -> tuple[Path, "LoraConfig"]:
-    """Return a LoRA adapter's folder, which is fetched first if `lora_path` is a hub id, and its configuration."""
+def read_adapter(lora_path: str) -> tuple[Path, "LoraConfig", dict[str, torch.Tensor]]:
+    """Return a LoRA adapter's folder, which is fetched first if `lora_path` is a hub id, its configuration, and its weights."""
     from huggingface_hub import snapshot_download
     from peft import PeftConfig
 
     folder = Path(lora_path)
     try:
         if not folder.is_dir():
-            folder = Path(snapshot_download(lora_path, allow_patterns=["*.json", "adapter_model.safetensors"]))
-        config = PeftConfig.from_pretrained(str(folder))
+            files = ["*.json", "adapter_model.safetensors", "non_lora_trainables.bin"]
+            folder = Path(snapshot_download(lora_path, allow_patterns=files))
+        config, saved = PeftConfig.from_pretrained(str(folder)), load_file(folder / "adapter_model.safetensors")
     except Exception as error:
-        stop(f"--lora_path {lora_path} is no adapter: {str(error).splitlines()[0]} Give a hub id or a folder.")
+        advice = "Give a hub id or a folder; convert an adapter_model.bin to safetensors first."
+        stop(f"--lora_path {lora_path} is no adapter: {str(error).splitlines()[0]} {advice}")
     if config.peft_type != "LORA":
         stop(f"--lora_path {lora_path} is a {config.peft_type} adapter; this script reads LoRA.")
     if (folder / "non_lora_trainables.bin").exists():
         stop(f"--lora_path {lora_path} has more weights in non_lora_trainables.bin; merge it with LLaVA's own code.")
-    if not (folder / "adapter_model.safetensors").exists():
-        stop(f"--lora_path {lora_path} has no adapter_model.safetensors; convert its adapter_model.bin, if it has one.")
+    weights = {rename_key(key): weight for key, weight in saved.items()}
     config.rank_pattern = {rename_key(name): rank for name, rank in config.rank_pattern.items()}
     config.alpha_pattern = {rename_key(name): alpha for name, alpha in config.alpha_pattern.items()}
-    return folder, config
+    if not config.exclude_modules and not any("vision_tower" in key for key in weights):
+        config.exclude_modules = r".*vision_tower.*"  # its layers have the same names
+    return folder, config, weights
 
 
 # Copied from llava_orpo_training.load_adapter
-def load_adapter(model, processor, folder: Path, config, trainable: bool = False):
-    """Put a LoRA adapter on the model and return the PeftModel.
-
-    Stops unless every weight is finite and has its layer, every layer that the configuration names has its weights, and the
-    adapter moves the logits of a prompt with a picture.
-    """
+def load_adapter(model, folder: Path, config, weights: dict[str, torch.Tensor], trainable: bool = False):
+    """Put an adapter, as read_adapter returns it, on the model and return the PeftModel. Stops unless every weight is finite
+    and has its layer, and every layer that the configuration names has its weights."""
     from peft import get_peft_model, set_peft_model_state_dict
 
+    config.inference_mode, config.base_model_name_or_path = not trainable, None
     try:
-        saved = load_file(folder / "adapter_model.safetensors")
-        weights = {f"base_model.model.{rename_key(key)}": weight for key, weight in saved.items()}
-        if not config.exclude_modules and not any("vision_tower" in key for key in weights):
-            config.exclude_modules = r".*vision_tower.*"  # its layers have the same names
-        config.inference_mode, config.base_model_name_or_path = not trainable, None
         adapted = get_peft_model(model, config)
-        report = set_peft_model_state_dict(adapted, weights)
-    except Exception as error:  # weights of another base or rank, a broken file
+        report = set_peft_model_state_dict(adapted, {f"base_model.model.{key}": weights[key] for key in weights})
+    except Exception as error:  # weights of another base or rank
         stop(f"--lora_path {folder} does not fit this base: {' '.join(str(error).split())[:300]}")
     faults = [f"the model has no layer for {key}" for key in report.unexpected_keys]
     faults += [f"it lacks {key}" for key in report.missing_keys if "lora_" in key or "modules_to_save" in key]
     faults += [f"{key} is not finite" for key, weight in weights.items() if not weight.isfinite().all()]
-    if not faults and torch.equal(probe_logits(adapted, processor), probe_logits(adapted, processor, adapter=False)):
-        faults = ["the logits of a prompt are the same with it and without it"]
     if faults:
         stop(f"--lora_path {folder} cannot be used on this base: {faults[0]}.")
     return adapted.eval()
@@ -473,15 +441,10 @@ def load_adapter(model, processor, folder: Path, config, trainable: bool = False
 def probe_logits(model, processor, adapter: bool = True) -> torch.Tensor:
     """Return the logits of a fixed prompt with a picture, (its last 16 tokens, vocabulary), with the adapter on or off."""
     image = Image.linear_gradient("L").convert("RGB").resize((64, 64))
-    pixels = processor.image_processor(image, return_tensors="pt")
+    pixels = processor.image_processor(image, return_tensors="pt").to(model.device, model.dtype)
+    ids = torch.tensor([build_prompt(processor, "Is there a cup?", image.size)], device=model.device)
     with nullcontext() if adapter else model.disable_adapter():
-        output = model.eval()(
-            input_ids=torch.tensor([build_prompt(processor, "Is there a cup?", image.size)], device=model.device),
-            pixel_values=pixels["pixel_values"].to(model.device, model.dtype),
-            image_sizes=pixels["image_sizes"].to(model.device),
-            logits_to_keep=16,
-        )
-    return output.logits[0].float()
+        return model.eval()(input_ids=ids, **pixels, logits_to_keep=16).logits[0].float()
 
 
 # Copied from llava_orpo_training.embed_picture

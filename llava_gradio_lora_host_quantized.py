@@ -121,14 +121,12 @@ def stop(message: str, code: int = 2) -> NoReturn:
 
 # Copied from llava_orpo_training.load_image
 def load_image(source: str | Path | bytes) -> Image.Image:
-    """Open a picture from a path or from a file's bytes, turned upright (EXIF) and in RGB, with white where it is
-    transparent. Raises OSError if it is not a picture."""
+    """Open a picture from a path or bytes, upright (EXIF), in RGB, on white. Raises OSError if it is not a picture."""
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
         if image.mode[0] in "IF":  # 16 or 32 bits a pixel, of which convert() would clip all above 255
-            values = np.asarray(image, dtype="float64").clip(0)
-            brightest = 65535 if image.mode.startswith("I;16") else max(values.max(), 1)
-            return Image.fromarray((values * 255 / brightest).astype("uint8")).convert("RGB")
+            brightest = 65535 if image.mode.startswith("I;16") else max(image.getextrema()[1], 1)
+            image = Image.fromarray((np.asarray(image).clip(0) * 255.0 / brightest).astype("uint8"))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

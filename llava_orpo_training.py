@@ -72,8 +72,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(run, "--warmup_ratio", "share of the steps in which the learning rate rises", type=share, default=0.1)
     add(run, "--beta", "weight of the odds-ratio term (the paper's lambda)", type=positive, default=0.1)
     add(run, "--seed", "seed of the split, the order and the adapter", type=natural, default=42)
-    modes = {"nargs": "?", "choices": ["auto", "on", "off"], "const": "on", "default": "auto"}
-    add(run, "--gradient_checkpointing", "layers recomputed in the backward pass: all, none, or as few as fit", **modes)
+    modes = ["auto", "on", "off"]
+    add(run, "--gradient_checkpointing", "recompute as few layers as fit, all, or none", choices=modes, default="auto")
     add(run, "--save_steps", "steps between checkpoints, of which the newest two are kept", type=count, default=200)
     add(run, "--resume", "continue from the newest checkpoint in --output_dir", action="store_true")
     add(run, "--report_to", "experiment tracker", choices=["wandb", "none"], default="wandb")
@@ -99,10 +99,9 @@ import logging
 import os
 import re
 import resource
-import time
 import zipfile
 from collections import Counter
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial, wraps
 from itertools import chain
 from typing import NoReturn
@@ -112,6 +111,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a kernel that nothing here needs
 
+import bitsandbytes
 import datasets
 import jinja2
 import numpy as np
@@ -124,14 +124,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers import ProgressCallback, set_seed
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
+# on a CPU, it would repack NF4 weights at a forward in eval mode, and afterwards silently compute no gradients
+bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
 MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # of several processes, the one that prints and writes
 console = Console(stderr=True, quiet=not MAIN_PROCESS)
 
@@ -145,25 +146,23 @@ def stop(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str) -> None:
     """Write a file so that it is there whole or not at all."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
+        partial.write_text(content, "utf-8", "replace")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def load_image(source: str | Path | bytes) -> Image.Image:
-    """Open a picture from a path or from a file's bytes, turned upright (EXIF) and in RGB, with white where it is
-    transparent. Raises OSError if it is not a picture."""
+    """Open a picture from a path or bytes, upright (EXIF), in RGB, on white. Raises OSError if it is not a picture."""
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
         if image.mode[0] in "IF":  # 16 or 32 bits a pixel, of which convert() would clip all above 255
-            values = np.asarray(image, dtype="float64").clip(0)
-            brightest = 65535 if image.mode.startswith("I;16") else max(values.max(), 1)
-            return Image.fromarray((values * 255 / brightest).astype("uint8")).convert("RGB")
+            brightest = 65535 if image.mode.startswith("I;16") else max(image.getextrema()[1], 1)
+            image = Image.fromarray((np.asarray(image).clip(0) * 255.0 / brightest).astype("uint8"))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -173,14 +172,12 @@ def load_image(source: str | Path | bytes) -> Image.Image:
 
 
 def build_prompt(processor, question: str, image_size: tuple[int, int]) -> list[int]:
-    """Return the token ids of LLaVA-1.6's prompt, which is `[INST] <image>\\n{question} [/INST]` after BOS, or Vicuna's form
-    where the processor's chat template is Vicuna's.
+    """Return the token ids of LLaVA-1.6's prompt: BOS and `[INST] <image>\\n{question} [/INST]`, or Vicuna's form of it.
 
-    `image_size` is the picture's (width, height) in pixels, on which the number of image tokens depends. As in the original
-    code, the text before and after them is tokenized separately. A `<image>` or `</s>` inside the question is plain text.
+    The number of image tokens depends on the picture's `image_size`, which is (width, height). As in the original code, the
+    text before and after them is tokenized separately. A `<image>` or `</s>` inside the question is plain text.
     """
-    tokenizer = processor.tokenizer
-    width, height = image_size
+    tokenizer, (width, height) = processor.tokenizer, image_size
     num_image_tokens = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"][0]
     before, after = "[INST] ", " [/INST]"
     if "[INST]" not in (processor.chat_template or before):
@@ -203,9 +200,7 @@ ORIGINAL_KEYS = {
 
 def read_original(model_path: str, original: dict) -> tuple:
     """Return (config, processor, vision tower's name) for a checkpoint in LLaVA's own format, whose config.json is `original`.
-
-    The tokenizer gets `<image>` and `<pad>` as its next two tokens, as in the hub's converted checkpoints.
-    """
+    The tokenizer gets `<image>` and `<pad>` as its next two tokens, as in the hub's converted checkpoints."""
     from transformers import AutoConfig, LlamaTokenizer, LlavaNextConfig, LlavaNextProcessor
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
@@ -213,8 +208,7 @@ def read_original(model_path: str, original: dict) -> tuple:
     for name, value in expected.items():
         if original.get(name) != value:
             stop(f"--model_path {model_path} has {name} {original.get(name)!r}; LLaVA-1.6 has {value!r}.")
-    tower = original["mm_vision_tower"]
-    vision = LlavaNextConfig().vision_config
+    tower, vision = original["mm_vision_tower"], LlavaNextConfig().vision_config
     if tower != "openai/clip-vit-large-patch14-336":  # this one, which all published checkpoints name, is the default
         vision = AutoConfig.from_pretrained(tower, trust_remote_code=False)
         vision = getattr(vision, "vision_config", vision)
@@ -223,20 +217,19 @@ def read_original(model_path: str, original: dict) -> tuple:
     text["model_type"] = "mistral" if original["model_type"] == "llava_mistral" else "llama"
     grid = original["image_grid_pinpoints"]  # (width, height) pairs, which some checkpoints write as text
     grid = [[height, width] for width, height in (json.loads(grid) if isinstance(grid, str) else grid)]
+    config = LlavaNextConfig(vision_config=vision.to_dict(), text_config=text, image_grid_pinpoints=grid)
+    config.vision_feature_layer = original["mm_vision_select_layer"]
     tokenizer = LlamaTokenizer.from_pretrained(model_path, add_bos_token=True, legacy=True, padding_side="left")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     if len(tokenizer) != 32002:
         stop(f"--model_path {model_path} has a tokenizer of {len(tokenizer) - 2:,} tokens; LLaVA-1.6 has 32,000.")
-    config = LlavaNextConfig(vision_config=vision.to_dict(), text_config=text, image_grid_pinpoints=grid)
-    config.vision_feature_layer = original["mm_vision_select_layer"]
     side = vision.image_size
     images = LlavaNextImageProcessorPil(size={"shortest_edge": side}, crop_size=side, image_grid_pinpoints=grid)
     before, after = ("[INST] ", " [/INST]") if text["model_type"] == "mistral" else ("USER: ", " ASSISTANT:")
     template = before + "<image>\n{{ messages[0]['content'][-1]['text'] }}" + after
-    processor = LlavaNextProcessor(images, tokenizer, vision.patch_size, "default", template)
-    processor.num_additional_image_tokens = 1
-    return config, processor, tower
+    settings = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return config, LlavaNextProcessor(images, tokenizer, vision.patch_size, chat_template=template, **settings), tower
 
 
 def read_checkpoint(model_path: str) -> tuple:
@@ -272,61 +265,44 @@ def load_llava(model_path: str, lora_path: str | None = None, device="auto", loa
     config, processor, tower = read_checkpoint(model_path)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    dtype = torch.float32
-    if device != "cpu":
-        has_bf16 = device == "mps" or torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = torch.bfloat16 if has_bf16 else torch.float16
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=load_4bit,
-        load_in_8bit=load_8bit,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head", ".*vision_tower.*", ".*multi_modal_projector.*"],
-    )
+    has_bf16 = device == "mps" or torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16 if has_bf16 else torch.float16
+    bits = {"load_in_4bit": load_4bit, "load_in_8bit": load_8bit, "bnb_4bit_quant_type": "nf4"}
+    bits |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    bits["llm_int8_skip_modules"] = ["lm_head", ".*vision_tower.*", ".*multi_modal_projector.*"]
+    settings = {"dtype": dtype, "device_map": "auto" if device == "all" else {"": device}, "use_safetensors": True}
+    settings |= {"config": config, "key_mapping": ORIGINAL_KEYS if tower else None, "output_loading_info": True}
+    if load_4bit or load_8bit:
+        settings["quantization_config"] = BitsAndBytesConfig(**bits)
     try:
-        model, report = LlavaNextForConditionalGeneration.from_pretrained(
-            model_path,
-            config=config,
-            key_mapping=ORIGINAL_KEYS if tower else None,
-            dtype=dtype,
-            quantization_config=quantization if load_4bit or load_8bit else None,
-            device_map="auto" if device == "all" else {"": device},
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        model, report = LlavaNextForConditionalGeneration.from_pretrained(model_path, **settings)
         if tower:
             complete_original(model, tower, report["missing_keys"])
     except Exception as error:
         stop(f"--model_path {model_path} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}).")
-    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    if missing or unexpected:
-        found = f"missing: {', '.join(missing[:3]) or 'none'}; unexpected: {', '.join(unexpected[:3]) or 'none'}"
-        stop(f"--model_path {model_path}: the weights do not fit config.json ({found}).")
+    for fault in ("missing", "unexpected"):
+        if report[f"{fault}_keys"]:
+            stop(f"--model_path {model_path} does not fit its config.json ({fault}: {min(report[f'{fault}_keys'])}).")
     if hasattr(model, "ct_decompress_hook"):  # compressed-tensors would wait for a forward of the whole model
         model.hf_quantizer.compressor.decompress_model(model)
-    if load_4bit and device == "cpu":
-        # bitsandbytes would repack the weights at a forward in eval mode, and then silently compute no gradients
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+    model = allow_cache_position(model.eval())
     if adapter:
-        model = load_adapter(model, processor, *adapter)
-    return allow_cache_position(model.eval()), processor
+        model = load_adapter(model, *adapter)
+        if torch.equal(probe_logits(model, processor), probe_logits(model, processor, adapter=False)):
+            stop(f"--lora_path {lora_path} does nothing: the logits of a prompt are the same with it and without it.")
+    return model, processor
 
 
 def complete_original(model, tower: str, missing: set[str]) -> None:
     """Add what a checkpoint in LLaVA's own format lacks: 64 rows of vocabulary, as in the hub's converted checkpoints, and
     the vision weights from the tower's own checkpoint, if all are `missing`."""
     from transformers import CLIPVisionModel
-    from transformers.conversion_mapping import get_model_conversion_mapping
 
     vision = {key for key in model.state_dict() if "vision_tower" in key}
     if vision <= missing:
         weights = CLIPVisionModel.from_pretrained(tower, dtype=model.dtype, use_safetensors=True).state_dict()
-        model.model.vision_tower.load_state_dict({k.removeprefix("vision_model."): w for k, w in weights.items()})
+        model.model.vision_tower.load_state_dict(weights)
         missing -= vision
-    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)  # saved in the hub's layout
     model.resize_token_embeddings(model.config.text_config.vocab_size + 64, mean_resizing=False)
     for weight in (model.get_input_embeddings().weight, model.lm_head.weight):
         # a new row is the mean of the others, so that its logit is their mean and never the greatest
@@ -336,76 +312,69 @@ def complete_original(model, tower: str, missing: set[str]) -> None:
 def allow_cache_position(model):
     """Let callers pass `cache_position`, as transformers 4.38 to 4.57 do, to a model whose forward does not know it."""
     forward = model.forward
-    parameters = inspect.signature(forward).parameters.values()
-    if not any(p.name == "cache_position" or p.kind is p.VAR_KEYWORD for p in parameters):
+    if not {"cache_position", "kwargs"} & inspect.signature(forward).parameters.keys():
         model.forward = wraps(forward)(lambda *args, cache_position=None, **kwargs: forward(*args, **kwargs))
     return model
 
 
-# names under which adapters of this architecture have been saved -> today's names
+# names under which adapters and checkpoints of this architecture have been saved -> today's names
 ADAPTER_KEYS = {
     r"^(base_model\.model\.)+": "",
     **ORIGINAL_KEYS,
     r"^language_model\.model\.": "model.language_model.",
     r"^language_model\.lm_head": "lm_head",
-    r"^(vision_tower|multi_modal_projector|language_model)\.": r"model.\1.",
+    r"^(vision_tower\.|multi_modal_projector\.|language_model\.|image_newline)": r"model.\1",
     r"^model\.vision_tower\.vision_model\.": "model.vision_tower.",
 }
 
 
 def rename_key(key: str) -> str:
-    """Return today's name for a layer or weight of an adapter."""
+    """Return today's name for a layer or weight of an adapter or a checkpoint."""
     for pattern, replacement in ADAPTER_KEYS.items():
         key = re.sub(pattern, replacement, key)
     return key
 
 
-def read_adapter(lora_path: str) -> tuple[Path, "LoraConfig"]:
-    """Return a LoRA adapter's folder, which is fetched first if `lora_path` is a hub id, and its configuration."""
+def read_adapter(lora_path: str) -> tuple[Path, "LoraConfig", dict[str, torch.Tensor]]:
+    """Return a LoRA adapter's folder, which is fetched first if `lora_path` is a hub id, its configuration, and its weights."""
     from huggingface_hub import snapshot_download
     from peft import PeftConfig
 
     folder = Path(lora_path)
     try:
         if not folder.is_dir():
-            folder = Path(snapshot_download(lora_path, allow_patterns=["*.json", "adapter_model.safetensors"]))
-        config = PeftConfig.from_pretrained(str(folder))
+            files = ["*.json", "adapter_model.safetensors", "non_lora_trainables.bin"]
+            folder = Path(snapshot_download(lora_path, allow_patterns=files))
+        config, saved = PeftConfig.from_pretrained(str(folder)), load_file(folder / "adapter_model.safetensors")
     except Exception as error:
-        stop(f"--lora_path {lora_path} is no adapter: {str(error).splitlines()[0]} Give a hub id or a folder.")
+        advice = "Give a hub id or a folder; convert an adapter_model.bin to safetensors first."
+        stop(f"--lora_path {lora_path} is no adapter: {str(error).splitlines()[0]} {advice}")
     if config.peft_type != "LORA":
         stop(f"--lora_path {lora_path} is a {config.peft_type} adapter; this script reads LoRA.")
     if (folder / "non_lora_trainables.bin").exists():
         stop(f"--lora_path {lora_path} has more weights in non_lora_trainables.bin; merge it with LLaVA's own code.")
-    if not (folder / "adapter_model.safetensors").exists():
-        stop(f"--lora_path {lora_path} has no adapter_model.safetensors; convert its adapter_model.bin, if it has one.")
+    weights = {rename_key(key): weight for key, weight in saved.items()}
     config.rank_pattern = {rename_key(name): rank for name, rank in config.rank_pattern.items()}
     config.alpha_pattern = {rename_key(name): alpha for name, alpha in config.alpha_pattern.items()}
-    return folder, config
+    if not config.exclude_modules and not any("vision_tower" in key for key in weights):
+        config.exclude_modules = r".*vision_tower.*"  # its layers have the same names
+    return folder, config, weights
 
 
-def load_adapter(model, processor, folder: Path, config, trainable: bool = False):
-    """Put a LoRA adapter on the model and return the PeftModel.
-
-    Stops unless every weight is finite and has its layer, every layer that the configuration names has its weights, and the
-    adapter moves the logits of a prompt with a picture.
-    """
+def load_adapter(model, folder: Path, config, weights: dict[str, torch.Tensor], trainable: bool = False):
+    """Put an adapter, as read_adapter returns it, on the model and return the PeftModel. Stops unless every weight is finite
+    and has its layer, and every layer that the configuration names has its weights."""
     from peft import get_peft_model, set_peft_model_state_dict
 
+    config.inference_mode, config.base_model_name_or_path = not trainable, None
     try:
-        saved = load_file(folder / "adapter_model.safetensors")
-        weights = {f"base_model.model.{rename_key(key)}": weight for key, weight in saved.items()}
-        if not config.exclude_modules and not any("vision_tower" in key for key in weights):
-            config.exclude_modules = r".*vision_tower.*"  # its layers have the same names
-        config.inference_mode, config.base_model_name_or_path = not trainable, None
         adapted = get_peft_model(model, config)
-        report = set_peft_model_state_dict(adapted, weights)
-    except Exception as error:  # weights of another base or rank, a broken file
+        report = set_peft_model_state_dict(adapted, {f"base_model.model.{key}": weights[key] for key in weights})
+    except Exception as error:  # weights of another base or rank
         stop(f"--lora_path {folder} does not fit this base: {' '.join(str(error).split())[:300]}")
     faults = [f"the model has no layer for {key}" for key in report.unexpected_keys]
     faults += [f"it lacks {key}" for key in report.missing_keys if "lora_" in key or "modules_to_save" in key]
     faults += [f"{key} is not finite" for key, weight in weights.items() if not weight.isfinite().all()]
-    if not faults and torch.equal(probe_logits(adapted, processor), probe_logits(adapted, processor, adapter=False)):
-        faults = ["the logits of a prompt are the same with it and without it"]
     if faults:
         stop(f"--lora_path {folder} cannot be used on this base: {faults[0]}.")
     return adapted.eval()
@@ -415,15 +384,10 @@ def load_adapter(model, processor, folder: Path, config, trainable: bool = False
 def probe_logits(model, processor, adapter: bool = True) -> torch.Tensor:
     """Return the logits of a fixed prompt with a picture, (its last 16 tokens, vocabulary), with the adapter on or off."""
     image = Image.linear_gradient("L").convert("RGB").resize((64, 64))
-    pixels = processor.image_processor(image, return_tensors="pt")
+    pixels = processor.image_processor(image, return_tensors="pt").to(model.device, model.dtype)
+    ids = torch.tensor([build_prompt(processor, "Is there a cup?", image.size)], device=model.device)
     with nullcontext() if adapter else model.disable_adapter():
-        output = model.eval()(
-            input_ids=torch.tensor([build_prompt(processor, "Is there a cup?", image.size)], device=model.device),
-            pixel_values=pixels["pixel_values"].to(model.device, model.dtype),
-            image_sizes=pixels["image_sizes"].to(model.device),
-            logits_to_keep=16,
-        )
-    return output.logits[0].float()
+        return model.eval()(input_ids=ids, **pixels, logits_to_keep=16).logits[0].float()
 
 
 @torch.no_grad()
@@ -432,14 +396,9 @@ def generate_answers(model, processor, images: list, questions: list[str], max_n
     tokenizer = processor.tokenizer
     prompts = [build_prompt(processor, question, image.size) for image, question in zip(images, questions, strict=True)]
     inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
-    pixels = processor.image_processor(images, return_tensors="pt")
-    output = model.generate(
-        **inputs,
-        pixel_values=pixels["pixel_values"].to(model.device, model.dtype),
-        image_sizes=pixels["image_sizes"].to(model.device),
-        max_new_tokens=max_new_tokens,
-        **{"do_sample": False, "pad_token_id": tokenizer.pad_token_id, **options},
-    )
+    pixels = processor.image_processor(images, return_tensors="pt").to(model.device, model.dtype)
+    options = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, **options}
+    output = model.generate(**inputs, **pixels, max_new_tokens=max_new_tokens, **options)
     texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
 
@@ -447,6 +406,16 @@ def generate_answers(model, processor, images: list, questions: list[str], max_n
 # ---------------------------------------------------------------------------- from rows to batches
 
 TEXTS = ["question", "chosen", "rejected"]  # the columns that hold text
+# LLaVA's data sets mark the picture's place by a first or last line `<image>`, but build_prompt puts the picture in
+MARKER = re.compile(r"^\s*<image>\s*\n|\n\s*<image>\s*$")
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Return a file's rows up to the first line that is not JSON, such as one cut short. A missing file has no rows."""
+    rows = []
+    with suppress(FileNotFoundError, ValueError):
+        rows.extend(json.loads(line) for line in path.read_text(errors="replace").splitlines())
+    return rows
 
 
 def load_rows(source: str) -> datasets.DatasetDict:
@@ -458,43 +427,29 @@ def load_rows(source: str) -> datasets.DatasetDict:
             stop(f"--dataset {source} has no train split (found: {', '.join(rows)}); name its file train.parquet.")
         found = {name: getattr(feature, "dtype", str(feature)) for name, feature in rows["train"].features.items()}
         for name in ("image", *TEXTS):
-            if name not in found or name != "image" and found[name] not in ("string", "large_string"):
-                wanted = "pictures" if name == "image" else "plain text"
-                stop(f"--dataset {source} needs a column {name} of {wanted} (found: {found}).")
+            if name not in found or name in TEXTS and found[name] not in ("string", "large_string"):
+                what = "plain text" if name in TEXTS else "pictures"
+                stop(f"--dataset {source} needs a column {name} of {what} (found: {found}).")
         return rows.cast_column("image", datasets.Image(decode=False))
     except Exception as error:
         reason = (str(error) or "it is empty").splitlines()[0]
         stop(f"--dataset {source} cannot be read: {reason} Give a hub id, or a folder or file of parquet or jsonl.")
 
 
-def read_size(picture: Path | pa.Buffer) -> tuple[int, int]:
-    """Return a picture's upright (width, height). Reads its header only, so that a set of 13 GB is checked in seconds."""
-    sources = [picture]
-    if not isinstance(picture, Path):  # some formats, such as WebP, only open with all of their bytes
-        sources = [io.BytesIO(picture.slice(0, min(2**16, picture.size))), io.BytesIO(picture)]
-    for source in sources:
-        # Pillow's parsers raise almost anything on a broken header
-        with suppress(Exception), Image.open(source) as image:
+def inspect_picture(picture: Path | pa.Buffer) -> tuple[tuple[int, int], bytes]:
+    """Return a picture's upright (width, height), and a digest of its file's size and first and last 4 KiB, which tells
+    pictures apart. No pixels are decoded, and little is read, so that a set of 13 GB is checked in seconds."""
+    with picture.open("rb") if isinstance(picture, Path) else pa.BufferReader(picture) as file:
+        head, size = file.read(4096), file.seek(0, os.SEEK_END)
+        file.seek(max(size - 4096, 0))
+        digest = hashlib.sha256(b"%d" % size + head + file.read()).digest()
+    # some formats, such as WebP, only open with all of their bytes, and Pillow's parsers raise almost anything
+    for part in [picture] if isinstance(picture, Path) else [picture[: 2**16], picture]:
+        with suppress(Exception), Image.open(part if isinstance(part, Path) else io.BytesIO(part)) as image:
             # EXIF orientations 5 to 8 swap width and height; without the first test, getexif would decode a whole PNG
             turned = "exif" in image.info and image.getexif().get(0x0112, 1) >= 5
-            return image.size[::-1] if turned else image.size
+            return image.size[::-1] if turned else image.size, digest
     raise OSError("not a picture")
-
-
-def identify_picture(picture: Path | pa.Buffer) -> bytes:
-    """Return a digest of the size and of the first and last 4 KiB of a picture's file, which tells pictures apart."""
-    with picture.open("rb") if isinstance(picture, Path) else pa.BufferReader(picture) as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        head = file.read(4096)
-        file.seek(max(size - 4096, 0))
-        return hashlib.sha256(b"%d" % size + head + file.read()).digest()
-
-
-def strip_marker(question: str) -> str:
-    """Return a question without the `<image>` that LLaVA's data sets have on its first or last line to mark the picture's
-    place, since build_prompt puts the picture in."""
-    return re.sub(r"^\s*<image>\s*\n|\n\s*<image>\s*$", "", question)
 
 
 def encode_texts(processor, image_size, question: str, chosen: str, rejected: str, max_length: int) -> dict:
@@ -508,22 +463,20 @@ def encode_texts(processor, image_size, question: str, chosen: str, rejected: st
     return ids
 
 
-def find_fault(question: str, chosen: str, rejected: str, picture, processor, max_length: int) -> str | None:
-    """Return the reason why a row cannot be trained on, or None. Reads the picture's header, not its pixels."""
+def find_fault(question: str, chosen: str, rejected: str, image_size, processor, max_length: int) -> str | None:
+    """Return the reason why a row cannot be trained on, or None. `image_size` is None if the picture does not open."""
     for name, text in zip(TEXTS, (question, chosen, rejected), strict=True):
         if not (text or "").strip():
             return f"{name} is empty"
     if chosen.strip() == rejected.strip():
         return "chosen equals rejected"
-    try:
-        size = read_size(picture)
-    except OSError:
+    if image_size is None:
         return "image does not open"
-    image_tokens = processor._get_num_multimodal_tokens(image_sizes=[size[::-1]])["num_image_tokens"][0]
+    image_tokens = processor._get_num_multimodal_tokens(image_sizes=[image_size[::-1]])["num_image_tokens"][0]
     # a token has at least one byte, so that most rows need not be tokenized
     longest = image_tokens + len(question.encode()) + max(len(chosen.encode()), len(rejected.encode())) + 64
     if longest > max_length:
-        ids = encode_texts(processor, size, question, chosen, rejected, max_length)
+        ids = encode_texts(processor, image_size, question, chosen, rejected, max_length)
         if not ids["chosen"]:
             return "prompt does not fit --max_length"
         if ids["chosen"] == ids["rejected"]:
@@ -547,12 +500,14 @@ def check_rows(rows: datasets.Dataset, root: Path, processor, max_length: int, l
     out until then as a list of {split, row, reason}."""
     good, dropped, marked = {}, [], 0
     for row, texts, picture in iterate_rows(rows, root):
-        fault = find_fault(*texts, picture, processor, max_length)
-        if fault:
+        size = None
+        with suppress(OSError):
+            size, digest = inspect_picture(picture)
+        if fault := find_fault(*texts, size, processor, max_length):
             dropped.append({"split": str(rows.split), "row": row, "reason": fault})
             continue
-        good[row] = identify_picture(picture)
-        marked += strip_marker(texts[0]) != texts[0]
+        good[row] = digest
+        marked += bool(MARKER.search(texts[0]))
         if len(good) == limit:
             break
     if marked:
@@ -563,9 +518,8 @@ def check_rows(rows: datasets.Dataset, root: Path, processor, max_length: int, l
 def split_rows(good: dict[int, bytes], eval_fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Split rows, {row: digest of its picture}, into (train, held out). All rows of one picture stay on one side."""
     pictures = sorted(set(good.values()))
-    order = np.random.default_rng(seed).permutation(len(pictures))
     wanted = min(max(round(eval_fraction * len(pictures)), 1), len(pictures) - 1) if eval_fraction else 0
-    held_out = {pictures[i] for i in order[: max(wanted, 0)]}
+    held_out = {pictures[i] for i in np.random.default_rng(seed).permutation(len(pictures))[: max(wanted, 0)]}
     return [row for row in good if good[row] not in held_out], [row for row in good if good[row] in held_out]
 
 
@@ -590,16 +544,16 @@ class PreferencePairs(torch.utils.data.Dataset):
     def read_row(self, index: int) -> dict:
         """Return a pair's columns, with its picture decoded. If the picture's file breaks off, the pair is noted in the log
         of dropped rows, and the next pair takes its place."""
-        for candidate in (*range(index, len(self)), *range(index)):
-            row = self.rows[self.indices[candidate]]
+        for number in self.indices[index:] + self.indices[:index]:
+            row = self.rows[number]
             content, path = row["image"]["bytes"], row["image"]["path"]
             try:
                 image = load_image(content if content is not None else self.root / path)
-                return {**row, "question": strip_marker(row["question"]), "image": image}
+                return {**row, "question": MARKER.sub("", row["question"]), "image": image}
             except OSError:
-                fault = {"row": self.indices[candidate], "reason": "image breaks off when decoded"}
+                fault = {"split": str(self.rows.split), "row": number, "reason": "image breaks off when decoded"}
                 with self.log.open("a") as file:
-                    file.write(json.dumps({"split": str(self.rows.split), **fault}) + "\n")
+                    file.write(json.dumps(fault) + "\n")
         stop(f"no row of the {self.rows.split} pairs can be used; see {self.log}.")
 
     def encode(self, image: Image.Image, question: str, chosen: str, rejected: str) -> dict:
@@ -608,11 +562,15 @@ class PreferencePairs(torch.utils.data.Dataset):
         ids = encode_texts(self.processor, image.size, question, chosen, rejected, self.max_length)
         return {**ids, "pixel_values": pixels["pixel_values"][0], "image_sizes": pixels["image_sizes"][0]}
 
+    def texts(self) -> list[dict[str, str]]:
+        """Return the question, the chosen and the rejected response of every pair."""
+        return self.rows.select_columns(TEXTS).select(self.indices).to_list()
+
     def longest(self) -> dict:
         """Return a pair at least as long as every other: the longest question, chosen and rejected response with a picture
         of the shape that takes most tokens, as far as `max_length` allows."""
-        texts = self.rows.select_columns(TEXTS).select(self.indices)[:]
-        question, *responses = (max(texts[name], key=len) for name in TEXTS)
+        texts = self.texts()
+        question, *responses = (max((pair[name] for pair in texts), key=len) for name in TEXTS)
         shapes = [Image.new("RGB", (w, h)) for h, w in self.processor.image_processor.image_grid_pinpoints]
         # where responses are cut, the shorter prompt makes the longer pair
         pairs = [self.encode(image, text, *responses) for image in shapes for text in (question, "")]
@@ -637,8 +595,7 @@ def make_pairs(args, rows: datasets.DatasetDict, processor) -> tuple[PreferenceP
     reasons = ", ".join(f"{n} x {reason}" for reason, n in Counter(row["reason"] for row in dropped).most_common())
     if not train:
         stop(f"--dataset {args.dataset} has no usable pair ({reasons or 'it has no rows'}); see {log}.")
-    chosen = np.random.default_rng(args.seed).permutation(held_out)[: args.eval_samples]
-    evaluated = sorted(chosen.tolist()) if len(held_out) > args.eval_samples else held_out
+    evaluated = sorted(np.random.default_rng(args.seed).permutation(held_out)[: args.eval_samples].tolist())
     counts = f"{len(train):,} pairs to train on, {len(held_out):,} held out, of which {len(evaluated):,} are evaluated"
     console.print(f"{counts}; {len(dropped):,} rows left out {reasons}")
     shared = (root, processor, args.max_length, log)
@@ -653,14 +610,14 @@ def collate_pairs(features: list[dict], pad_token_id: int) -> dict[str, torch.Te
     with -100, pixel_values (B, most tiles, 3, H, W), and image_sizes (B, 2) as (height, width).
     """
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    prompts = [torch.tensor(feature["prompt"]) for feature in features]
+    columns = {name: [torch.as_tensor(feature[name]) for feature in features] for name in features[0]}
     return {
-        "prompt_input_ids": pad(prompts, padding_value=pad_token_id, padding_side="left"),
-        "prompt_attention_mask": pad([torch.ones_like(prompt) for prompt in prompts], padding_side="left"),
-        "chosen_labels": pad([torch.tensor(feature["chosen"]) for feature in features], padding_value=-100),
-        "rejected_labels": pad([torch.tensor(feature["rejected"]) for feature in features], padding_value=-100),
-        "pixel_values": pad([feature["pixel_values"] for feature in features]),
-        "image_sizes": torch.stack([feature["image_sizes"] for feature in features]),
+        "prompt_input_ids": pad(columns["prompt"], padding_value=pad_token_id, padding_side="left"),
+        "prompt_attention_mask": pad([torch.ones_like(ids) for ids in columns["prompt"]], padding_side="left"),
+        "chosen_labels": pad(columns["chosen"], padding_value=-100),
+        "rejected_labels": pad(columns["rejected"], padding_value=-100),
+        "pixel_values": pad(columns["pixel_values"]),
+        "image_sizes": torch.stack(columns["image_sizes"]),
     }
 
 
@@ -673,8 +630,8 @@ def share_prefix(batch: dict, pad_token_id: int, packed: bool, dtype: torch.dtyp
 
     The positions of both responses follow the prompt's last. `logits_to_keep` has the columns that predict the responses'
     tokens, the first of which is predicted by the prompt's last. The mask (B, 1, S, S) is added to the attention scores.
-    If `packed`, all pairs stand in a single row without padding, no pair sees another, and the mask is FlexAttention's,
-    which costs memory and time only where something is visible.
+    If `packed`, all pairs stand in a single row without padding, and the mask is FlexAttention's, which costs memory and
+    time only where something is visible.
     """
     prompt, real_prompt = batch["prompt_input_ids"], batch["prompt_attention_mask"]
     responses = torch.cat([batch["chosen_labels"], batch["rejected_labels"]], dim=1)
@@ -715,11 +672,8 @@ class LlavaORPOTrainer(ORPOTrainer):
     would depend on how pairs fall into batches, accumulation steps and processes.
     """
 
-    packed = False  # set where FlexAttention runs
-
     def concatenated_forward(self, model, batch: dict) -> tuple[torch.Tensor, ...]:
-        """Return the mean log-probability of each chosen and rejected response's tokens (B), their mean logits (B), and
-        the NLL."""
+        """Return the mean log-probability of each chosen and rejected response's tokens (B), mean logits (B), and NLL."""
         labels = torch.cat([batch["chosen_labels"], batch["rejected_labels"]], dim=1)
         real, n_chosen = labels != -100, batch["chosen_labels"].shape[1]
         inputs = share_prefix(batch, self.padding_value, self.packed, next(model.parameters()).dtype)
@@ -752,8 +706,8 @@ class LlavaORPOTrainer(ORPOTrainer):
         for name in ("loss", "grad_norm", "eval_loss"):
             if not math.isfinite(logs.get(name, 0)):
                 good = last_checkpoint(Path(self.args.output_dir)) or "the base model"
-                advice = f"The last good checkpoint is {good}; start again with a smaller --learning_rate."
-                stop(f"the run has diverged: {name} is {logs[name]} at step {self.state.global_step}. {advice}")
+                found = f"{name} is {logs[name]} at step {self.state.global_step}; the last good checkpoint is {good}"
+                stop(f"the run has diverged: {found}. Start again with a smaller --learning_rate.")
         super().log(logs, start_time)
 
     def create_model_card(self, *_, **__) -> None:
@@ -770,19 +724,17 @@ def add_adapter(model, args: argparse.Namespace) -> PeftModel:
     if unknown:
         stop(f"--lora_target_modules {' '.join(unknown)}: the language model has no layer of that name.")
     targets = rf".*language_model\..*\.({'|'.join(args.lora_target_modules)})"
-    if args.train_projector:
-        targets = rf"({targets}|.*multi_modal_projector\.linear_[12])"
+    targets += r"|.*multi_modal_projector\.linear_[12]" * args.train_projector
     scale = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
     return get_peft_model(model, LoraConfig(**scale, target_modules=targets, task_type="CAUSAL_LM"))
 
 
 def speed_up(model, packed: bool, autocast: bool) -> None:
-    """Use FlexAttention in the language model if `packed`. Under `autocast`, keep PEFT from casting the input of adapters to
-    float32, since autocast would cast it back."""
+    """Use FlexAttention in the language model if `packed`. Keep adapters' inputs from being cast to float32 if `autocast`."""
     model.get_base_model().model.language_model.set_attn_implementation("flex_attention" if packed else "sdpa")
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = not autocast
+            module.cast_input_dtype_enabled = not autocast  # which would cast them back
 
 
 def flex_attention_runs(model) -> bool:
@@ -804,8 +756,8 @@ def fit_memory(trainer: LlavaORPOTrainer, batch: dict, checkpointing: str) -> in
     """Run a batch forward and backward, and recompute as few layers as the memory allows. Returns n if every n-th layer is
     recomputed, or 0 if none is. The gradients are kept, and room is left for AdamW's two moments."""
     model = trainer.model.train()
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    _moments = torch.empty(2 * sum(weight.nbytes for weight in weights), dtype=torch.uint8, device=model.device)
+    size = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+    _moments = torch.empty(2 * size, dtype=torch.uint8, device=model.device)
 
     def run() -> None:  # a function of its own, so that the tensors of a failed try are freed
         with trainer.accelerator.autocast():
@@ -825,8 +777,7 @@ def fit_memory(trainer: LlavaORPOTrainer, batch: dict, checkpointing: str) -> in
 
 
 def compare_alone(trainer: LlavaORPOTrainer, pairs: list[dict], batch: dict) -> float:
-    """Return by how much a response's log-probability in the shared row differs from that of prompt and response alone, as a
-    mean over the responses of `pairs`. `batch` holds the same pairs."""
+    """Return how far apart a response's log-probabilities are in `batch` and alone, as a mean over the same `pairs`."""
     apart, device = [], trainer.model.device
     scores = trainer.concatenated_forward(trainer.model, batch)[:2]
     for name, shared in zip(("chosen", "rejected"), scores, strict=True):
@@ -840,68 +791,60 @@ def compare_alone(trainer: LlavaORPOTrainer, pairs: list[dict], batch: dict) -> 
     return sum(apart) / len(apart)
 
 
+def check(name: str, passed: bool, found: str) -> None:
+    """Print what preflight found, and stop if it is wrong."""
+    console.print(f"preflight: {name}: {found}")
+    if not passed:
+        stop(f"preflight failed: {name}, but found {found}; nothing was trained.")
+
+
 def preflight(trainer: LlavaORPOTrainer, pairs: PreferencePairs, checkpointing: str) -> int:
     """Check on real pairs what would go wrong silently, and the memory on the longest batch, and stop if a check fails.
     Sets gradient checkpointing and returns what fit_memory returns."""
-    model, pad = trainer.model.eval(), pairs.processor.tokenizer.pad_token_id
-    few = [pairs[i] for i in range(min(4, len(pairs)))]
-    batch = trainer._prepare_inputs(collate_pairs(few, pad))
+    model, few = trainer.model.eval(), [pairs[i] for i in range(min(4, len(pairs)))]
+    batch = trainer._prepare_inputs(trainer.data_collator(few))
     with torch.no_grad(), trainer.accelerator.autocast():
         seen = trainer.concatenated_forward(model, batch)[0].mean().item()
         unseen = trainer.concatenated_forward(model, {**batch, "pixel_values": -batch["pixel_values"]})[0].mean().item()
         apart = compare_alone(trainer, few, batch)
-
+    moves = 0 < abs(seen - unseen) < 1e4
+    check("another picture moves the chosen log-probability", moves, f"{seen:.4f} -> {unseen:.4f}")
+    # bfloat16 moves log-probabilities by up to a few hundredths, a wrong mask, label or position by much more
+    check("each response scores as it does alone", apart < 0.05, f"log-probabilities {apart:.1e} apart")
     trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     fresh = [weight for name, weight in trainable.items() if "lora_B" in name and not weight.any()]
     for weight in fresh:  # a new adapter's lora_B is zero, which would leave lora_A without a gradient
         torch.nn.init.normal_(weight, std=1e-2)
     split = trainer.is_fsdp_enabled  # FSDP splits the weights when training starts; until then, every GPU holds all
     longest = few[:1] if split else [pairs.longest()] * trainer.args.per_device_train_batch_size
-    longest = trainer._prepare_inputs(collate_pairs(longest, pad))
+    longest = trainer._prepare_inputs(trainer.data_collator(longest))
     recomputed = fit_memory(trainer, longest, "on" if split and checkpointing == "auto" else checkpointing)
-    gradients = {name: weight.grad for name, weight in trainable.items()}
-    dead = [name for name, grad in gradients.items() if grad is None or not grad.any() or not grad.isfinite().all()]
+    dead = [n for n, w in trainable.items() if w.grad is None or not w.grad.any() or not w.grad.isfinite().all()]
     for weight in fresh:
         torch.nn.init.zeros_(weight)
     model.zero_grad()
-
     size = f"{sum(weight.numel() for weight in trainable.values()):,} weights in {len(trainable)} tensors"
     size += ", a new adapter" if fresh else ", as --lora_path left them"
+    check("every trainable weight gets a gradient", not dead, dead[0] if dead else size)
     tokens = sum(longest[name].shape[1] for name in ("prompt_input_ids", "chosen_labels", "rejected_labels"))
-    layers = f"1 layer in {recomputed} is recomputed" if recomputed else "no layer is recomputed"
-    moved = f"{seen:.4f} -> {unseen:.4f}"
-    fits = f"{len(longest['image_sizes'])} x {tokens:,} tokens; {layers}"
-    # bfloat16 moves log-probabilities by up to a few hundredths, a wrong mask, label or position by much more
-    checks = [
-        ("another picture moves the chosen log-probability", moved, 0 < abs(seen - unseen) < 1e4),
-        ("each response scores as it does alone", f"log-probabilities {apart:.1e} apart", apart < 0.05),
-        ("every trainable weight gets a gradient", dead[0] if dead else size, not dead),
-        ("the longest batch fits the memory", "not tried, as the weights are split later" if split else fits, True),
-    ]
-    table = Table("preflight", "found", "")
-    for name, found, passed in checks:
-        table.add_row(name, found, "[green]ok[/]" if passed else "[red]failed[/]")
-    console.print(table)
-    for name, found, passed in checks:
-        if not passed:
-            stop(f"preflight failed: {name}, but found {found}; nothing was trained.")
+    fits = "not tried, as weights are split later" if split else f"{len(longest['image_sizes'])} x {tokens:,} tokens"
+    layers = f"1 layer in {recomputed}" if recomputed else "no layer"
+    check("the longest batch fits the memory", True, f"{fits}; {layers} is recomputed")
     return recomputed
 
 
-# ---------------------------------------------------------------------------- during the run
-
+# ---------------------------------------------------------------------------- the run and its report
 
 SAMPLES_PAGE = jinja2.Template(
     """<!doctype html><meta charset="utf-8"><title>Samples</title>
-<style>body{font:15px/1.45 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
-section{display:grid;grid-template-columns:18rem 1fr;gap:1.5rem;border-top:1px solid #ddd;padding:1.5rem 0}
-img{width:100%}th,td{vertical-align:top;text-align:left;padding:0 1rem .4rem 0}.chosen th{color:#19742c}
-.rejected th{color:#a32020}@media(max-width:45rem){section{grid-template-columns:1fr}}</style>
+<style>body{font:15px/1.45 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}img{width:18rem}
+section{display:flex;flex-wrap:wrap;gap:1.5rem;border-top:1px solid #ddd;padding:1.5rem 0}table{flex:1}th,td{text-align:left;
+vertical-align:top;padding:0 1rem .4rem 0}tr:nth-child(2) th{color:#19742c}tr:nth-child(3) th{color:#a32020}</style>
 <h1>Held-out pairs, and what the model answers at each evaluation</h1>
 {% for sample in samples %}{% set number = loop.index0 %}<section>
 <img src="{{ embed(sample.image) }}" alt="the picture asked about"><table>
 <tr><th>Question<td>{{ sample.question }}</tr>
-<tr class="chosen"><th>Chosen<td>{{ sample.chosen }}</tr><tr class="rejected"><th>Rejected<td>{{ sample.rejected }}</tr>
+<tr><th>Chosen<td>{{ sample.chosen }}</tr><tr><th>Rejected<td>{{ sample.rejected }}</tr>
 {% for evaluation in evaluations %}<tr><th>{{ "Base" if evaluation.step == 0 else "Step %d" % evaluation.step }}
 <td>{{ evaluation.answers[number] }}</tr>{% endfor %}</table></section>{% endfor %}""",
     autoescape=True,
@@ -916,22 +859,13 @@ def embed_picture(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """Return a file's rows up to the first line that is not JSON, such as one cut short. A missing file has no rows."""
-    rows = []
-    with suppress(FileNotFoundError, ValueError):
-        rows.extend(json.loads(line) for line in path.read_text(errors="replace").splitlines())
-    return rows
-
-
 class RunRecorder(ProgressCallback):
-    """Shows the progress bar, writes metrics.jsonl, and writes the model's answers to a few held-out pairs into samples.html
-    at each evaluation."""
+    """Shows progress, writes metrics.jsonl and, at each evaluation, answers to a few held-out pairs into samples.html."""
 
-    def __init__(self, trainer, output_dir: Path, processor, eval_pairs: PreferencePairs | None):
+    def __init__(self, trainer: LlavaORPOTrainer):
         super().__init__()
-        self.trainer, self.output_dir, self.processor = trainer, output_dir, processor
-        self.samples = [eval_pairs.read_row(index) for index in range(min(4, len(eval_pairs or [])))]
+        self.trainer, self.output_dir, held_out = trainer, Path(trainer.args.output_dir), trainer.eval_dataset
+        self.samples = [held_out.read_row(index) for index in range(min(4, len(held_out or [])))]
 
     def close(self) -> None:
         """Close the progress bars, so that an error stands on a line of its own."""
@@ -943,21 +877,16 @@ class RunRecorder(ProgressCallback):
         if not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
             return
         if "loss" in logs:
-            shown = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
-            self.training_bar.set_postfix({name: f"{logs[key]:.3f}" for name, key in shown.items()})
+            self.training_bar.set_postfix({name: f"{logs[name]:.3f}" for name in ("loss", "rewards/accuracies")})
         with (self.output_dir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": state.global_step, **logs}, allow_nan=False) + "\n")
 
-    def on_evaluate(self, args, state, control, model=None, **kwargs):
+    def on_evaluate(self, args, state, control, **kwargs):
         super().on_evaluate(args, state, control, **kwargs)
-        if not self.samples:
-            return
-        # in every process, since all take part in every forward where weights are split among them
-        model = model.module if hasattr(model, "module") else model
+        model, processor = self.trainer.model.eval(), self.trainer.processing_class
         images, questions = [row["image"] for row in self.samples], [row["question"] for row in self.samples]
-        together = {"synced_gpus": True} if args.world_size > 1 else {}
-        with self.trainer.plain_forward():
-            answers = generate_answers(model.eval(), self.processor, images, questions, **together)
+        with self.trainer.plain_forward():  # in every process, since all take part where weights are split among them
+            answers = generate_answers(model, processor, images, questions, synced_gpus=args.world_size > 1)
         if not state.is_world_process_zero:
             return
         with (self.output_dir / "samples.jsonl").open("a") as file:
@@ -968,10 +897,9 @@ class RunRecorder(ProgressCallback):
         if "wandb" in args.report_to:
             import wandb
 
-            table = wandb.Table(["step", "picture", *TEXTS, "answer"])
-            for row, answer in zip(self.samples, answers, strict=True):
-                table.add_data(state.global_step, wandb.Image(row["image"]), *(row[name] for name in TEXTS), answer)
-            wandb.log({"samples": table})
+            rows = [[wandb.Image(row["image"]), *(row[name] for name in TEXTS)] for row in self.samples]
+            rows = [[state.global_step, *row, answer] for row, answer in zip(rows, answers, strict=True)]
+            wandb.log({"samples": wandb.Table(["step", "picture", *TEXTS, "answer"], rows)})
 
 
 def open_tracking(args: argparse.Namespace) -> None:
@@ -991,8 +919,7 @@ def open_tracking(args: argparse.Namespace) -> None:
 
 def last_checkpoint(output_dir: Path) -> Path | None:
     """Return the newest checkpoint whose parts are all there and readable, or None, and name the newer ones that are not."""
-    found = sorted(output_dir.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]), reverse=True)
-    for folder in found:
+    for folder in sorted(output_dir.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])):
         parts = [list(folder.glob(name)) for name in ("optimizer.*", "scheduler.pt", "rng_state*.pth")]
         with suppress(OSError, ValueError, SafetensorError):
             json.loads((folder / "trainer_state.json").read_text())
@@ -1004,8 +931,8 @@ def last_checkpoint(output_dir: Path) -> Path | None:
 
 
 def open_run(args: argparse.Namespace) -> tuple[Path | None, FileLock]:
-    """Make the output folder ready, and return the checkpoint to continue from and the folder's lock. Stops if another run
-    writes there, or if an earlier run is there that is not to be continued or had other settings."""
+    """Make the output folder ready; return the checkpoint to continue from, and the folder's lock. Stops if another run writes
+    there, or if an earlier run is there that is not to be continued or had other settings."""
     output_dir, processes = args.output_dir, int(os.environ.get("WORLD_SIZE", 1))
     lock = FileLock(output_dir / ".lock", timeout=0)
     if not MAIN_PROCESS:
@@ -1021,15 +948,14 @@ def open_run(args: argparse.Namespace) -> tuple[Path | None, FileLock]:
     noted, metrics = output_dir / "arguments.json", output_dir / "metrics.jsonl"
     if not args.resume and (checkpoint or metrics.exists()):
         stop(f"--output_dir {output_dir} holds an earlier run; add --resume to continue it, or name another folder.")
-    may_change = "resume output_dir report_to wandb_project wandb_entity num_workers gradient_checkpointing batch_size"
-    free = {*may_change.split(), "gradient_accumulation_steps"}
-    settings = {name: str(value) for name, value in vars(args).items() if name not in free}
+    may_change = "resume output_dir report_to wandb_project wandb_entity num_workers gradient_checkpointing"
+    may_change += " batch_size gradient_accumulation_steps"
+    settings = {name: str(value) for name, value in vars(args).items() if name not in may_change.split()}
     settings["pairs_a_step"] = str(args.batch_size * args.gradient_accumulation_steps * processes)
     before = json.loads(noted.read_text()) if checkpoint and noted.exists() else {}
     changed = [f"{key} was {before[key]}, is {now}" for key, now in settings.items() if before.get(key, now) != now]
-    if changed:
-        meaning = f"pairs_a_step is --batch_size x --gradient_accumulation_steps x {processes} processes"
-        stop(f"--resume cannot change the run in {output_dir}: {'; '.join(changed)} ({meaning}).")
+    if changed:  # pairs_a_step also counts the processes
+        stop(f"--resume cannot change the run in {output_dir}: {'; '.join(changed)} (with {processes} processes).")
     step = int(checkpoint.name.split("-")[1]) if checkpoint else -1
     for file in (metrics, output_dir / "samples.jsonl"):
         if file.exists():  # the steps after the checkpoint are done again
@@ -1049,38 +975,30 @@ def build_trainer(args, model, processor, train_pairs, eval_pairs, resumed: bool
     train_pairs.indices = train_pairs.indices[: steps_an_epoch * pairs_a_step]
     if eval_pairs:  # every process gets the same number
         eval_pairs.indices = eval_pairs.indices[: max(len(eval_pairs) // processes, 1) * processes]
+    same = "output_dir learning_rate gradient_accumulation_steps beta max_length seed save_steps report_to".split()
     config = ORPOConfig(
-        output_dir=str(args.output_dir),
+        **{name: getattr(args, name) for name in same},
         num_train_epochs=args.epochs,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=1,  # TRL averages over batches, so pairs weigh the same only if each is a batch
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=args.warmup_ratio,
-        beta=args.beta,
-        max_length=args.max_length,
         padding_value=processor.tokenizer.pad_token_id,
         disable_dropout=False,  # the only dropout is LoRA's, which was asked for
         gradient_checkpointing=False,  # preflight turns it on, where TRL would do so in every layer
         ddp_find_unused_parameters=False,  # preflight makes sure that each gets a gradient
-        optim="adamw_torch_fused",
         bf16=on_gpu and torch.cuda.is_bf16_supported(including_emulation=False),
         use_cpu=not on_gpu,
-        seed=args.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,  # otherwise a loss that is not finite is shown as 0
         # once an epoch, but counted in steps, so that the evaluation comes before the same step's checkpoint
         eval_strategy="no" if eval_pairs is None else "steps",
         eval_steps=steps_an_epoch,
         eval_on_start=eval_pairs is not None and not resumed,  # trainer.evaluate() before train() would undo DDP
-        save_steps=args.save_steps,
         save_total_limit=2,
         enable_jit_checkpoint=True,  # on SIGTERM, with which Slurm and Kubernetes end a job
         dataloader_num_workers=args.num_workers,
         remove_unused_columns=False,
-        report_to=args.report_to,
-        run_name=args.output_dir.name,
     )
     if not on_gpu:  # with several processes it would be cpu:0, to which torch.load does not move the optimizer's state
         config.__dict__["_setup_devices"] = torch.device("cpu")
@@ -1090,26 +1008,17 @@ def build_trainer(args, model, processor, train_pairs, eval_pairs, resumed: bool
     trainer.use_dpo_data_collator = True  # otherwise TRL warns about ours in every evaluation step
     trainer.packed = flex_attention_runs(model)
     speed_up(model, trainer.packed, trainer.accelerator.native_amp)
-    trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.recorder = RunRecorder(trainer, args.output_dir, processor, eval_pairs)
+    trainer.recorder = RunRecorder(trainer)
     trainer.add_callback(trainer.recorder)
     return trainer
 
 
-# ---------------------------------------------------------------------------- after the run
-
-
 def draw_curves(metrics: list[dict], path: Path) -> None:
     """Draw the run's figures against the optimizer step: training as a line, held-out evaluations as dots."""
-    panels = {
-        "Log-probability per token": ["logps/chosen", "logps/rejected"],
-        "Log-odds, chosen over rejected": ["log_odds_chosen"],
-        "Preference accuracy": ["rewards/accuracies"],
-        "ORPO loss": ["loss"],
-        "NLL of the chosen response": ["nll_loss"],
-        "Reward margin": ["rewards/margins"],
-    }
+    panels = {"Log-probability per token": ["logps/chosen", "logps/rejected"]}
+    panels |= {"Log-odds, chosen over rejected": ["log_odds_chosen"], "Preference accuracy": ["rewards/accuracies"]}
+    panels |= {"ORPO loss": ["loss"], "NLL of the chosen response": ["nll_loss"], "Reward margin": ["rewards/margins"]}
     figure = Figure(figsize=(13, 6.5), layout="constrained")
     for axis, (title, keys) in zip(figure.subplots(2, 3, sharex=True).flat, panels.items(), strict=True):
         for key, colour in zip(keys, ("#1b7837", "#b2182b"), strict=False):
@@ -1123,15 +1032,6 @@ def draw_curves(metrics: list[dict], path: Path) -> None:
         axis.legend(fontsize=8, frameon=False)
     figure.supxlabel("optimizer step")
     figure.savefig(path, dpi=110)
-
-
-def describe_pairs(pairs: PreferencePairs | None) -> dict:
-    """Return the number of pairs, a SHA-256 of their texts in order, and the share of pairs whose chosen response has fewer
-    words than the rejected one, which a mere preference for short answers would get right."""
-    texts = pairs.rows.select_columns(TEXTS).select(pairs.indices).to_list() if pairs else []
-    fingerprint = hashlib.sha256("".join(map(json.dumps, texts)).encode()).hexdigest()
-    shorter = sum(len(text["chosen"].split()) < len(text["rejected"].split()) for text in texts)
-    return {"pairs": len(texts), "fingerprint": fingerprint, "shorter_is_chosen": shorter / max(len(texts), 1)}
 
 
 def finish_run(args: argparse.Namespace, trainer: LlavaORPOTrainer, recomputed: int, seconds: float) -> None:
@@ -1154,9 +1054,11 @@ def write_report(args: argparse.Namespace, trainer: LlavaORPOTrainer, recomputed
     evaluations = [row for row in metrics if "eval_loss" in row] or [{}]
     # a picture that breaks off is noted every time it is met
     dropped = {(row["split"], row["row"]): row["reason"] for row in read_jsonl(output_dir / "dropped_rows.jsonl")}
-    train, held_out = describe_pairs(trainer.train_dataset), describe_pairs(trainer.eval_dataset)
-    data = {"train_pairs": train["pairs"], "eval_pairs": held_out["pairs"], "fingerprint": train["fingerprint"]}
-    data |= {"shorter_is_chosen": held_out["shorter_is_chosen"], "dropped": Counter(dropped.values())}
+    train, held_out = trainer.train_dataset.texts(), trainer.eval_dataset.texts() if trainer.eval_dataset else []
+    shorter = sum(len(pair["chosen"].split()) < len(pair["rejected"].split()) for pair in held_out)
+    data = {"train_pairs": len(train), "eval_pairs": len(held_out), "dropped": Counter(dropped.values())}
+    data["fingerprint"] = hashlib.sha256("".join(map(json.dumps, train)).encode()).hexdigest()
+    data["shorter_is_chosen"] = shorter / max(len(held_out), 1)  # what a mere preference for short answers gets right
     packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
     host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     summary = {
@@ -1168,7 +1070,7 @@ def write_report(args: argparse.Namespace, trainer: LlavaORPOTrainer, recomputed
         "packed": trainer.packed,
         "recomputed_every": recomputed,
         "processes": trainer.accelerator.num_processes,
-        "seconds": round(seconds, 1),
+        "seconds": seconds,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else host_peak,
         "before": evaluations[0],
         "after": evaluations[-1],
@@ -1184,9 +1086,8 @@ def write_card(args: argparse.Namespace, summary: dict) -> None:
     data, before, after = summary["data"], summary["before"], summary["after"]
     names = {"preference accuracy": "rewards/accuracies", "reward margin": "rewards/margins", "NLL": "nll_loss"}
     names |= {"log-odds": "log_odds_chosen", "loss": "loss"}
-    table = ""
+    table = f"| {data['eval_pairs']:,} held-out pairs | before | after |\n|---|---|---|\n" if before else ""
     if before:
-        table = f"| {data['eval_pairs']:,} held-out pairs | before | after |\n|---|---|---|\n"
         for name, key in names.items():
             table += f"| {name} | {before[f'eval_{key}']:.4f} | {after[f'eval_{key}']:.4f} |\n"
         table += f"\nIn {data['shorter_is_chosen']:.1%} of these pairs, the chosen response has fewer words.\n"
@@ -1221,18 +1122,15 @@ def main(argv: list[str] | None = None) -> None:
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     model, processor = load_llava(args.model_path, device=device, load_4bit=args.load_4bit)
     train_pairs, eval_pairs = make_pairs(args, rows, processor)
-    model = load_adapter(model, processor, *adapter, trainable=True) if adapter else add_adapter(model, args)
+    model = load_adapter(model, *adapter, trainable=True) if adapter else add_adapter(model, args)
     trainer = build_trainer(args, model, processor, train_pairs, eval_pairs, resumed=checkpoint is not None)
     recomputed = preflight(trainer, train_pairs, args.gradient_checkpointing)
     set_seed(args.seed)  # so that order and dropout do not depend on what preflight had to try
-    started = time.perf_counter()
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        trainer.recorder.close()
+    with closing(trainer.recorder):
+        seconds = trainer.train(str(checkpoint) if checkpoint else None).metrics["train_runtime"]
     if trainer.state.global_step < trainer.state.max_steps:
         stop("the run was told to end (SIGTERM); the same command with --resume continues it.", code=143)
-    finish_run(args, trainer, recomputed, time.perf_counter() - started)
+    finish_run(args, trainer, recomputed, seconds)
     lock.release()
 
 
@@ -1242,12 +1140,11 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         stop("interrupted; the same command with --resume continues from the last checkpoint.", code=130)
     except torch.OutOfMemoryError:
-        advice = "use a smaller --batch_size with more --gradient_accumulation_steps, or --load_4bit"
-        stop(f"the GPU's memory is full; {advice}.")
+        stop("the GPU's memory is full; use a smaller --batch_size with more accumulation steps, or --load_4bit.")
     except (RuntimeError, ConnectionError, EOFError) as error:
         # torch notices that a worker is gone, or reading from the worker breaks off before that
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
             raise
         print(file=sys.stderr)  # torch may notice it while the progress bar is being closed, before its line has ended
-        advice = "use fewer --num_workers, or more shared memory (--shm-size 8g in a container), and --resume"
+        advice = "use fewer --num_workers, or more shared memory (docker's --shm-size), and --resume"
         stop(f"a process that decodes pictures was killed for lack of memory; {advice}.")

@@ -48,23 +48,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model = parser.add_argument_group("model")
     add(model, "--model_path", "base model: hub id or folder", default="llava-hf/llava-v1.6-mistral-7b-hf")
     add(model, "--lora_path", "adapter: hub id or folder; without one, the base alone is quantized")
-    kinds = {"choices": ["trained", "nf4", "base"], "default": "trained"}
-    add(model, "--merge_lora", "merge into weights as in training (NF4 after QLoRA), NF4, or the base's", **kinds)
+    kinds = ["trained", "nf4", "base"]
+    add(model, "--merge_lora", "into which weights: NF4 after QLoRA, NF4, the base's", choices=kinds, default="trained")
     add(model, "--device", "auto (cuda, then mps, then cpu), all (spread over the GPUs), cuda:1, cpu", default="auto")
     add(model, "--test_mode", "use the embedded miniature and its adapter, if not given", action="store_true")
 
     to = parser.add_argument_group("quantization")
     add(to, "--output_dir", "new folder for the checkpoint (default: quantized_models/<model>-<scheme>)", type=Path)
-    schemes = {"choices": list(SCHEMES), "default": "FP8_DYNAMIC"}
-    about = "8-bit floats with a scale per row or per block of 128 x 128, 8-bit integers, 4-bit weights, or merge only"
-    add(to, "--scheme", about, **schemes)
+    add(to, "--scheme", "format of the weights; BF16 merges only", choices=list(SCHEMES), default="FP8_DYNAMIC")
     ignored = {"nargs": "*", "default": ["lm_head", "vision_tower", "multi_modal_projector"]}
     add(to, "--ignore", "layers left as they are: parts of names, or re:... for a regular expression", **ignored)
     add(to, "--calibration_samples", "pictures that W8A8 and W4A16 are fitted to", type=count, default=256)
 
     gate = parser.add_argument_group("quality gate")
-    rows = "pictures and questions: hub id, folder, .parquet or .jsonl"
-    add(gate, "--dataset", rows, default="openbmb/RLAIF-V-Dataset")
+    add(gate, "--dataset", "pictures and questions: hub id, folder or file", default="openbmb/RLAIF-V-Dataset")
     add(gate, "--gate_samples", "how many are asked before and after; 0 skips the gate", type=natural, default=64)
     add(gate, "--max_new_tokens", "longest answer in the gate, in tokens", type=count, default=128)
     add(gate, "--max_kl", "mean KL divergence per token, in nats, that fails the gate", type=positive, default=0.02)
@@ -98,6 +95,8 @@ import signal
 import tempfile
 import time
 from contextlib import suppress
+from functools import partial
+from itertools import islice
 from typing import NoReturn
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -105,11 +104,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")  # its progress bars say enough
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a kernel that nothing here needs
 
+import bitsandbytes.functional as bnb
 import datasets
-import numpy as np
 import torch
+from compressed_tensors.entrypoints.convert import Converter, convert_checkpoint
 from filelock import FileLock, Timeout
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from huggingface_hub import snapshot_download
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from PIL import Image, ImageOps
@@ -135,34 +136,14 @@ def stop(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
-# Copied from llava_orpo_training.load_image
-def load_image(source: str | Path | bytes) -> Image.Image:
-    """Open a picture from a path or from a file's bytes, turned upright (EXIF) and in RGB, with white where it is
-    transparent. Raises OSError if it is not a picture."""
-    try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
-        if image.mode[0] in "IF":  # 16 or 32 bits a pixel, of which convert() would clip all above 255
-            values = np.asarray(image, dtype="float64").clip(0)
-            brightest = 65535 if image.mode.startswith("I;16") else max(values.max(), 1)
-            return Image.fromarray((values * 255 / brightest).astype("uint8")).convert("RGB")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except Exception as error:  # Pillow's parsers raise almost anything on a broken file
-        raise OSError(str(error)) from error
-
-
 # Copied from llava_orpo_training.build_prompt
 def build_prompt(processor, question: str, image_size: tuple[int, int]) -> list[int]:
-    """Return the token ids of LLaVA-1.6's prompt, which is `[INST] <image>\\n{question} [/INST]` after BOS, or Vicuna's form
-    where the processor's chat template is Vicuna's.
+    """Return the token ids of LLaVA-1.6's prompt: BOS and `[INST] <image>\\n{question} [/INST]`, or Vicuna's form of it.
 
-    `image_size` is the picture's (width, height) in pixels, on which the number of image tokens depends. As in the original
-    code, the text before and after them is tokenized separately. A `<image>` or `</s>` inside the question is plain text.
+    The number of image tokens depends on the picture's `image_size`, which is (width, height). As in the original code, the
+    text before and after them is tokenized separately. A `<image>` or `</s>` inside the question is plain text.
     """
-    tokenizer = processor.tokenizer
-    width, height = image_size
+    tokenizer, (width, height) = processor.tokenizer, image_size
     num_image_tokens = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"][0]
     before, after = "[INST] ", " [/INST]"
     if "[INST]" not in (processor.chat_template or before):
@@ -186,9 +167,7 @@ ORIGINAL_KEYS = {
 # Copied from llava_orpo_training.read_original
 def read_original(model_path: str, original: dict) -> tuple:
     """Return (config, processor, vision tower's name) for a checkpoint in LLaVA's own format, whose config.json is `original`.
-
-    The tokenizer gets `<image>` and `<pad>` as its next two tokens, as in the hub's converted checkpoints.
-    """
+    The tokenizer gets `<image>` and `<pad>` as its next two tokens, as in the hub's converted checkpoints."""
     from transformers import AutoConfig, LlamaTokenizer, LlavaNextConfig, LlavaNextProcessor
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
@@ -196,8 +175,7 @@ def read_original(model_path: str, original: dict) -> tuple:
     for name, value in expected.items():
         if original.get(name) != value:
             stop(f"--model_path {model_path} has {name} {original.get(name)!r}; LLaVA-1.6 has {value!r}.")
-    tower = original["mm_vision_tower"]
-    vision = LlavaNextConfig().vision_config
+    tower, vision = original["mm_vision_tower"], LlavaNextConfig().vision_config
     if tower != "openai/clip-vit-large-patch14-336":  # this one, which all published checkpoints name, is the default
         vision = AutoConfig.from_pretrained(tower, trust_remote_code=False)
         vision = getattr(vision, "vision_config", vision)
@@ -206,20 +184,19 @@ def read_original(model_path: str, original: dict) -> tuple:
     text["model_type"] = "mistral" if original["model_type"] == "llava_mistral" else "llama"
     grid = original["image_grid_pinpoints"]  # (width, height) pairs, which some checkpoints write as text
     grid = [[height, width] for width, height in (json.loads(grid) if isinstance(grid, str) else grid)]
+    config = LlavaNextConfig(vision_config=vision.to_dict(), text_config=text, image_grid_pinpoints=grid)
+    config.vision_feature_layer = original["mm_vision_select_layer"]
     tokenizer = LlamaTokenizer.from_pretrained(model_path, add_bos_token=True, legacy=True, padding_side="left")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     if len(tokenizer) != 32002:
         stop(f"--model_path {model_path} has a tokenizer of {len(tokenizer) - 2:,} tokens; LLaVA-1.6 has 32,000.")
-    config = LlavaNextConfig(vision_config=vision.to_dict(), text_config=text, image_grid_pinpoints=grid)
-    config.vision_feature_layer = original["mm_vision_select_layer"]
     side = vision.image_size
     images = LlavaNextImageProcessorPil(size={"shortest_edge": side}, crop_size=side, image_grid_pinpoints=grid)
     before, after = ("[INST] ", " [/INST]") if text["model_type"] == "mistral" else ("USER: ", " ASSISTANT:")
     template = before + "<image>\n{{ messages[0]['content'][-1]['text'] }}" + after
-    processor = LlavaNextProcessor(images, tokenizer, vision.patch_size, "default", template)
-    processor.num_additional_image_tokens = 1
-    return config, processor, tower
+    settings = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return config, LlavaNextProcessor(images, tokenizer, vision.patch_size, chat_template=template, **settings), tower
 
 
 # Copied from llava_orpo_training.read_checkpoint
@@ -249,41 +226,64 @@ ADAPTER_KEYS = {
     **ORIGINAL_KEYS,
     r"^language_model\.model\.": "model.language_model.",
     r"^language_model\.lm_head": "lm_head",
-    r"^(vision_tower|multi_modal_projector|language_model)\.": r"model.\1.",
+    r"^(vision_tower\.|multi_modal_projector\.|language_model\.|image_newline)": r"model.\1",
     r"^model\.vision_tower\.vision_model\.": "model.vision_tower.",
 }
 
 
 # Copied from llava_orpo_training.rename_key
 def rename_key(key: str) -> str:
-    """Return today's name for a layer or weight of an adapter."""
+    """Return today's name for a layer or weight of an adapter or a checkpoint."""
     for pattern, replacement in ADAPTER_KEYS.items():
         key = re.sub(pattern, replacement, key)
     return key
 
 
 # Copied from llava_orpo_training.read_adapter
-def read_adapter(lora_path: str) -> tuple[Path, "LoraConfig"]:
-    """Return a LoRA adapter's folder, which is fetched first if `lora_path` is a hub id, and its configuration."""
+def read_adapter(lora_path: str) -> tuple[Path, "LoraConfig", dict[str, torch.Tensor]]:
+    """Return a LoRA adapter's folder, which is fetched first if `lora_path` is a hub id, its configuration, and its weights."""
     from huggingface_hub import snapshot_download
     from peft import PeftConfig
 
     folder = Path(lora_path)
     try:
         if not folder.is_dir():
-            folder = Path(snapshot_download(lora_path, allow_patterns=["*.json", "adapter_model.safetensors"]))
-        config = PeftConfig.from_pretrained(str(folder))
+            files = ["*.json", "adapter_model.safetensors", "non_lora_trainables.bin"]
+            folder = Path(snapshot_download(lora_path, allow_patterns=files))
+        config, saved = PeftConfig.from_pretrained(str(folder)), load_file(folder / "adapter_model.safetensors")
     except Exception as error:
-        stop(f"--lora_path {lora_path} is no adapter: {str(error).splitlines()[0]} Give a hub id or a folder.")
+        advice = "Give a hub id or a folder; convert an adapter_model.bin to safetensors first."
+        stop(f"--lora_path {lora_path} is no adapter: {str(error).splitlines()[0]} {advice}")
     if config.peft_type != "LORA":
         stop(f"--lora_path {lora_path} is a {config.peft_type} adapter; this script reads LoRA.")
     if (folder / "non_lora_trainables.bin").exists():
         stop(f"--lora_path {lora_path} has more weights in non_lora_trainables.bin; merge it with LLaVA's own code.")
-    if not (folder / "adapter_model.safetensors").exists():
-        stop(f"--lora_path {lora_path} has no adapter_model.safetensors; convert its adapter_model.bin, if it has one.")
+    weights = {rename_key(key): weight for key, weight in saved.items()}
     config.rank_pattern = {rename_key(name): rank for name, rank in config.rank_pattern.items()}
     config.alpha_pattern = {rename_key(name): alpha for name, alpha in config.alpha_pattern.items()}
-    return folder, config
+    if not config.exclude_modules and not any("vision_tower" in key for key in weights):
+        config.exclude_modules = r".*vision_tower.*"  # its layers have the same names
+    return folder, config, weights
+
+
+# Copied from llava_orpo_training.load_adapter
+def load_adapter(model, folder: Path, config, weights: dict[str, torch.Tensor], trainable: bool = False):
+    """Put an adapter, as read_adapter returns it, on the model and return the PeftModel. Stops unless every weight is finite
+    and has its layer, and every layer that the configuration names has its weights."""
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    config.inference_mode, config.base_model_name_or_path = not trainable, None
+    try:
+        adapted = get_peft_model(model, config)
+        report = set_peft_model_state_dict(adapted, {f"base_model.model.{key}": weights[key] for key in weights})
+    except Exception as error:  # weights of another base or rank
+        stop(f"--lora_path {folder} does not fit this base: {' '.join(str(error).split())[:300]}")
+    faults = [f"the model has no layer for {key}" for key in report.unexpected_keys]
+    faults += [f"it lacks {key}" for key in report.missing_keys if "lora_" in key or "modules_to_save" in key]
+    faults += [f"{key} is not finite" for key, weight in weights.items() if not weight.isfinite().all()]
+    if faults:
+        stop(f"--lora_path {folder} cannot be used on this base: {faults[0]}.")
+    return adapted.eval()
 
 
 # ---------------------------------------------------------------------------- the checkpoint to start from
@@ -296,8 +296,7 @@ HUB_KEYS = {
     r"^model\.(multi_modal_projector\.|image_newline)": r"\1",
 }
 SPARE = (".position_ids", ".rotary_emb.inv_freq")  # tensors that older versions saved and that none needs
-# LLaVA's prompt for chat messages, with BOS: `[INST] <image>\nquestion [/INST] answer</s>[INST] ...`. The picture comes
-# first, wherever it stands in the message.
+# LLaVA's prompt for chat messages, with BOS. The picture comes first, wherever it stands in the message.
 TEMPLATE = (
     "{{ bos_token }}GAPHEAD{% for message in messages %}{% if message['role'] == 'user' %}BEFORE"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -309,11 +308,6 @@ TEMPLATE = (
 )
 
 
-def name_module(key: str) -> str:
-    """Return transformers' name for a tensor of a checkpoint in any layout."""
-    return "model.image_newline" if key == "image_newline" else rename_key(key)
-
-
 def name_in_hub(name: str) -> str:
     """Return the hub layout's name for a tensor that has transformers' name."""
     for pattern, replacement in HUB_KEYS.items():
@@ -322,22 +316,15 @@ def name_in_hub(name: str) -> str:
 
 
 def fill_template(processor) -> str:
-    """Return TEMPLATE with the words of build_prompt, which are Mistral's or Vicuna's.
-
-    Some tokenizers put a space after a special token themselves and some do not. The result is the form that turns a
-    question, an answer and a second question into exactly the tokens that the model was trained and measured with.
-    """
+    """Return TEMPLATE with build_prompt's words, and with a space after special tokens unless the tokenizer puts one there,
+    so that two questions and an answer become exactly the tokens that the model was trained and measured with."""
     before, after, head = "[INST] ", " [/INST]", ""
     if "[INST]" not in (processor.chat_template or before):
         head = "A chat between a curious human and an artificial intelligence assistant. "
         head += "The assistant gives helpful, detailed, and polite answers to the human's questions. "
         before, after = "USER: ", " ASSISTANT:"
-    tokenizer, image = processor.tokenizer, processor.image_token_id
-
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False).input_ids
-
-    wanted = build_prompt(processor, "Is it?", (64, 64)) + encode(" It is.") + [tokenizer.eos_token_id]
+    image, encode = processor.image_token_id, partial(processor.tokenizer.encode, add_special_tokens=False)
+    wanted = build_prompt(processor, "Is it?", (64, 64)) + encode(" It is.") + [processor.tokenizer.eos_token_id]
     wanted += encode(f"{before}And now?{after}")
     wanted = [token for place, token in enumerate(wanted) if token != image or wanted[place - 1] != image]
     said = {"user": [{"type": "text", "text": "Is it?"}, {"type": "image"}], "assistant": "It is."}
@@ -355,26 +342,23 @@ def stage_checkpoint(model_path: str, folder: Path):
     config, processor, tower = read_checkpoint(model_path)
     source = Path(model_path)
     if not source.is_dir():
-        from huggingface_hub import snapshot_download
-
         source = Path(snapshot_download(model_path, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"]))
     weights = list_weights(source)
-    for name in set(weights.values()):
-        (folder / name).symlink_to((source / name).resolve())
     if tower:
         config.text_config.vocab_size += 64
         config.architectures = ["LlavaNextForConditionalGeneration"]
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
-        if not any("vision_tower" in key for key in weights):
-            vision = CLIPVisionModel.from_pretrained(tower, dtype=torch.bfloat16, use_safetensors=True).state_dict()
-            vision = {f"model.vision_tower.{key.removeprefix('vision_model.')}": value for key, value in vision.items()}
-            save_file(vision, folder / "vision_tower.safetensors")
-            weights |= dict.fromkeys(vision, "vision_tower.safetensors")
+        added = complete_tensors(source, weights, tower)
+        # transformers reads no file beside a model.safetensors, and takes the last where two shards have a tensor
+        save_file(added, folder / "z_added.safetensors")
+        weights = {key: f"base-{name}" for key, name in weights.items()} | dict.fromkeys(added, "z_added.safetensors")
     else:
         for file in source.iterdir():
-            if file.suffix in (".json", ".jinja", ".model") and file.name != "quantization_report.json":
+            if file.suffix in (".json", ".jinja", ".model"):
                 shutil.copyfile(file, folder / file.name)
+    for name in set(weights.values()) - {"z_added.safetensors"}:
+        (folder / name).symlink_to((source / name.removeprefix("base-")).resolve())
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
     found = json.loads((folder / "config.json").read_text())
     if "quantization_config" in found:
@@ -386,6 +370,20 @@ def stage_checkpoint(model_path: str, folder: Path):
     return processor
 
 
+def complete_tensors(folder: Path, weights: dict[str, str], tower: str) -> dict[str, torch.Tensor]:
+    """Return what a checkpoint in LLaVA's own format lacks: 64 rows of vocabulary, each the mean of the others, so that
+    its logit is never the greatest, and the vision weights from the tower's own checkpoint, if `weights` has none."""
+    added = {}
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        with safe_open(folder / weights[key], "pt") as file:
+            rows = file.get_tensor(key)
+        added[key] = torch.cat([rows, rows.float().mean(0, keepdim=True).to(rows.dtype).expand(64, -1)])
+    if not any("vision_tower" in key for key in weights):
+        vision = CLIPVisionModel.from_pretrained(tower, dtype=torch.bfloat16, use_safetensors=True).state_dict()
+        added |= {f"model.vision_tower.{key}": value for key, value in vision.items()}
+    return added
+
+
 def list_weights(folder: Path) -> dict[str, str]:
     """Return a checkpoint's tensor names, each with the file it is in."""
     index = folder / "model.safetensors.index.json"
@@ -395,27 +393,14 @@ def list_weights(folder: Path) -> dict[str, str]:
         return dict.fromkeys(file.keys(), "model.safetensors")
 
 
-def add_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return a vocabulary's weight with the rows that LLaVA's own format lacks, each the mean of the others, so that its
-    logit is never the greatest."""
-    mean = weight.float().mean(0).to(weight.dtype)
-    return torch.cat([weight, mean.expand(rows - len(weight), -1)])
-
-
 def load_model(folder: Path, device: str) -> LlavaNextForConditionalGeneration:
     """Load a staged or a new checkpoint, in bfloat16 on a GPU that has it, otherwise in float16, and float32 on the CPU."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    has_bf16 = device == "mps" or (device != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False))
+    has_bf16 = device == "mps" or torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16 if has_bf16 else torch.float16
     settings = {"dtype": dtype, "device_map": "auto" if device == "all" else {"": device}, "use_safetensors": True}
-    settings |= {"key_mapping": ORIGINAL_KEYS, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, report = LlavaNextForConditionalGeneration.from_pretrained(folder, **settings)
-    weights = list_weights(folder)
-    for name, *_ in report["mismatched_keys"]:
-        key = next(key for key in weights if name_module(key) == name)
-        with safe_open(folder / weights[key], "pt") as file:
-            model.get_parameter(name).data.copy_(add_rows(file.get_tensor(key), model.config.text_config.vocab_size))
+    model = LlavaNextForConditionalGeneration.from_pretrained(folder, key_mapping=ORIGINAL_KEYS, **settings)
     if hasattr(model, "ct_decompress_hook"):  # compressed-tensors would wait for a forward of the whole model
         model.hf_quantizer.compressor.decompress_model(model)
     return model.eval()
@@ -425,13 +410,10 @@ def build_skeleton(model_path: str, folder: Path) -> LlavaNextForConditionalGene
     """Return the staged checkpoint's model without memory for its weights. Stops if the weights do not fit config.json."""
     with torch.device("meta"):
         model = LlavaNextForConditionalGeneration(AutoConfig.from_pretrained(folder))
-    places = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    rows, wrong = model.config.text_config.vocab_size, []
+    places, wrong = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}, []
     for key, file in list_weights(folder).items():
         with safe_open(folder / file, "pt") as opened:
-            shape, wanted = list(opened.get_slice(key).get_shape()), places.pop(name_module(key), None)
-        if wanted and shape[0] == rows - 64 and wanted[0] == rows:  # LLaVA's own format, see add_rows
-            shape[0] = rows
+            shape, wanted = list(opened.get_slice(key).get_shape()), places.pop(rename_key(key), None)
         if shape != wanted and not key.endswith(SPARE):
             wrong.append(f"{key} has shape {shape} in place of {wanted}")
     wrong += [f"{name} is missing" for name in places]
@@ -443,76 +425,45 @@ def build_skeleton(model_path: str, folder: Path) -> LlavaNextForConditionalGene
     return model
 
 
-def list_rounded(model) -> dict[str, torch.nn.Module]:
-    """Return the linear layers that QLoRA keeps in NF4, which are the language model's, by name."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    return {name: module for name, module in layers.items() if ".language_model." in name}
+def list_linear(model, part: str = "") -> dict[str, torch.nn.Linear]:
+    """Return the linear layers that have `part` in their names, by name."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and part in name}
 
 
 # ---------------------------------------------------------------------------- merging, a shard at a time
 
 
 def merges_into_nf4(lora_path: str | None, choice: str) -> bool:
-    """Return whether --merge_lora, `choice`, means that the base is rounded to NF4 before this adapter is merged into it.
-
-    An adapter that QLoRA trained has learned to correct the rounding. Its run notes this beside it or its checkpoint.
-    """
+    """Return whether --merge_lora, `choice`, means that the base is rounded to NF4 before this adapter is merged into it. One
+    that QLoRA trained has learned to correct the rounding. Its run notes this beside it or its checkpoint."""
     if not lora_path or choice != "trained":
         return bool(lora_path) and choice == "nf4"
     folder = read_adapter(lora_path)[0]
-    for file in (folder / "arguments.json", folder / "training_summary.json", folder.parent / "arguments.json"):
+    for file in (folder / "arguments.json", folder.parent / "arguments.json"):
         with suppress(OSError, ValueError, KeyError):
-            content = json.loads(file.read_text())
-            return str(content.get("arguments", content)["load_4bit"]) == "True"
+            return str(json.loads(file.read_text())["load_4bit"]) == "True"
     console.print(f"no file beside {lora_path} says that it was trained on NF4; the base's own weights are used")
     return False
 
 
 def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
     """Return a weight as QLoRA's training saw it: rounded to NF4 with double quantization (Dettmers et al. 2023)."""
-    import bitsandbytes.functional as bnb
-
     return bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
 
 
-def attach_adapter(model, lora_path: str) -> tuple:
-    """Put an adapter on a model, which may be build_skeleton's; return (PeftModel, the base's own embedding or head, which
-    PEFT saves beside an update of it). Stops unless every weight is finite and has its layer, and every layer its weights."""
-    folder, config = read_adapter(lora_path)
-    try:
-        saved = load_file(folder / "adapter_model.safetensors")
-        weights = {rename_key(key): weight for key, weight in saved.items()}
-        own = {key.replace(".base_layer", ""): weights.pop(key) for key in list(weights) if ".base_layer." in key}
-        if not config.exclude_modules and not any("vision_tower" in key for key in weights):
-            config.exclude_modules = r".*vision_tower.*"  # its layers have the same names
-        config.inference_mode, config.base_model_name_or_path = True, None
-        adapted = get_peft_model(model, config)
-        report = set_peft_model_state_dict(adapted, {f"base_model.model.{key}": weights[key] for key in weights})
-    except Exception as error:  # weights of another base or rank, a broken file
-        stop(f"--lora_path {lora_path} does not fit this base: {' '.join(str(error).split())[:300]}")
-    faults = [f"the model has no layer for {key}" for key in report.unexpected_keys]
-    faults += [f"it lacks {key}" for key in report.missing_keys if "lora_" in key or "modules_to_save" in key]
-    faults += [f"{key} is not finite" for key, weight in weights.items() if not weight.isfinite().all()]
-    if config.bias != "none":
-        faults = [f"it has trained biases (bias={config.bias!r}), which are not merged"]
-    if faults:
-        stop(f"--lora_path {lora_path} cannot be used on this base: {faults[0]}.")
-    return adapted.eval(), own
-
-
-class Merge:
+class Merge(Converter):
     """A compressed-tensors converter that turns a shard of the base into one of base and adapter, in the hub's layout and
-    in bfloat16. Only one shard is in memory at a time. PEFT merges each layer, in float32."""
+    in bfloat16. Only one shard is in memory at a time. PEFT merges each layer, in float32. `model` is build_skeleton's."""
 
     def __init__(self, model: LlavaNextForConditionalGeneration, lora_path: str | None, nf4: bool):
-        """`model` is build_skeleton's; `nf4` rounds the language model's linear layers first."""
-        self.rows, self.nf4, self.lora_path = model.config.text_config.vocab_size, nf4, lora_path
-        self.rounded = list_rounded(model) if nf4 else {}
-        self.merged, self.changed = set(), set()
-        self.layers, self.whole, self.own = {}, {}, {}  # PEFT's layers, tensors trained as a whole, see attach_adapter
+        self.rounded = list_linear(model, ".language_model.") if nf4 else {}  # what QLoRA keeps in NF4
+        self.layers, self.whole = {}, {}  # PEFT's layers, and tensors that were trained as a whole
+        self.changed = set()
         if lora_path:
-            adapted, self.own = attach_adapter(model, lora_path)
-            for name, module in adapted.base_model.model.named_modules():
+            folder, config, weights = read_adapter(lora_path)
+            # beside an update of the embedding or the head, PEFT saves that of the base
+            weights = {key: weight for key, weight in weights.items() if ".base_layer." not in key}
+            for name, module in load_adapter(model, folder, config, weights).base_model.model.named_modules():
                 if isinstance(module, BaseTunerLayer):
                     self.layers[name] = module
                 elif isinstance(module, ModulesToSaveWrapper):
@@ -523,20 +474,15 @@ class Merge:
         """Return a shard's tensors merged, under the hub's names. Empties `tensors` on the way, to save memory."""
         shard = {}
         for key in list(tensors):
-            tensor, name = tensors.pop(key), name_module(key)
-            if key.endswith(SPARE):
-                continue
+            tensor, name = tensors.pop(key), rename_key(key)
             if tensor.is_floating_point() and not tensor.is_meta:
                 tensor = self.merge(name, tensor).to(torch.bfloat16)
-            shard[name_in_hub(name)] = tensor.contiguous()
+            if not key.endswith(SPARE):
+                shard[name_in_hub(name)] = tensor.contiguous()
         return shard
-
-    validate = process  # on the meta device, of which only the names count
 
     def update_config(self, config):
         return config
-
-    update_model_config = update_config
 
     def get_dependencies(self, name: str) -> set[str]:
         return set()
@@ -544,11 +490,7 @@ class Merge:
     def merge(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """Return a tensor with its update, or what was trained in its place, if there is either."""
         module = name.removesuffix(".weight")
-        if module in ("model.language_model.embed_tokens", "lm_head"):
-            weight = add_rows(weight, self.rows)
         before = weight.to(torch.bfloat16)
-        if name in self.own and not torch.equal(self.own[name].to(before), before):
-            stop(f"--lora_path {self.lora_path} was trained on a base with another {name}.")
         if module in self.rounded:
             weight = round_to_nf4(weight.float())
         if name in self.whole:
@@ -560,37 +502,72 @@ class Merge:
             weight, layer.base_layer.weight.data = layer.base_layer.weight.data, torch.zeros(())
         else:
             return weight
-        self.merged.add(name if name in self.whole else module)
         if not torch.equal(weight.to(torch.bfloat16), before):
             self.changed.add(module)
         return weight
 
-    def describe(self) -> dict:
-        """Return what was merged. Stops if a layer of the adapter was not met, or if none changed."""
-        lost = (self.layers.keys() | self.whole.keys()) - self.merged
-        if lost:
-            stop(f"--lora_path {self.lora_path}: {min(lost)} was not merged.")
-        if not self.changed:
-            stop(f"--lora_path {self.lora_path} changes no weight by as much as bfloat16 can show.")
-        into = "NF4-rounded weights" if self.nf4 else "the base's own weights"
-        return {"layers": len(self.merged), "changed": len(self.changed), "into": into}
+
+# ---------------------------------------------------------------------------- pictures with questions, and quantizing
 
 
-# ---------------------------------------------------------------------------- quantizing
+def iterate_samples(rows, root: Path):
+    """Yield (picture, question, answer). Rows without a readable picture or a question are left out."""
+    if rows.features and "image" in rows.features:
+        rows = rows.cast_column("image", datasets.Image(decode=False))
+    for row in rows:
+        picture = row["image"] if isinstance(row["image"], dict) else {"path": row["image"]}
+        question, answer, image = row["question"], str(row.get("chosen") or ""), None
+        with suppress(
+            Exception
+        ):  # a path that is not text, or a broken picture, of which Pillow raises almost anything
+            file = io.BytesIO(picture["bytes"]) if picture.get("bytes") else root / picture["path"]
+            image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+        if image and isinstance(question, str) and question.strip():
+            yield image, question, answer
+
+
+def read_samples(source: str, gate: int, calibration: int) -> tuple[list, list]:
+    """Return up to `gate` samples for the gate, from the test split if there is one, and up to `calibration` others from the
+    train split to calibrate on, as iterate_samples yields them."""
+    if not gate and not calibration:
+        return [], []
+    kind = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.get(Path(source).suffix)
+    root, files = (Path(source).parent, {"data_files": source}) if kind else (Path(source), {})
+    try:
+        splits = datasets.load_dataset(kind or source, streaming=True, **files)
+        held_out = next((name for name in ("test", "validation") if name in splits), "train")
+        asked = list(islice(iterate_samples(splits[held_out], root), gate))
+        passed = len(asked) if held_out == "train" else 0
+        seen = list(islice(iterate_samples(splits["train"], root), passed, passed + calibration)) if calibration else []
+    except Exception as error:
+        reason = f"{type(error).__name__}: {(str(error) or 'it is empty').splitlines()[0]}"
+        stop(f"--dataset {source} cannot be read ({reason}). It needs the columns image and question, as RLAIF-V has.")
+    if (gate and not asked) or (calibration and not seen):
+        stop(f"--dataset {source} has {len(asked)} rows with picture and question to ask, {len(seen)} to calibrate on.")
+    if len(seen) < calibration:
+        console.print(f"--dataset has {len(seen)} rows to calibrate on instead of {calibration}; all of them are used")
+    return asked, seen
+
+
+def make_batch(model, processor, samples: list, answers: list[list[int]]) -> dict:
+    """Return the model's input for prompts followed by `answers`: (samples, longest), padded on the left."""
+    rows = zip(samples, answers, strict=True)
+    rows = [build_prompt(processor, question, image.size) + answer for (image, question, _), answer in rows]
+    batch = processor.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
+    pixels = processor.image_processor([image for image, _, _ in samples], return_tensors="pt")
+    return {**batch, **pixels.to(model.device, model.dtype)}
 
 
 def list_ignored(names: list[str]) -> list[str]:
-    """Return --ignore as regular expressions that match in transformers' key layout and in the hub's.
-
-    The head stays whole because vLLM wants it so, embeddings and norms because model_free_ptq knows layers by name only.
-    """
+    """Return --ignore as regular expressions for both key layouts. The head stays whole because vLLM wants it so, embeddings
+    and norms because model_free_ptq knows layers by name only."""
     patterns = [name.removeprefix("re:") if name.startswith("re:") else f"{re.escape(name)}.*" for name in names]
     return ["re:.*(embed|norm|lm_head).*", *(f"re:{'' if name.startswith('.*') else '.*'}{name}" for name in patterns)]
 
 
 def check_layers(model, scheme: str, ignore: list[str]) -> None:
     """Stop if vLLM or transformers could not load what `scheme` and `ignore` make of the model's linear layers."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    layers = list_linear(model)
     spellings = {name: (name, name_in_hub(f"{name}.weight").removesuffix(".weight")) for name in layers}
     patterns = [pattern.removeprefix("re:") for pattern in list_ignored(ignore)]
     for given, pattern in zip(ignore, patterns[1:], strict=True):
@@ -605,25 +582,21 @@ def check_layers(model, scheme: str, ignore: list[str]) -> None:
             quantized.add(name)
     for name in quantized:
         if scheme == "FP8_BLOCK" and any(side % 128 for side in layers[name].weight.shape):
-            size = " x ".join(map(str, layers[name].weight.shape))
-            stop(f"--scheme FP8_BLOCK needs sizes that 128 divides, and {name} is {size}; --ignore such layers.")
+            stop(f"--scheme FP8_BLOCK needs sizes that 128 divides, but {name} has others; --ignore such layers.")
         parent, _, last = name.rpartition(".")
         for fused in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
             kept = {f"{parent}.{other}" for other in fused if last in fused} & (layers.keys() - quantized)
             if kept:
                 stop(f"--ignore has {min(kept)} but not {name}, which vLLM fuses; ignore all of them or none.")
-    if not quantized:
-        stop("--ignore leaves no layer to quantize.")
 
 
 def quantize(args: argparse.Namespace, stage: Path, folder: Path, merge: Merge, samples: list, processor) -> None:
     """Write the merged and quantized checkpoint to `folder`. `samples` are for the calibrated schemes."""
-    from compressed_tensors.entrypoints.convert import convert_checkpoint
     from llmcompressor import model_free_ptq
 
-    device, ignored = None if torch.cuda.is_available() else "cpu", list_ignored(args.ignore)
-    if args.device not in ("auto", "all", "mps"):
-        device = args.device
+    device, ignored = args.device, list_ignored(args.ignore)
+    if device in ("auto", "all", "mps"):
+        device = None if torch.cuda.is_available() else "cpu"
     if args.scheme in CALIBRATED:
         convert_checkpoint(stage, folder / "merged", merge, device=device)
         calibrate(folder / "merged", folder, args.scheme, ignored, args.device, samples, processor)
@@ -642,16 +615,13 @@ def calibrate(merged: Path, folder: Path, scheme: str, ignored: list, device: st
     from llmcompressor.modifiers.gptq import GPTQModifier
 
     model, rows = load_model(merged, device).to(torch.bfloat16), []
-    for image, question, answer in samples:
-        ids = build_prompt(processor, question, image.size)
-        ids += processor.tokenizer(f" {answer}", add_special_tokens=False, split_special_tokens=True).input_ids
-        pixels = processor.image_processor(image, return_tensors="pt")
-        pixels["pixel_values"] = pixels["pixel_values"].to(torch.bfloat16)
-        rows.append({"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long(), **pixels})
-    recipe = GPTQModifier(targets="Linear", scheme=scheme, ignore=ignored)
+    for sample in samples:
+        answer = processor.tokenizer(f" {sample[2]}", add_special_tokens=False, split_special_tokens=True).input_ids
+        rows.append({name: value.cpu() for name, value in make_batch(model, processor, [sample], [answer]).items()})
     settings = {"pipeline": "sequential", "sequential_targets": [type(model.model.language_model.layers[0]).__name__]}
+    settings |= {"recipe": GPTQModifier(targets="Linear", scheme=scheme, ignore=ignored)}
     loader = torch.utils.data.DataLoader(rows, batch_size=None)
-    oneshot(model=model, dataset=loader, recipe=recipe, num_calibration_samples=len(rows), **settings)
+    oneshot(model=model, dataset=loader, num_calibration_samples=len(rows), **settings)
     model.save_pretrained(folder, save_compressed=True)
     for file in merged.iterdir():
         if not (folder / file.name).exists() and ".safetensors" not in file.name:
@@ -663,62 +633,6 @@ def calibrate(merged: Path, folder: Path, scheme: str, ignored: list, device: st
 
 
 # ---------------------------------------------------------------------------- the quality gate
-
-GATE_BATCH = 8  # pictures with questions at a time
-
-
-def take_samples(rows, root: Path, count: int) -> list[tuple[Image.Image, str, str]]:
-    """Return up to `count` (picture, question, answer). Rows without a readable picture or a question are left out."""
-    samples = []
-    if rows.features and "image" in rows.features:
-        rows = rows.cast_column("image", datasets.Image(decode=False))
-    for row in rows:
-        picture = row["image"] if isinstance(row["image"], dict) else {"path": row["image"]}
-        with suppress(OSError, TypeError):  # a broken picture, a path that is not text
-            image = load_image(picture.get("bytes") or root / picture["path"])
-            if isinstance(row["question"], str) and row["question"].strip():
-                samples.append((image, row["question"], str(row.get("chosen") or "")))
-        if len(samples) == count:
-            break
-    return samples
-
-
-def read_samples(source: str, gate: int, calibration: int) -> tuple[list, list]:
-    """Return up to `gate` samples for the gate and up to `calibration` to calibrate on, both as take_samples does.
-
-    The gate's come from the test split, if there is one, and the others always from train. No sample is in both.
-    """
-    path, asked, seen = Path(source), [], []
-    if not gate and not calibration:
-        return asked, seen
-    kind = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.get(path.suffix)
-    root = path.parent if kind else path
-    try:
-        files = {"data_files": source} if kind else {}
-        splits = datasets.load_dataset(kind or source, streaming=True, **files)
-        held_out = next((name for name in ("test", "validation") if name in splits), "train")
-        asked = take_samples(splits[held_out], root, gate) if gate else []
-        passed = len(asked) if held_out == "train" else 0
-        if calibration:
-            seen = take_samples(splits["train"], root, passed + calibration)[passed:]
-    except Exception as error:
-        reason = f"{type(error).__name__}: {(str(error) or 'it is empty').splitlines()[0]}"
-        stop(f"--dataset {source} cannot be read ({reason}). It needs the columns image and question, as RLAIF-V has.")
-    if (gate and not asked) or (calibration and not seen):
-        found = f"{len(asked)} rows for the gate and {len(seen)} to calibrate on"
-        stop(f"--dataset {source} has {found}, with a picture and a question; more are needed.")
-    if len(seen) < calibration:
-        console.print(f"--dataset has {len(seen)} rows to calibrate on instead of {calibration}; all of them are used")
-    return asked, seen
-
-
-def make_batch(model, processor, samples: list, answers: list[list[int]]) -> dict:
-    """Return the model's input for prompts followed by `answers`: (samples, longest), padded on the left."""
-    rows = zip(samples, answers, strict=True)
-    rows = [build_prompt(processor, question, image.size) + answer for (image, question, _), answer in rows]
-    batch = processor.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
-    pixels = processor.image_processor([image for image, _, _ in samples], return_tensors="pt").to(model.device)
-    return {**batch, "pixel_values": pixels["pixel_values"].to(model.dtype), "image_sizes": pixels["image_sizes"]}
 
 
 @torch.no_grad()
@@ -746,20 +660,17 @@ def measure_divergence(wanted: list[torch.Tensor], found: list[torch.Tensor]) ->
 def load_reference(stage: Path, lora_path: str | None, nf4: bool, device: str):
     """Return the staged base with its adapter, not merged; `nf4` rounds the language model's linear layers first."""
     model = load_model(stage, device)
-    for module in list_rounded(model).values() if nf4 else []:
-        module.weight.data = round_to_nf4(module.weight.data)
-    return attach_adapter(model, lora_path)[0] if lora_path else model
+    for layer in list_linear(model, ".language_model.").values() if nf4 else []:
+        layer.weight.data = round_to_nf4(layer.weight.data)
+    return load_adapter(model, *read_adapter(lora_path)) if lora_path else model
 
 
 def run_gate(reference: tuple, folder: Path, processor, samples: list, max_new_tokens: int, max_kl: float) -> dict:
-    """Ask load_reference's model and the new checkpoint, one after the other, the same questions; return how they differ.
-
-    Compared are the distributions over the next token along the reference's greedy answers, and the greedy answers. A
-    figure that is not finite is None and fails the gate.
-    """
+    """Ask load_reference's model and the new checkpoint the same questions; return how their greedy answers differ, and their
+    distributions over the next token along the first one's. A figure that is not finite is None and fails the gate."""
     model = load_reference(*reference)
     dtype, adapted = str(model.dtype).removeprefix("torch."), hasattr(model, "disable_adapter")
-    parts = [samples[start : start + GATE_BATCH] for start in range(0, len(samples), GATE_BATCH)]
+    parts = [samples[start : start + 8] for start in range(0, len(samples), 8)]
     answers, wanted, base, changed, found = [], [], [], 0, []
     for part in tqdm(parts, desc="asking base + adapter" if adapted else "asking the base"):
         answers.append(answer_greedily(model, processor, part, max_new_tokens))
@@ -775,13 +686,9 @@ def run_gate(reference: tuple, folder: Path, processor, samples: list, max_new_t
         found += score_answers(model, processor, part, old)
     divergence = measure_divergence(wanted, found)
     same = torch.cat([p.argmax(-1) == q.argmax(-1) for p, q in zip(wanted, found, strict=True)])
-    figures = {
-        "kl": divergence.mean().item(),
-        "kl_max": divergence.max().item(),
-        "top1_agreement": same.float().mean().item(),
-        "kl_base_alone": measure_divergence(base, found).mean().item() if base else None,
-    }
-    figures = {name: None if value is None or not math.isfinite(value) else value for name, value in figures.items()}
+    figures = {"kl": divergence.mean(), "kl_max": divergence.max(), "top1_agreement": same.float().mean()}
+    figures["kl_base_alone"] = measure_divergence(base, found).mean() if base else torch.tensor(torch.nan)
+    figures = {name: value.item() if value.isfinite() else None for name, value in figures.items()}
     passed = figures["kl"] is not None and figures["kl"] <= max_kl
     counts = {"samples": len(samples), "tokens": len(divergence), "precision": dtype, "answers_changed": changed}
     return counts | figures | {"max_kl": max_kl, "passed": passed}
@@ -815,17 +722,14 @@ def check_room(output_dir: Path, scheme: str, size: int) -> None:
     share = {"BF16": 1, "W8A8": 1.6, "W4A16": 1.4}.get(scheme, 0.6)  # two of them hold the merged checkpoint, too
     free = shutil.disk_usage(output_dir.parent).free
     if free < share * size:
-        room = f"{free / 1e9:.1f} GB of free disk, and {scheme} of this base needs {share * size / 1e9:.1f} GB"
-        stop(f"--output_dir {output_dir} has {room}; name a folder on another disk.")
+        stop(f"--output_dir {output_dir} has {free / 1e9:.1f} GB of free disk; it takes {share * size / 1e9:.1f} GB.")
 
 
 def peak_memory() -> int:
-    """Return the most memory that this process has had, in bytes: the GPU's since the last call, otherwise its own."""
-    if not torch.cuda.is_available():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.cuda.max_memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    return peak
+    """Return the most memory that this process has had so far, in bytes: the GPU's if there is one, otherwise its own."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def make_checkpoint(args: argparse.Namespace, nf4: bool, stage: Path, folder: Path, samples: list, processor) -> dict:
@@ -840,8 +744,12 @@ def make_checkpoint(args: argparse.Namespace, nf4: bool, stage: Path, folder: Pa
     quantize(args, stage, folder, merge, samples, processor)
     quantized, adapter = sum(file.stat().st_size for file in folder.glob("*.safetensors")), None
     if args.lora_path:
+        if not merge.changed:
+            stop(f"--lora_path {args.lora_path} changes no weight by as much as bfloat16 can show.")
         file = read_adapter(args.lora_path)[0] / "adapter_model.safetensors"
-        adapter = {"path": args.lora_path, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), **merge.describe()}
+        adapter = {"path": args.lora_path, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        adapter |= {"layers": len(merge.layers) + len(merge.whole), "changed": len(merge.changed)}
+        adapter["into"] = "NF4-rounded weights" if nf4 else "the base's own weights"
     sizes = {"base": sum(sizes), "largest_shard": max(sizes), "quantized": quantized, "ratio": quantized / sum(sizes)}
     packages = ("torch", "transformers", "peft", "llmcompressor", "compressed-tensors")
     return {
@@ -865,8 +773,8 @@ def print_report(report: dict, output_dir: Path) -> None:
     if quality:
         kl = "not finite" if quality["kl"] is None else f"{quality['kl']:.5f}"
         verdict = f"KL divergence is {kl} nats per token, and --max_kl {quality['max_kl']}"
-        console.print(f"{quality['top1_agreement']:.2%} of {quality['tokens']:,} tokens are still the most likely ones, and "
-                      f"{quality['answers_changed']} of {quality['samples']} greedy answers changed")  # fmt: skip
+        console.print(f"{quality['top1_agreement']:.2%} of {quality['tokens']:,} tokens are still the most likely ones")
+        console.print(f"{quality['answers_changed']} of {quality['samples']} greedy answers changed")
         if not quality["passed"]:
             stop(f"the gate failed: {verdict}. Use a scheme with more bits, or --ignore more layers.", code=4)
         console.print(f"the gate passed: {verdict}")
@@ -894,9 +802,7 @@ def main(argv: list[str] | None = None) -> None:
         (folder / "quantization_report.json").write_text(json.dumps(report, indent=1, allow_nan=False))
         lock.release()
         (folder / ".lock").unlink(missing_ok=True)
-        with suppress(FileNotFoundError):
-            args.output_dir.rmdir()  # an empty one
-        os.replace(folder, args.output_dir)
+        os.replace(folder, args.output_dir)  # which may be there, but empty
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print_report(report, args.output_dir)

@@ -10,11 +10,16 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 
+def run(name: str, *flags: str) -> dict:
+    """The figures that a benchmark prints."""
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *flags]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
+    return json.loads(printed.splitlines()[-1])
+
+
 @pytest.mark.slow
 def test_orpo_step_compares_equal_log_probabilities():
-    command = [sys.executable, str(ROOT / "benchmarks" / "bench_orpo_step.py"), "--steps", "1"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
-    found = {result["form"]: result for result in json.loads(printed.splitlines()[-1])["results"]}
+    found = {result["form"]: result for result in run("bench_orpo_step", "--steps", "1")["results"]}
     assert list(found) == ["trl", "plain", "shared"]
     for name in ("chosen_logp", "rejected_logp"):
         for form in found:
@@ -61,14 +66,10 @@ def test_memory_is_accounted_as_it_is_used():
 
 @pytest.mark.slow
 def test_amber_generation_is_faster_and_the_same():
-    command = [sys.executable, str(ROOT / "benchmarks" / "bench_amber_generation.py"), "--limit", "40"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=400).stdout
-    figures = json.loads(printed.splitlines()[-1])
+    figures = run("bench_amber_generation", "--limit", "40")
     assert figures["same"] == figures["questions"] > 300 and figures["pictures"] == 40
-    assert (
-        figures["speedup"] == pytest.approx(figures["single_seconds"] / figures["shared_seconds"])
-        and figures["speedup"] > 4
-    )
+    seconds = figures["single_seconds"] / figures["shared_seconds"]
+    assert figures["speedup"] == pytest.approx(seconds) and seconds > 4
 
 
 def test_real_size_refuses_a_small_disk_and_goes_on_where_it_broke_off(tmp_path, monkeypatch, capsys):

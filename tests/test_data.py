@@ -29,13 +29,9 @@ def picture(size=(120, 90), seed=0, kind="PNG", mode="RGB") -> bytes:
 
 
 def row(**changes) -> dict:
-    good = {
-        "image": {"bytes": picture(), "path": "a.png"},
-        "question": "Describe this image.",
-        "chosen": "The image shows a red ball.",
-        "rejected": "The image shows a red ball and a blue cup.",
-    }
-    return {**good, **changes}
+    chosen = "The image shows a red ball."
+    texts = {"question": "Describe this image.", "chosen": chosen, "rejected": f"{chosen[:-1]} and a blue cup."}
+    return {"image": {"bytes": picture(), "path": "a.png"}, **texts, **changes}
 
 
 def split_pairs(source, folder, processor, *flags: str):
@@ -64,6 +60,7 @@ def dropped(folder) -> list[dict]:
     return training.read_jsonl(folder / "dropped_rows.jsonl")
 
 
+LONG = "The image shows a red ball. " * 40
 BAD_ROWS = {
     "question is empty": {"question": "  "},
     "chosen is empty": {"chosen": ""},
@@ -72,34 +69,29 @@ BAD_ROWS = {
     "image does not open": {"image": {"bytes": b"this is no picture", "path": None}},
     "image does not open ": {"image": {"bytes": None, "path": "gone.png"}},
     "prompt does not fit --max_length": {"question": "Describe this image, every part of it. " * 60},
+    "chosen equals rejected once cut": {"chosen": f"{LONG} A cup.", "rejected": f"{LONG} A bus."},
 }
 
 
 @pytest.mark.parametrize("reason", BAD_ROWS)
-def test_a_bad_row_is_left_out_and_listed(reason, tmp_path, processor, capsys):
-    pairs = make_pairs([row(), row(**BAD_ROWS[reason]), row()], tmp_path, processor)
-    assert pairs.indices == [0, 2]
+def test_a_bad_row_is_left_out_and_listed_and_max_samples_are_the_first_good_ones(reason, tmp_path, processor, capsys):
+    rows = [row(), row(**BAD_ROWS[reason]), row(), row()]
+    assert make_pairs(rows, tmp_path, processor, "--max_samples", "2").indices == [0, 2]
     assert dropped(tmp_path) == [{"split": "train", "row": 1, "reason": reason.strip()}]
     assert f"1 x {reason.strip()}" in " ".join(capsys.readouterr().err.split())
 
 
+BROKEN = {"bytes": picture((400, 300), seed=3, kind="JPEG")[:-9000], "path": None}
+
+
 def test_a_picture_that_breaks_off_is_replaced_and_listed(tmp_path, processor):
-    broken = picture((400, 300), seed=3, kind="JPEG")[:-9000]
-    pairs = make_pairs([row(image={"bytes": broken, "path": None}), row()], tmp_path, processor)
+    pairs = make_pairs([row(image=BROKEN), row()], tmp_path, processor)
     assert pairs[0]["prompt"] == pairs[1]["prompt"]
     assert dropped(tmp_path) == [{"split": "train", "row": 0, "reason": "image breaks off when decoded"}]
 
 
-def test_responses_that_are_equal_once_cut_are_left_out(tmp_path, processor):
-    same = "The image shows a red ball. " * 40
-    pairs = make_pairs([row(chosen=same + "A cup.", rejected=same + "A bus."), row()], tmp_path, processor)
-    assert pairs.indices == [1]
-    assert dropped(tmp_path) == [{"split": "train", "row": 0, "reason": "chosen equals rejected once cut"}]
-
-
 def test_truncation_shortens_a_response_and_never_the_prompt(tmp_path, processor):
-    long = "The image shows " + "a red ball, " * 60
-    features = make_pairs([row(chosen=long)], tmp_path, processor)[0]
+    features = make_pairs([row(chosen=LONG)], tmp_path, processor)[0]
     prompt = training.build_prompt(processor, "Describe this image.", (120, 90))
     assert features["prompt"] == prompt
     assert len(prompt) + len(features["chosen"]) == 300
@@ -123,30 +115,25 @@ def test_a_turned_picture_has_as_many_tokens_as_features(tmp_path, processor):
     exif[0x0112] = 6  # to be shown turned by 90 degrees
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", exif=exif)
-    assert training.read_size(pa.py_buffer(buffer.getvalue())) == (64, 160)
+    assert training.inspect_picture(pa.py_buffer(buffer.getvalue()))[0] == (64, 160)
     features = make_pairs([row(image={"bytes": buffer.getvalue(), "path": None})], tmp_path, processor)[0]
     assert features["image_sizes"].tolist() == [160, 64]
     assert features["prompt"] == training.build_prompt(processor, "Describe this image.", (64, 160))
 
 
 @pytest.mark.parametrize("column", ["image", "question", "chosen", "rejected"])
-def test_a_column_that_is_missing_or_no_text_is_one_sentence(column, tmp_path, processor, capsys):
+def test_a_column_that_is_missing_or_no_text_or_empty_is_one_sentence(column, tmp_path, processor, capsys):
+    if column != "image":
+        error = stopped(capsys, make_pairs, [row(**{column: ""})], tmp_path, processor)
+        assert f"has no usable pair (1 x {column} is empty)" in error
     for value in ([], [[{"role": "assistant", "content": "A ball."}]] if column != "image" else []):
         rows = [{name: one for name, one in row().items() if name != column} | ({column: value} if value else {})]
         assert f"needs a column {column}" in stopped(capsys, make_pairs, rows, tmp_path, processor)
 
 
-def test_a_set_left_empty_is_one_sentence(tmp_path, processor, capsys):
-    error = stopped(capsys, make_pairs, [row(question="")], tmp_path, processor)
-    assert "has no usable pair (1 x question is empty)" in error
-
-
 @pytest.mark.slow
-def test_pictures_that_all_break_off_are_one_sentence(tmp_path, processor, capsys):
-    broken = {"bytes": picture((400, 300), seed=3, kind="JPEG")[:-9000], "path": None}
-    pairs = make_pairs([row(image=broken)], tmp_path, processor)
-    assert "no row of the train pairs can be used" in stopped(capsys, pairs.__getitem__, 0)
-    datasets.Dataset.from_list([row(image=broken)]).to_parquet(tmp_path / "broken.parquet")
+def test_pictures_that_all_break_off_are_one_sentence(tmp_path):
+    datasets.Dataset.from_list([row(image=BROKEN)]).to_parquet(tmp_path / "broken.parquet")
     command = [sys.executable, str(ROOT / "llava_orpo_training.py"), "--model_path", str(MINIATURE / "model"), "--dataset",
                str(tmp_path / "broken.parquet"), "--output_dir", str(tmp_path / "run"), "--report_to", "none"]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, timeout=200)
@@ -171,10 +158,9 @@ def test_a_set_without_a_train_split_is_one_sentence(tmp_path, capsys):
     assert "has no train split (found: test)" in stopped(capsys, training.load_rows, str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "flag, value", [("--eval_fraction", "1"), ("--batch_size", "0"), ("--learning_rate", "-1"), ("--beta", "nan")]
-)
-def test_a_value_out_of_range_is_one_sentence(flag, value, capsys):
+@pytest.mark.parametrize("wrong", ["--eval_fraction 1", "--batch_size 0", "--learning_rate -1", "--beta nan"])
+def test_a_value_out_of_range_is_one_sentence(wrong, capsys):
+    flag, value = wrong.split()
     with pytest.raises(SystemExit, match="2"):
         training.parse_args([flag, value])
     error = capsys.readouterr().err
@@ -182,9 +168,8 @@ def test_a_value_out_of_range_is_one_sentence(flag, value, capsys):
 
 
 def test_jsonl_with_pictures_beside_it(tmp_path, processor):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "a.png").write_bytes(picture())
-    line = row(image="images/a.png")
+    (tmp_path / "a.png").write_bytes(picture())
+    line = row(image="a.png")
     (tmp_path / "pairs.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({**line, "chosen": ""}) + "\n")
     pairs = make_pairs(tmp_path / "pairs.jsonl", tmp_path, processor)
     assert pairs.indices == [0] and pairs[0]["image_sizes"].tolist() == [90, 120]
@@ -204,13 +189,11 @@ def test_no_held_out_picture_is_trained_on_and_the_seed_decides(form, tmp_path, 
     if form == "other paths":
         source = tmp_path / "pairs.jsonl"
         source.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    splits = []
-    for seed in "112":
-        train, held_out = split_pairs(source, tmp_path, processor, "--seed", seed)
+    splits = [split_pairs(source, tmp_path, processor, "--seed", seed) for seed in "112"]
+    for train, held_out in splits:
         assert (len(train), len(held_out)) == (90, 10)
         assert not {i % 20 for i in train.indices} & {i % 20 for i in held_out.indices}
-        splits.append(held_out.indices)
-    assert splits[0] == splits[1] != splits[2]
+    assert splits[0][1].indices == splits[1][1].indices != splits[2][1].indices
 
 
 def test_llavas_marker_of_the_picture_is_left_out(tmp_path, processor, capsys):
@@ -226,16 +209,10 @@ def test_a_very_thin_picture_is_shown():
     assert training.embed_picture(Image.new("RGB", (3, 3000))).startswith("data:image/png;base64,")
 
 
-def test_max_samples_are_the_first_good_pairs(tmp_path, processor):
-    pairs = make_pairs([row(question=""), *[row()] * 5], tmp_path, processor, "--max_samples", "3")
-    assert pairs.indices == [1, 2, 3]
-
-
 def test_special_tokens_in_texts_are_plain_text(tmp_path, processor):
     text = "Is <image> </s> [INST] <pad> here?"
-    features = make_pairs(
-        [row(question=text, chosen="No <image> </s>.", rejected="Yes <s> <pad>.")], tmp_path, processor
-    )[0]
+    rows = [row(question=text, chosen="No <image> </s>.", rejected="Yes <s> <pad>.")]
+    features = make_pairs(rows, tmp_path, processor)[0]
     tokenizer = processor.tokenizer
     plain = training.build_prompt(processor, "", (120, 90)).count(processor.image_token_id)
     assert features["prompt"].count(processor.image_token_id) == plain

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -38,6 +39,27 @@ def refused(capsys, folder, *args, **options) -> str:
     sentence = error[error.index("error: ") :]
     assert stopped.value.code == 2 and sentence.count("\n") == 1 and "Traceback" not in error
     return sentence
+
+
+def edit(folder, name: str, change) -> None:
+    """Replace the tensors in a folder's file by `change(tensors)`, which must change something."""
+    before = load_file(folder / name)
+    after = change(dict(before))
+    assert after.keys() != before.keys() or any(after[key] is not before[key] for key in after)
+    save_file(after, folder / name, {"format": "pt"})
+
+
+def configure(folder, name: str, **changes) -> None:
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
+
+
+def pickle(folder, name: str) -> None:
+    torch.save(load_file(folder / name), (folder / name).with_suffix(".bin"))
+    (folder / name).unlink()
+
+
+def cut(folder, name: str) -> None:
+    (folder / name).write_bytes((folder / name).read_bytes()[:-1000])
 
 
 def picture(size) -> Image.Image:
@@ -87,24 +109,33 @@ def test_original_format_equals_the_original_code(original, sizes):
     assert said[0, len(prompt) :].tolist() == tokens
 
 
-def test_vision_weights_may_lie_in_their_own_checkpoint(original, tmp_path):
-    folder, _, _ = original
-    shutil.copytree(folder, tmp_path / "bare")
+def test_shards_a_grid_written_as_text_and_vision_weights_in_their_own_checkpoint(original, tmp_path):
+    """liuhaotian's folders are sharded, and some write the grid as a string."""
+    folder = shutil.copytree(original[0], tmp_path / "sharded")
     weights = load_file(folder / "model.safetensors")
-    kept = {key: weight for key, weight in weights.items() if "vision_tower" not in key}
-    assert len(kept) < len(weights)
-    save_file(kept, tmp_path / "bare" / "model.safetensors", {"format": "pt"})
-    whole, bare = load(folder)[0].state_dict(), load(tmp_path / "bare")[0].state_dict()
-    assert all(torch.equal(whole[key], bare[key]) for key in whole) and set(whole) == set(bare)
+    names = sorted(key for key in weights if "vision_tower" not in key)
+    assert len(names) < len(weights)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for name, keys in parts.items():
+        save_file({key: weights[key] for key in keys}, folder / name, {"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {key: name for name, keys in parts.items() for key in keys}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    grid = json.loads((folder / "config.json").read_text())["image_grid_pinpoints"]
+    configure(folder, "config.json", image_grid_pinpoints=str(grid))
+    whole, sharded = load(original[0])[0], load(folder)[0]
+    assert whole.state_dict().keys() == sharded.state_dict().keys()
+    assert all(torch.equal(weight, sharded.state_dict()[key]) for key, weight in whole.state_dict().items())
+    assert whole.config.image_grid_pinpoints == sharded.config.image_grid_pinpoints
 
 
-def test_it_is_saved_in_the_hubs_layout_and_an_adapter_fits_both(original, tmp_path):
+def test_an_adapter_fits_the_original_format_and_the_hubs(original, tmp_path):
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
     model, processor = load(original[0])
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     model.save_pretrained(tmp_path / "hub")
     processor.save_pretrained(tmp_path / "hub")
-    keys = load_file(tmp_path / "hub" / "model.safetensors").keys()
-    parts = {"vision_tower", "multi_modal_projector", "language_model", "image_newline"}
-    assert {key.split(".")[0] for key in keys} == parts
     again, processor_again = load(tmp_path / "hub")
     assert all(torch.equal(weight, again.state_dict()[key]) for key, weight in model.state_dict().items())
     prompts = [training.build_prompt(one, "Is there a cup?", (64, 48)) for one in (processor, processor_again)]
@@ -113,26 +144,6 @@ def test_it_is_saved_in_the_hubs_layout_and_an_adapter_fits_both(original, tmp_p
     for base in (original[0], tmp_path / "hub"):
         model, processor = load(base, str(folder))
         assert torch.allclose(training.probe_logits(model, processor), expected, atol=1e-6)
-
-
-def test_shards_and_a_grid_written_as_text(original, tmp_path):
-    """liuhaotian's folders are sharded, and some write the grid as a string."""
-    folder, _, _ = original
-    shutil.copytree(folder, tmp_path / "sharded")
-    weights = load_file(folder / "model.safetensors")
-    names = sorted(weights)
-    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-    for name, keys in parts.items():
-        save_file({key: weights[key] for key in keys}, tmp_path / "sharded" / name, {"format": "pt"})
-    (tmp_path / "sharded" / "model.safetensors").unlink()
-    index = {"metadata": {}, "weight_map": {key: name for name, keys in parts.items() for key in keys}}
-    (tmp_path / "sharded" / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = json.loads((folder / "config.json").read_text())
-    config["image_grid_pinpoints"] = str(config["image_grid_pinpoints"])
-    (tmp_path / "sharded" / "config.json").write_text(json.dumps(config))
-    whole, sharded = load(folder)[0], load(tmp_path / "sharded")[0]
-    assert all(torch.equal(weight, sharded.state_dict()[key]) for key, weight in whole.state_dict().items())
-    assert whole.config.image_grid_pinpoints == sharded.config.image_grid_pinpoints
 
 
 def test_four_bits_of_the_original_format(original):
@@ -180,86 +191,56 @@ def make_adapter(folder, model_path=MINIATURE / "model", rank=4, **options):
     return folder, training.probe_logits(model, processor)
 
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LAYERS, PREFIX, PROJECTOR = r"model\.language_model\.layers", r"^base_model\.model\.", "multi_modal_projector"
+LANGUAGE = r".*language_model.*\.(q_proj|v_proj|down_proj)"
+OLDER = ("language_model.model.layers", "model.layers", "language_model.layers")
+LAYOUTS = [(LANGUAGE, LAYERS, older) for older in OLDER]
+LAYOUTS += [(LANGUAGE, PREFIX, other) for other in ("", "base_model.model.base_model.model.")]
+LAYOUTS += [(rf".*{PROJECTOR}\.linear_[12]", rf"model\.{PROJECTOR}", PROJECTOR)]
+
+
 def rename(folder, pattern: str, replacement: str) -> None:
-    weights = load_file(folder / "adapter_model.safetensors")
-    renamed = {re.sub(pattern, replacement, key): weight for key, weight in weights.items()}
-    assert renamed.keys() != weights.keys()
-    save_file(renamed, folder / "adapter_model.safetensors", {"format": "pt"})
+    edit(folder, WEIGHTS, lambda tensors: {re.sub(pattern, replacement, key): tensors[key] for key in tensors})
 
 
-def change_config(folder, **changes) -> None:
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def test_an_adapter_on_the_projector_alone(tmp_path):
-    folder, expected = make_adapter(tmp_path / "adapter", target_modules=r".*multi_modal_projector\.linear_[12]")
-    rename(folder, r"model\.multi_modal_projector", "multi_modal_projector")
-    model, processor = load(MINIATURE / "model", str(folder))
-    assert torch.equal(training.probe_logits(model, processor), expected)
-
-
-LAYERS = r"model\.language_model\.layers"
-PREFIX = r"^base_model\.model\."
-
-
-@pytest.mark.parametrize(
-    ("pattern", "replacement"),
-    [
-        (LAYERS, "language_model.model.layers"),
-        (LAYERS, "model.layers"),
-        (LAYERS, "language_model.layers"),
-        (PREFIX, ""),
-        (PREFIX, "base_model.model.base_model.model."),
-    ],
-)
-def test_other_key_layouts_are_mapped(pattern, replacement, tmp_path):
-    folder, expected = make_adapter(tmp_path / "adapter")
+@pytest.mark.parametrize(("modules", "pattern", "replacement"), LAYOUTS)
+def test_other_key_layouts_are_mapped_and_keep_their_scale(modules, pattern, replacement, tmp_path):
+    layer = "model.language_model.layers.1.self_attn.q_proj"
+    patterns = {"alpha_pattern": {layer: 64}, "rank_pattern": {layer: 2}} if modules == LANGUAGE else {}
+    folder, expected = make_adapter(tmp_path / "adapter", target_modules=modules, **patterns)
     rename(folder, pattern, replacement)
-    change_config(folder, target_modules=["q_proj", "v_proj", "down_proj"])  # would also name the vision tower's
+    changes = {name: {re.sub(pattern, replacement, layer): value[layer]} for name, value in patterns.items()}
+    if modules == LANGUAGE:
+        changes["target_modules"] = ["q_proj", "v_proj", "down_proj"]  # would also name the vision tower's
+    configure(folder, CONFIG, **changes)
     model, processor = load(MINIATURE / "model", str(folder))
     assert torch.equal(training.probe_logits(model, processor), expected)
 
 
-def change_weights(change):
-    """Return a function that replaces an adapter's weights by `change(key, weight)`, or leaves out those that are None."""
-
-    def apply(folder):
-        weights = load_file(folder / "adapter_model.safetensors")
-        changed = {key: change(key, weight) for key, weight in weights.items()}
-        kept = {key: weight for key, weight in changed.items() if weight is not None}
-        save_file(kept, folder / "adapter_model.safetensors", {"format": "pt"})
-
-    return apply
+def scale(folder, change) -> None:
+    """Replace each of an adapter's weights by `change(key, weight)`, or drop it if that is None."""
+    edit(folder, WEIGHTS, lambda old: {key: new for key in old if (new := change(key, old[key])) is not None})
 
 
-def cut(file):
-    file.write_bytes(file.read_bytes()[:-1000])
-
-
-def add_a_head(folder):
-    weights = load_file(folder / "adapter_model.safetensors")
-    weights["base_model.model.lm_head.weight"] = torch.zeros(577, 128)
-    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
-
-
-def pickle_weights(folder):
-    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
-    (folder / "adapter_model.safetensors").unlink()
-
-
+HEAD = {
+    "base_model.model.lm_head.weight": torch.zeros(577, 128)
+}  # seed 000's second challenge: `<image>` is one more row
 BAD_ADAPTERS = {  # what is wrong with it: (what the sentence names, what makes it so)
-    "foreign": ("attention.wq", lambda folder: rename(folder, r"self_attn\.q_proj", "attention.wq")),
-    "missing": ("layers.2.mlp", change_weights(lambda key, weight: None if "layers.2.mlp" in key else weight)),
-    "rank": ("size mismatch", lambda folder: change_config(folder, r=16)),
-    "other base": ("size mismatch", change_weights(lambda key, weight: torch.cat([weight] * 2, int("lora_A" in key)))),
-    "other vocabulary": ("[577, 128]", add_a_head),  # seed 000's second challenge: `<image>` is one more row
-    "zero": ("the same with it and without it", change_weights(lambda key, weight: weight * ("lora_A" in key))),
-    "not a number": ("not finite", change_weights(lambda key, weight: weight * float("nan"))),
-    "pickled": ("convert", pickle_weights),
-    "no config": ("adapter_config.json", lambda folder: (folder / "adapter_config.json").unlink()),
-    "IA3": ("IA3", lambda folder: change_config(folder, peft_type="IA3", feedforward_modules=[])),
-    "cut": ("adapter", lambda folder: cut(folder / "adapter_model.safetensors")),
+    "foreign": ("attention.wq", partial(rename, pattern=r"self_attn\.q_proj", replacement="attention.wq")),
+    "missing": ("layers.2.mlp", partial(scale, change=lambda key, weight: None if "layers.2.mlp" in key else weight)),
+    "rank": ("size mismatch", partial(configure, name=CONFIG, r=16)),
+    "other base": (
+        "size mismatch",
+        partial(scale, change=lambda key, weight: torch.cat([weight] * 2, int("lora_A" in key))),
+    ),
+    "other vocabulary": ("[577, 128]", partial(edit, name=WEIGHTS, change=lambda tensors: tensors | HEAD)),
+    "zero": ("the same with it and without it", partial(scale, change=lambda key, weight: weight * ("lora_A" in key))),
+    "not a number": ("not finite", partial(scale, change=lambda _, weight: weight * torch.nan)),
+    "pickled": ("convert", partial(pickle, name=WEIGHTS)),
+    "no config": ("adapter_config.json", lambda folder: (folder / CONFIG).unlink()),
+    "IA3": ("IA3", partial(configure, name=CONFIG, peft_type="IA3", feedforward_modules=[])),
+    "cut": ("adapter", partial(cut, name=WEIGHTS)),
     "more beside": ("non_lora_trainables", lambda folder: (folder / "non_lora_trainables.bin").write_bytes(b"")),
 }
 
@@ -273,19 +254,18 @@ def test_an_adapter_that_cannot_be_right_is_refused(fault, tmp_path, capsys):
     assert "--lora_path" in sentence and words in sentence
 
 
+NAMES = [f"language_model.layers.{name}" for name in ("1.self_attn.q_proj", "2.mlp.up_proj")]
 KINDS = {
     "plain": {},
     "some layers": {"target_modules": r".*language_model.layers.[12].*\.(q_proj|v_proj)"},
     "vision": {"target_modules": r".*vision_tower.*\.(q_proj|v_proj)"},
-    "full names": {
-        "target_modules": [f"language_model.layers.{name}" for name in ("1.self_attn.q_proj", "2.mlp.up_proj")]
-    },
+    "full names": {"target_modules": NAMES},
     "excluded": {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*(vision_tower|layers\.0\.mlp).*"},
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
     "layers": {"layers_to_transform": [0, 2], "target_modules": ["up_proj"]},
     "head": {"target_modules": ["gate_proj", "lm_head"]},
-    "patterns": {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"language_model.layers.1.self_attn.q_proj": 64}},
+    "patterns": {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {NAMES[0]: 64}},
 }
 
 
@@ -299,27 +279,11 @@ def test_every_kind_of_lora_is_applied_as_it_was_trained(kind, tmp_path):
     assert (expected - plain).abs().max() > 1e-3
 
 
-def test_patterns_of_an_older_layout_keep_their_scale(tmp_path):
-    layer = "model.language_model.layers.1.self_attn.q_proj"
-    folder, expected = make_adapter(tmp_path / "adapter", alpha_pattern={layer: 64}, rank_pattern={layer: 2})
-    rename(folder, r"model\.language_model\.layers", "language_model.model.layers")
-    older = layer.replace("model.language_model", "language_model.model")
-    modules = ["q_proj", "v_proj", "down_proj"]
-    change_config(folder, alpha_pattern={older: 64}, rank_pattern={older: 2}, target_modules=modules)
-    model, processor = load(MINIATURE / "model", str(folder))
-    assert torch.equal(training.probe_logits(model, processor), expected)
-
-
 def test_an_adapter_is_refused_before_the_base_is_read(tmp_path, capsys):
     assert "--lora_path" in refused(capsys, tmp_path / "no such base", str(tmp_path / "no such adapter"))
 
 
 # ---------------------------------------------------------------------------- what must never be loaded
-
-
-def pickle_model(folder):
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
 
 
 def lose_a_shard(folder):
@@ -328,27 +292,16 @@ def lose_a_shard(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def lose_weights(name):
-    def apply(folder):
-        weights = load_file(folder / "model.safetensors")
-        kept = {key: weight for key, weight in weights.items() if name not in key}
-        assert len(kept) < len(weights)
-        save_file(kept, folder / "model.safetensors", {"format": "pt"})
-
-    return apply
-
-
-def add_weight(folder):
-    weights = load_file(folder / "model.safetensors") | {"model.extra.weight": torch.zeros(3)}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-
 def set_config(**changes):
-    def apply(folder):
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | changes))
+    return partial(configure, name="config.json", **changes)
 
-    return apply
+
+def edit_model(change):
+    return partial(edit, name="model.safetensors", change=change)
+
+
+def lose(name):
+    return edit_model(lambda tensors: {key: tensors[key] for key in tensors if name not in key})
 
 
 def add_code(folder):
@@ -364,14 +317,17 @@ def add_code_to_the_tower(folder):
 
 
 BAD_CHECKPOINTS = {  # what is wrong with it: (what the sentence names, what makes it so)
-    "pickled": ("model.safetensors", pickle_model),
+    "pickled": ("model.safetensors", partial(pickle, name="model.safetensors")),
     "missing shard": ("model-00002-of-00002.safetensors", lose_a_shard),
-    "truncated": ("cannot be loaded", lambda folder: cut(folder / "model.safetensors")),
+    "truncated": ("cannot be loaded", partial(cut, name="model.safetensors")),
     "layers": ("config.json", set_config(num_hidden_layers=3)),
     "width": ("ignore_mismatched_sizes", set_config(intermediate_size=96)),  # after transformers' own table of sizes
-    "missing key": ("norm.weight", lose_weights("model.norm.weight")),
-    "part of a tower": ("post_layernorm.bias", lose_weights("post_layernorm.bias")),
-    "extra key": ("model.extra.weight", add_weight),
+    "missing key": ("norm.weight", lose("model.norm.weight")),
+    "part of a tower": ("post_layernorm.bias", lose("post_layernorm.bias")),
+    "extra key": (
+        "model.extra.weight",
+        edit_model(lambda tensors: tensors | {"model.extra.weight": torch.zeros(3)}),
+    ),
     "other model": ("bert", set_config(model_type="bert")),
     "llava 1.5": ("image_aspect_ratio 'pad'", set_config(image_aspect_ratio="pad")),
     "other vocabulary": ("vocab_size 64000", set_config(vocab_size=64000)),

@@ -31,9 +31,8 @@ def read(name: str):
 
 
 def rows(split: str):
-    return datasets.load_dataset(
-        "parquet", data_files=str(MINIATURE / "preferences" / f"{split}.parquet"), split="train"
-    )
+    file = MINIATURE / "preferences" / f"{split}.parquet"
+    return datasets.load_dataset("parquet", data_files=str(file), split="train")
 
 
 def test_committed_files_are_small():
@@ -46,12 +45,8 @@ def test_checkpoint_is_in_the_hubs_layout(llava):
     model, processor = llava
     with safe_open(MINIATURE / "model" / "model.safetensors", "pt") as file:
         keys = set(file.keys())
-    assert {key.split(".")[0] for key in keys} == {
-        "vision_tower",
-        "multi_modal_projector",
-        "language_model",
-        "image_newline",
-    }
+    parts = {"vision_tower", "multi_modal_projector", "language_model", "image_newline"}
+    assert {key.split(".")[0] for key in keys} == parts
     for key in ("vision_tower.vision_model.embeddings.class_embedding", "language_model.lm_head.weight",
                 "language_model.model.layers.0.self_attn.q_proj.weight", "multi_modal_projector.linear_1.bias"):  # fmt: skip
         assert key in keys
@@ -65,10 +60,8 @@ def test_checkpoint_is_in_the_hubs_layout(llava):
 
 def test_the_grid_is_used_in_several_shapes(llava):
     _, processor = llava
-    tiles = {
-        processor.image_processor(Image.new("RGB", size), return_tensors="pt")["pixel_values"].shape[1]
-        for size in scenes.SIZES
-    }
+    canvases = [Image.new("RGB", size) for size in scenes.SIZES]
+    tiles = {len(processor.image_processor(image, return_tensors="pt")["pixel_values"][0]) for image in canvases}
     tokens = {training.build_prompt(processor, "", size).count(512) for size in scenes.SIZES}
     assert tiles == {3, 4, 5} and len(tokens) >= 5
 
@@ -147,8 +140,7 @@ def test_orpo_cures_the_miniature(tmp_path, capsys):
     difference = scores["comparison"]["difference"]["generative"]
     for figure in ("chair", "hal", "cog"):
         assert difference[figure]["high"] < 0 and difference[figure]["p_value"] < 0.001
-    assert (
-        difference["cover"]["low"] < 0 < difference["cover"]["high"]
-    )  # held: no difference that the pictures could show
+    # held: no difference that the pictures could show
+    assert difference["cover"]["low"] < 0 < difference["cover"]["high"]
     assert scores["answers"] == {"generative": 240, "discriminative": 2281} and scores["failures"] == []
     assert scores["nouns"] == figures["nouns"]

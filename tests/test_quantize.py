@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import MINIATURE, ROOT, build_original_llava
 from safetensors.torch import load_file, save_file
-from test_loading import make_adapter
+from test_loading import WEIGHTS, configure, edit, make_adapter
 
 import llava_quantize_vllm as quantizing
 from llava_orpo_training import build_prompt, generate_answers, load_llava, probe_logits
@@ -41,7 +41,7 @@ def read_report(folder):
 
 def read_tensors(folder, own_names=False):
     tensors = load_file(folder / "model.safetensors")
-    return {quantizing.name_module(key): tensor for key, tensor in tensors.items()} if own_names else tensors
+    return {quantizing.rename_key(key): tensor for key, tensor in tensors.items()} if own_names else tensors
 
 
 def merge_by_peft(lora_path=ADAPTER, nf4=False):
@@ -70,10 +70,9 @@ def test_the_merge_is_pefts_and_in_the_hubs_layout(made):
 def train_adapter(folder, **options):
     """Save an adapter of random weights. What it trains as a whole is moved, too."""
     make_adapter(folder, **options)
-    weights = load_file(folder / "adapter_model.safetensors")
-    whole = [key for key in weights if "linear_1" in key and "lora" not in key]
-    weights |= {key: weights[key] + 0.1 * torch.randn_like(weights[key]) for key in whole}
-    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    whole = [key for key in load_file(folder / WEIGHTS) if "linear_1" in key and "lora" not in key]
+    if whole:
+        edit(folder, WEIGHTS, lambda old: old | {key: old[key] + 0.1 * torch.randn_like(old[key]) for key in whole})
     return {key.removeprefix("base_model.model.").removesuffix(".weight") for key in whole}
 
 
@@ -109,19 +108,6 @@ def test_after_qlora_the_merge_is_into_rounded_weights(tmp_path):
     assert not torch.equal(read_tensors(tmp_path / "whole", own_names=True)[name], wanted[name].to(torch.bfloat16))
 
 
-def test_an_adapter_that_does_not_fit_is_refused(tmp_path, capsys):
-    weights = load_file(ADAPTER / "adapter_model.safetensors")
-    first = min(weights)
-    faults = {"has no layer for": {first.replace("layers.0", "layers.99"): weights[first].clone()}, "it lacks": None,
-              "is not finite": {first: weights[first] * torch.nan}, "size mismatch": {first: weights[first][:, :-1].contiguous()}}  # fmt: skip
-    for words, change in faults.items():
-        adapter = shutil.copytree(ADAPTER, tmp_path / words)
-        changed = weights | change if change else {key: weights[key] for key in weights if key != first}
-        save_file(changed, adapter / "adapter_model.safetensors", {"format": "pt"})
-        assert words in refuse(capsys, "--lora_path", str(adapter), "--output_dir", str(tmp_path / "q"))
-    assert not (tmp_path / "q").exists()
-
-
 @pytest.mark.parametrize("scheme", ["BF16", "FP8_DYNAMIC", "FP8_BLOCK", "W8A8", "W4A16"])
 def test_transformers_loads_it_right(made, scheme):
     wanted, processor = merge_by_peft()
@@ -132,9 +118,9 @@ def test_transformers_loads_it_right(made, scheme):
     assert torch.equal(model.model.language_model(words).last_hidden_state, part)
     assert (found - probe_logits(wanted, processor)).abs().max() < bound  # garbage differs by 10 and more
     assert (found.argmax(-1) == probe_logits(wanted, processor).argmax(-1)).float().mean() > 0.85
-    kept = {name: own for name, own in model.state_dict().items() if re.search("vision|projector|lm_head|embed", name)}
-    assert len(kept) > 60 and all(torch.equal(own.to(torch.bfloat16), wanted.state_dict()[name].to(torch.bfloat16))
-                                  for name, own in kept.items())  # fmt: skip
+    kept = [name for name in model.state_dict() if re.search("vision|projector|lm_head|embed", name)]
+    pairs = [[one.state_dict()[name].to(torch.bfloat16) for one in (model, wanted)] for name in kept]
+    assert len(kept) > 60 and all(torch.equal(*pair) for pair in pairs)
     projection = model.model.language_model.layers[1].mlp.down_proj
     assert hasattr(projection, "quantization_scheme") == (scheme != "BF16")
 
@@ -158,10 +144,9 @@ def test_the_seeds_choice_quantizes_all_but_the_head(tmp_path):
     assert run(tmp_path / "q", "--ignore", "lm_head")["quality"] is None
     tensors, base = read_tensors(tmp_path / "q"), read_tensors(BASE)
     linear = {key.removesuffix("_scale") for key in tensors if key.endswith("weight_scale")}
-    dense = {name for name, module in load_llava(str(BASE))[0].named_modules()
-             if isinstance(module, torch.nn.Linear) and name != "lm_head"}  # fmt: skip
-    names = {quantizing.name_module(key).removesuffix(".weight") for key in linear}
-    assert names == dense and any("vision_tower" in name for name in names)
+    names = {quantizing.rename_key(key).removesuffix(".weight") for key in linear}
+    assert names == quantizing.list_linear(load_llava(str(BASE))[0]).keys() - {"lm_head"}
+    assert any("vision_tower" in name for name in names)
     key = "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"  # which the adapter leaves alone
     assert tensors[key].dtype == torch.float8_e4m3fn
     scale = base[key].float().abs().amax(1, keepdim=True) / 448
@@ -211,13 +196,9 @@ def test_the_gates_figures_are_those_of_one_question_at_a_time():
         answer = processor.tokenizer(f" {texts[0]}", add_special_tokens=False).input_ids + [2]
         pixels = processor.image_processor(image, return_tensors="pt")
 
-        def predict(model, prompt=prompt, answer=answer, pixels=pixels):
-            with torch.no_grad():
-                logits = model(input_ids=torch.tensor([prompt + answer]), image_sizes=pixels["image_sizes"],
-                               pixel_values=pixels["pixel_values"]).logits[0]  # fmt: skip
-            return logits[len(prompt) - 1 : -1].log_softmax(-1)
-
-        p, q = predict(before), predict(after)
+        with torch.no_grad():
+            p, q = (model(input_ids=torch.tensor([prompt + answer]), **pixels).logits[0] for model in (before, after))
+        p, q = (logits[len(prompt) - 1 : -1].log_softmax(-1) for logits in (p, q))
         kl.append((p.exp() * (p - q)).sum(-1))
         same.append(p.argmax(-1) == q.argmax(-1))
     assert (quality["samples"], quality["tokens"], quality["answers_changed"]) == (12, len(torch.cat(kl)), changed)
@@ -240,15 +221,16 @@ def test_divergence_of_known_distributions():
     assert torch.allclose(found, torch.tensor([0.143841, 0.130812]), atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "damage"), [("layers.0.mlp.down_proj.weight_scale", lambda scale: scale * 4),
-                                              ("layers.1.self_attn.o_proj.weight", lambda weight: weight.flip(0)),
-                                              ("lm_head.weight", lambda weight: weight * torch.nan)])  # fmt: skip
+DAMAGE = {"layers.0.mlp.down_proj.weight_scale": lambda scale: scale * 4}
+DAMAGE |= {"layers.1.self_attn.o_proj.weight": lambda weight: weight.flip(0), "lm_head.weight": lambda w: w * torch.nan}
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGE.items())
 def test_the_gate_catches_one_damaged_tensor_and_its_figures_are_json(made, tmp_path, name, damage):
     folder = shutil.copytree(made["FP8_DYNAMIC"], tmp_path / "damaged")
-    tensors = read_tensors(folder)
-    key = next(key for key in tensors if key.endswith(name) and "vision" not in key)
-    tensors[key] = damage(tensors[key].float()).to(tensors[key].dtype).contiguous()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (key,) = [key for key in read_tensors(folder) if key.endswith(name) and "vision" not in key]
+    change = lambda old: old | {key: damage(old[key].float()).to(old[key].dtype).contiguous()}  # noqa: E731
+    edit(folder, "model.safetensors", change)
     quality, _ = ask_gate(folder, 4)
     assert not quality["passed"] and (quality["kl"] is None) == (name == "lm_head.weight")
     json.dumps(quality, allow_nan=False)
@@ -266,36 +248,28 @@ def test_a_failed_gate_is_exit_code_4_and_the_files_stay(tmp_path, capsys):
 
 @pytest.fixture(scope="session")
 def sharded(tmp_path_factory):
-    """A checkpoint of 6 shards of 50 MB: the miniature, with more layers that are wider."""
+    """A checkpoint in shards of 50 MB: the miniature, with more layers that are wider."""
     from transformers import AutoConfig, LlavaNextForConditionalGeneration
 
     folder = shutil.copytree(BASE, tmp_path_factory.mktemp("sharded") / "model")
     config = AutoConfig.from_pretrained(folder)
     config.text_config.intermediate_size, config.text_config.num_hidden_layers = 32_768, 12
     torch.manual_seed(0)
-    model = LlavaNextForConditionalGeneration(config).to(torch.bfloat16)
     (folder / "model.safetensors").unlink()
-    config.save_pretrained(folder)
-    shards = [{} for _ in range(6)]
-    for name, value in model.state_dict().items():
-        layer = re.search(r"language_model\.layers\.(\d+)\.", name)
-        shards[int(layer[1]) // 2 if layer else 0][quantizing.name_in_hub(name)] = value
-    weight_map = {}
-    for number, shard in enumerate(shards):
-        save_file(shard, folder / f"model-{number:02d}.safetensors", {"format": "pt"})
-        weight_map |= dict.fromkeys(shard, f"model-{number:02d}.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    LlavaNextForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="53MB")
     return folder
-
-
-def test_the_gate_asks_a_base_of_several_files(sharded, tmp_path):
-    flags = ["--model_path", sharded, "--gate_samples", "1", "--max_new_tokens", "2", "--max_kl", "100"]
-    assert run(tmp_path / "q", *flags)["quality"]["tokens"] > 0
 
 
 @pytest.mark.parametrize("language", ["mistral", "llama"])
 def test_llavas_own_format_becomes_the_hubs(tmp_path, language):
     folder, _, _ = build_original_llava(tmp_path / "liuhaotian", language)
+    if language == "mistral":  # as published, in shards, of which one holds the head alone
+        body = load_file(folder / "model.safetensors")
+        save_file({"lm_head.weight": body.pop("lm_head.weight")}, folder / "head.safetensors", {"format": "pt"})
+        save_file(body, folder / "body.safetensors", {"format": "pt"})
+        index = {"lm_head.weight": "head.safetensors", **dict.fromkeys(body, "body.safetensors")}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        (folder / "model.safetensors").unlink()
     flags = ["--model_path", str(folder), "--scheme", "BF16", "--dataset", str(MINIATURE / "preferences")]
     quantizing.main([*flags, "--gate_samples", "2", "--output_dir", str(tmp_path / "q")])
     assert read_report(tmp_path / "q")["quality"]["kl"] < 1e-3
@@ -306,7 +280,7 @@ def test_llavas_own_format_becomes_the_hubs(tmp_path, language):
     assert torch.allclose(probe_logits(reference, loaded), probe_logits(model, loaded))
     assert model.config.text_config.vocab_size == 32_064 and model.config.model_type == "llava_next"
     assert build_prompt(loaded, "Is it?", (640, 480)) == build_prompt(processor, "Is it?", (640, 480))
-    parts = {key.split(".")[0] for key in read_tensors(tmp_path / "q")}
+    parts = {key.split(".")[0] for file in (tmp_path / "q").glob("*.safetensors") for key in load_file(file)}
     assert parts == {"language_model", "vision_tower", "multi_modal_projector", "image_newline"}
 
 
@@ -352,9 +326,12 @@ def test_a_killed_run_leaves_nothing_that_looks_finished_and_memory_is_that_of_a
         assert process.wait(60) in (130, 143, -9)
         assert not folder.exists() and partial.exists() == (sent == signal.SIGKILL)
         assert "Traceback" not in process.stderr.read()
-    finished = subprocess.run([*command, str(folder)], check=True, timeout=200, env=environment, capture_output=True)
+    asked = "--gate_samples 1 --max_new_tokens 2 --max_kl 100 --test_mode".split()  # by a base of several files
+    command += [str(folder), *asked]
+    finished = subprocess.run(command, check=True, timeout=300, env=environment, capture_output=True)
     assert b"accelerator" not in finished.stderr  # a library's warning
-    assert len(list(folder.glob("*.safetensors"))) == 6 and not partial.exists()
+    assert len(list(folder.glob("*.safetensors"))) == len(list(sharded.glob("*.safetensors"))) and not partial.exists()
+    assert read_report(folder)["quality"]["tokens"] > 0
     sizes, memory = read_report(folder)["size_bytes"], read_report(folder)["peak_memory_bytes"]
     assert sizes["base"] > 5 * sizes["largest_shard"] and sizes["ratio"] < 0.55
     assert memory["checkpoint"] - memory["before"] < 4 * sizes["largest_shard"]  # in, out, and one layer's work
@@ -383,6 +360,10 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(made, tmp_path, capsys, mo
     assert "is quantized already" in refuse(capsys, "--model_path", str(made["W8A8"]), *out)
     assert "cannot be read" in refuse(capsys, "--model_path", "nowhere", *out)
     assert "is no adapter" in refuse(capsys, "--lora_path", "nowhere", *out)
+    broken = shutil.copytree(ADAPTER, tmp_path / "adapter")  # all other faults of adapters are test_loading's
+    edit(broken, WEIGHTS, lambda old: old | {min(old): old[min(old)] * torch.nan})
+    assert "is not finite" in refuse(capsys, "--lora_path", str(broken), *out)
+    shutil.rmtree(broken)
     assert "cannot be read" in refuse(capsys, "--dataset", str(tmp_path / "none"), "--gate_samples", "2", *out)
     rows = tmp_path / "rows.jsonl"
     for content, words in (('{"image": 1, "question": "x"}\n{broken', "cannot be read"), ("", "cannot be read"),
@@ -391,9 +372,8 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(made, tmp_path, capsys, mo
         assert words in refuse(capsys, "--dataset", str(rows), "--gate_samples", "2", *out)
     rows.unlink()
     broken = shutil.copytree(BASE, tmp_path / "broken")
-    config = json.loads((broken / "config.json").read_text())
-    config["text_config"]["intermediate_size"] = 512
-    (broken / "config.json").write_text(json.dumps(config))
+    text = json.loads((broken / "config.json").read_text())["text_config"] | {"intermediate_size": 512}
+    configure(broken, "config.json", text_config=text)
     assert "do not fit its config.json" in refuse(capsys, "--model_path", str(broken), *out)
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 10**6, 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

@@ -16,7 +16,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin, patch_environment
 from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import MINIATURE, ROOT
 from safetensors.torch import load_file
-from test_training import losses, read_pairs
+from test_training import losses, write_pairs
 from torch.distributed.run import get_args_parser
 
 import llava_amber_validation_benchmark_with_lora as amber
@@ -30,33 +30,15 @@ FLAGS = ["--model_path", str(MINIATURE / "model"), *"--report_to none --batch_si
 FLAGS += "--num_workers 0 --save_steps 2".split()
 
 
-def commands() -> list[str]:
-    """What the READMEs start the training and AMBER with on several GPUs or machines, each on one line."""
-    text = "".join(path.read_text() for path in (ROOT / "README.md", CONFIGS / "README.md")).replace("\\\n", " ")
-    return re.findall(r"(?:accelerate launch|torchrun)[^\n`|]*llava_\w+\.py[^\n`|]*", text)
-
-
 def launch(command: str):
     """`accelerate launch`'s arguments, filled up from the configuration file."""
     return _validate_launch_command(launch_command_parser().parse_args(shlex.split(command)[2:]))[0]
 
 
-def environment(args) -> dict[str, str]:
-    """What the launcher hands to the processes it starts."""
-    return prepare_multi_gpu_env(args)
-
-
-def pairs(folder, **sizes):
-    folder.mkdir()
-    for split, size in sizes.items():
-        read_pairs(MINIATURE / "preferences", split).select(range(size)).to_parquet(folder / f"{split}.parquet")
-    return folder
-
-
 def start(*command, **variables):
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
-    done = subprocess.run([sys.executable, "-m", *map(str, command)], env=variables, timeout=240, cwd=ROOT,
-                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    options = {"env": variables, "timeout": 240, "cwd": ROOT, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-m", *map(str, command)], **options)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -66,7 +48,7 @@ def test_a_configuration_loads_and_says_what_it_means(name):
     config = load_config_from_file(str(file))
     assert config.distributed_type == KINDS[name] and config.mixed_precision == "bf16" and config.num_machines == 1
     command = f"accelerate launch --config_file {file} --num_processes 2 llava_orpo_training.py"
-    variables = {key: value for key, value in environment(launch(command)).items() if key not in os.environ}
+    variables = {key: value for key, value in prepare_multi_gpu_env(launch(command)).items() if key not in os.environ}
     assert variables["ACCELERATE_MIXED_PRECISION"] == "bf16"
     with patch_environment(**variables):
         if name == "fsdp2":
@@ -78,7 +60,9 @@ def test_a_configuration_loads_and_says_what_it_means(name):
 
 
 def test_the_readmes_commands_parse():
-    found = commands()
+    """What the READMEs start the training and AMBER with on several GPUs or machines."""
+    text = "".join(path.read_text() for path in (ROOT / "README.md", CONFIGS / "README.md")).replace("\\\n", " ")
+    found = re.findall(r"(?:accelerate launch|torchrun)[^\n`|]*llava_\w+\.py[^\n`|]*", text)
     for name in KINDS:
         assert any(f"accelerate_configs/{name}.yaml" in command for command in found), name
     for part in ("amber", "--num_machines 2", "--nnodes"):
@@ -92,7 +76,7 @@ def test_the_readmes_commands_parse():
             args = launch(command)
             assert args.num_processes % args.num_machines == 0
             if args.num_machines > 1:
-                assert environment(args) and int(args.nproc_per_node) * int(args.nnodes) == args.num_processes
+                assert prepare_multi_gpu_env(args) and int(args.nproc_per_node) * int(args.nnodes) == args.num_processes
                 assert args.rdzv_endpoint == f"{args.main_process_ip}:{args.main_process_port}"
         scripts = {"llava_orpo_training.py": training, "llava_amber_validation_benchmark_with_lora.py": amber}
         scripts[args.training_script].parse_args(args.training_script_args)
@@ -100,9 +84,8 @@ def test_the_readmes_commands_parse():
 
 def test_another_number_of_processes_goes_on_with_a_run(tmp_path, monkeypatch, capsys):
     """One process begins, two go on, one ends: the curve is that of one process from begin to end."""
-    data = pairs(tmp_path / "pairs", train=24)
-    flags = [*FLAGS, "--dataset", str(data), "--epochs", "2", "--eval_fraction", "0",
-             "--gradient_checkpointing", "off"]  # fmt: skip
+    data = write_pairs(tmp_path / "pairs", train=24)
+    flags = [*FLAGS, "--dataset", str(data), *"--epochs 2 --eval_fraction 0 --gradient_checkpointing off".split()]
     one, two = ["--gradient_accumulation_steps", "2"], ["--gradient_accumulation_steps", "1"]
     training.main([*flags, "--output_dir", str(tmp_path / "unbroken"), *one])
     folder = tmp_path / "run"
@@ -137,8 +120,8 @@ def test_another_number_of_processes_goes_on_with_a_run(tmp_path, monkeypatch, c
 
 def test_weights_split_by_fsdp2_give_the_loss_of_whole_ones(tmp_path):
     """The script over two processes by accelerate_configs/fsdp2.yaml: losses, answers and adapter of one process."""
-    data = pairs(tmp_path / "pairs", train=24, test=2)
-    flags = [*FLAGS, "--dataset", str(data), "--gradient_checkpointing"]
+    data = write_pairs(tmp_path / "pairs", train=24, test=2)
+    flags = [*FLAGS, "--dataset", str(data), "--gradient_checkpointing", "on"]
     training.main([*flags, "--output_dir", str(tmp_path / "whole"), "--gradient_accumulation_steps", "2"])
     start("accelerate.commands.launch", "--config_file", CONFIGS / "fsdp2.yaml", "--num_processes", "2",
           "--mixed_precision", "no", "--main_process_port", "29542", ROOT / "tests" / "fsdp_on_cpu.py",
@@ -154,5 +137,4 @@ def test_weights_split_by_fsdp2_give_the_loss_of_whole_ones(tmp_path):
     expected = load_file(tmp_path / "whole" / "adapter_model.safetensors")
     found = load_file(tmp_path / "split" / "adapter_model.safetensors")
     assert found.keys() == expected.keys()
-    for name, weight in found.items():
-        assert (weight - expected[name]).abs().max() < 1e-3, name
+    assert all((weight - expected[name]).abs().max() < 1e-3 for name, weight in found.items())

@@ -18,21 +18,14 @@ import llava_orpo_training as training
 
 @pytest.fixture(scope="module")
 def adapted():
-    """(model with a trained-looking adapter, processor, a batch of three pairs, its loss and gradients in two rows)."""
+    """(model with a trained-looking adapter, a batch of three pairs, and its loss, gradients and metrics in two rows)."""
     model, processor = training.load_llava(str(MINIATURE / "model"), device="cpu")
     features = [encode(processor, pair, seed) for seed, pair in enumerate(PAIRS)]
     batch = training.collate_pairs(features, processor.tokenizer.pad_token_id)
     model = with_adapter(model, train_projector=True).train()
-    loss, _, gradients = loss_and_gradients(make_trainer(False), model, batch)
+    loss, metrics, gradients = loss_and_gradients(make_trainer(False), model, batch)
     assert len(gradients) == 2 * (4 * 7 + 2) and all(gradient.any() for gradient in gradients.values())
-    return model, processor, batch, loss, gradients
-
-
-def assert_equal(adapted, trainer, batch=None, model=None):
-    loss, _, gradients = loss_and_gradients(trainer, model or adapted[0], batch or adapted[2])
-    assert loss == pytest.approx(adapted[3], abs=1e-5)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, adapted[4][name], atol=1e-5, rtol=1e-4)
+    return model, batch, loss, gradients, metrics
 
 
 @pytest.fixture
@@ -47,8 +40,13 @@ def test_every_layout_equals_two_rows(packed, adapted, uncompiled_flex):
     trainer = make_trainer(True)
     trainer.packed = packed
     training.speed_up(adapted[0], packed, autocast=False)
-    assert_equal(adapted, trainer)
+    loss, metrics, gradients = loss_and_gradients(trainer, *adapted[:2])
     training.speed_up(adapted[0], packed=False, autocast=False)
+    assert loss == pytest.approx(adapted[2], abs=1e-5)
+    for name in ("logps/chosen", "logps/rejected", "nll_loss", "log_odds_chosen", "rewards/margins"):
+        assert metrics[name] == pytest.approx(adapted[4][name], abs=1e-5), name
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, adapted[3][name], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -82,26 +80,25 @@ def test_where_flex_attention_does_not_compile_a_sentence_says_so(adapted, monke
 
 
 def test_a_packed_row_has_no_padding(adapted):
-    batch = adapted[2]
+    batch = adapted[1]
     shared, packed = (training.share_prefix(batch, 513, packed, torch.float32) for packed in (False, True))
-    real = batch["prompt_attention_mask"].sum() + sum(
-        (batch[f"{name}_labels"] != -100).sum() for name in ("chosen", "rejected")
-    )
-    assert packed["input_ids"].shape == (1, real) and real < shared["input_ids"].numel()
-    assert len(packed["logits_to_keep"]) == real - batch["prompt_attention_mask"].sum()
+    real, answers = batch["prompt_attention_mask"].sum(), (batch["chosen_labels"], batch["rejected_labels"])
+    kept = sum((labels != -100).sum() for labels in answers)
+    assert packed["input_ids"].shape == (1, real + kept) and real + kept < shared["input_ids"].numel()
+    assert len(packed["logits_to_keep"]) == kept
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's compiled backward pass needs a GPU")
 def test_compiled_flex_attention_equals_two_rows_on_a_gpu(adapted):
-    model, batch = adapted[0].cuda(), {name: tensor.cuda() for name, tensor in adapted[2].items()}
+    model, batch = adapted[0].cuda(), {name: tensor.cuda() for name, tensor in adapted[1].items()}
     trainer = make_trainer(True)
     trainer.packed = True
     training.speed_up(model, packed=True, autocast=False)
     loss, _, gradients = loss_and_gradients(trainer, model, batch)
     training.speed_up(model.cpu(), packed=False, autocast=False)
-    assert loss == pytest.approx(adapted[3], abs=1e-4)
+    assert loss == pytest.approx(adapted[2], abs=1e-4)
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient.cpu(), adapted[4][name], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(gradient.cpu(), adapted[3][name], atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.slow
@@ -110,10 +107,8 @@ def test_the_block_mask_hides_what_the_dense_one_hides(photo_llava):
     model, processor = training.load_llava(str(photo_llava), device="cpu")
     sizes = ((336, 672), (500, 333), (336, 336))
     pairs = training.PreferencePairs(None, [], None, processor, 4096, None)
-    features = [
-        pairs.encode(Image.effect_noise(size, 50).convert("RGB"), *texts[1:])
-        for size, texts in zip(sizes, PAIRS, strict=True)
-    ]
+    images = [Image.effect_noise(size, 50).convert("RGB") for size in sizes]
+    features = [pairs.encode(image, *texts[1:]) for image, texts in zip(images, PAIRS, strict=True)]
     batch = training.collate_pairs(features, processor.tokenizer.pad_token_id)
     model = with_adapter(model).eval()
     trainer = make_trainer(True)
@@ -152,19 +147,19 @@ def test_as_few_layers_are_recomputed_as_fit(mode, failures, every, adapted, mon
     hook = adapter.register_forward_hook(lambda _, inputs, __: kept.append(weakref.ref(inputs[0].untyped_storage())))
     model.zero_grad()
     try:
-        assert training.fit_memory(trainer, adapted[2], mode) == every
+        assert training.fit_memory(trainer, adapted[1], mode) == every
         recomputed = [layer.gradient_checkpointing for layer in language_model.layers]
         assert recomputed == [bool(every) and i % every == 0 for i in range(4)]
         gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
         assert left_over == [0] * (failures + 1)
         failures = 100
         with pytest.raises(torch.OutOfMemoryError):  # where nothing fits, the error reaches the user
-            training.fit_memory(trainer, adapted[2], mode)
+            training.fit_memory(trainer, adapted[1], mode)
     finally:
         hook.remove()
         language_model.gradient_checkpointing_disable()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, adapted[4][name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(gradient, adapted[3][name], atol=1e-5, rtol=1e-4)
 
 
 def test_autocast_without_the_detour_over_float32_is_the_same():
@@ -181,22 +176,16 @@ def test_autocast_without_the_detour_over_float32_is_the_same():
         torch.testing.assert_close(fast, plain, atol=0, rtol=0)
 
 
-def assert_longest(pairs):
-    every = [pairs.longest(), *(pairs[i] for i in range(len(pairs)))]
-    lengths = [sum(len(pair[name]) for name in ("prompt", "chosen", "rejected")) for pair in every]
-    assert lengths[0] == max(lengths)
-
-
 def test_the_longest_pair_is_no_shorter_than_any(few_pairs):  # noqa: F811
     processor = training.load_llava(str(MINIATURE / "model"), device="cpu")[1]
-    rows = training.load_rows(str(few_pairs))["train"]
-    assert_longest(training.PreferencePairs(rows, list(range(len(rows))), few_pairs, processor, 512, None))
+    real = training.load_rows(str(few_pairs))["train"]
     # the longest texts are those of different rows, and one alone would be cut at --max_length
-    rows = rows.select(range(3)).to_list()
-    for row, lengths in zip(rows, ((1, 900, 2), (90, 1, 400), (1, 300, 300)), strict=True):
-        row["question"], row["chosen"], row["rejected"] = (
-            f"{word} " * n for word, n in zip(("tree", "red ball", "blue cup"), lengths, strict=True)
-        )
-    assert_longest(
-        training.PreferencePairs(datasets.Dataset.from_list(rows), [0, 1, 2], few_pairs, processor, 512, None)
-    )
+    made = real.select(range(3)).to_list()
+    for row, lengths in zip(made, ((1, 900, 2), (90, 1, 400), (1, 300, 300)), strict=True):
+        words = zip(training.TEXTS, ("tree ", "red ball ", "blue cup "), lengths, strict=True)
+        row.update({name: word * length for name, word, length in words})
+    for rows in (real, datasets.Dataset.from_list(made)):
+        pairs = training.PreferencePairs(rows, list(range(len(rows))), few_pairs, processor, 512, None)
+        every = [pairs.longest(), *(pairs[i] for i in range(len(pairs)))]
+        lengths = [sum(len(pair[name]) for name in ("prompt", "chosen", "rejected")) for pair in every]
+        assert lengths[0] == max(lengths)

@@ -57,7 +57,7 @@ def test_the_published_commands_are_understood(command, monkeypatch):
 
 
 def write_pairs(path, n: int, words: tuple[int, int], distinct: int, size: tuple[int, int]) -> None:
-    """A parquet of `n` pairs in RLAIF-V's columns: five to a picture, `distinct` texts and pictures, responses of `words`
+    """A parquet of `n` pairs with columns of RLAIF-V's: five to a picture, `distinct` texts and pictures, responses of `words`
     from the miniature's captions."""
     choose, rng = random.Random(0), np.random.default_rng(0)
     captions = pq.read_table(MINIATURE / "preferences" / "train.parquet", columns=["chosen"])["chosen"].to_pylist()
@@ -70,20 +70,16 @@ def write_pairs(path, n: int, words: tuple[int, int], distinct: int, size: tuple
         pictures.append(buffer.getvalue())
     texts = [[" ".join(choose.choices(known, k=choose.randint(*words))) for words in ((12, 18), words, words)]
              for _ in range(distinct)]  # fmt: skip
-    writer = None
-    for start in range(0, n, 2000):
-        rows = []
-        for i in range(start, min(start + 2000, n)):
-            question, chosen, rejected = texts[i % distinct]
-            rows.append({
-                "ds_name": "generated", "image": {"bytes": pictures[i // 5 % len(pictures)], "path": f"{i // 5}.jpg"},
-                "question": question, "chosen": f"{chosen} {i % distinct}.", "rejected": f"{rejected}.",
-                "origin_dataset": "generated", "origin_split": "{}", "idx": str(i), "image_path": f"{i // 5}.jpg",
-            })  # fmt: skip
-        table = pa.Table.from_pylist(rows)
-        writer = writer or pq.ParquetWriter(path, table.schema)
-        writer.write_table(table)
-    writer.close()
+
+    def make_row(i: int) -> dict:
+        question, chosen, rejected = texts[i % distinct]
+        image = {"bytes": pictures[i // 5 % len(pictures)], "path": f"{i // 5}.jpg"}
+        row = {"image": image, "question": question, "chosen": f"{chosen} {i % distinct}.", "rejected": f"{rejected}."}
+        return row | {"ds_name": "generated", "origin_split": "{}", "idx": str(i), "image_path": f"{i // 5}.jpg"}
+
+    with pq.ParquetWriter(path, pa.Table.from_pylist([make_row(0)]).schema) as writer:
+        for start in range(0, n, 2000):
+            writer.write_table(pa.Table.from_pylist([make_row(i) for i in range(start, min(start + 2000, n))]))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import torch
 from conftest import MINIATURE, ROOT
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_data import picture
+from test_data import picture, row
 from transformers import LlavaNextForConditionalGeneration
 
 import llava_orpo_training as training
@@ -31,10 +31,15 @@ SMALL += ["--learning_rate", "1e-3", "--gradient_checkpointing", "off", "--num_w
 
 @pytest.fixture(scope="session")
 def few_pairs(tmp_path_factory):
-    """A folder with 49 pairs of the miniature to train on and 10 held out."""
-    folder = tmp_path_factory.mktemp("few_pairs")
-    for split, n in (("train", 49), ("test", 10)):  # 49: one pair does not fill a step of 8
-        read_pairs(MINIATURE / "preferences", split).select(range(n)).to_parquet(folder / f"{split}.parquet")
+    """A folder with 49 pairs of the miniature to train on and 10 held out. One pair does not fill a step of 8."""
+    return write_pairs(tmp_path_factory.mktemp("few_pairs"), train=49, test=10)
+
+
+def write_pairs(folder, **sizes):
+    """Write the first pairs of the miniature's splits to a folder, and return it."""
+    folder.mkdir(exist_ok=True)
+    for split, size in sizes.items():
+        read_pairs(MINIATURE / "preferences", split).select(range(size)).to_parquet(folder / f"{split}.parquet")
     return folder
 
 
@@ -70,10 +75,9 @@ def losses(folder) -> dict[int, float]:
 
 
 def test_files_and_keys(finished, few_pairs):
-    names = {path.name for path in finished.iterdir()}
-    assert names >= set("adapter_model.safetensors adapter_config.json README.md metrics.jsonl samples.html samples.jsonl "
-                        "training_curves.png training_summary.json dropped_rows.jsonl arguments.json checkpoint-12".split())  # fmt: skip
-    assert not [name for name in names if "partial" in name]
+    names, files = {path.name for path in finished.iterdir()}, "adapter_model.safetensors adapter_config.json README.md"
+    files += " metrics.jsonl samples.html samples.jsonl training_curves.png training_summary.json dropped_rows.jsonl"
+    assert names >= {*files.split(), "arguments.json", "checkpoint-12"} and "partial" not in "".join(names)
     assert len({(finished / name).stat().st_mode for name in ("adapter_model.safetensors", "README.md")}) == 1
     summary = json.loads((finished / "training_summary.json").read_text())
     data, before, after = summary["data"], summary["before"], summary["after"]
@@ -87,9 +91,8 @@ def test_files_and_keys(finished, few_pairs):
     assert list(losses(finished)) == list(range(1, 13))
     names = {"nll_loss", "log_odds_ratio", "log_odds_chosen", "rewards/accuracies", "rewards/margins"}
     names |= {f"{figure}/{part}" for figure in ("rewards", "logps", "logits") for part in ("chosen", "rejected")}
-    for row in training.read_jsonl(finished / "metrics.jsonl"):
-        prefix = "eval_" if "eval_loss" in row else ""
-        assert {prefix + name for name in names} <= set(row)
+    for line in training.read_jsonl(finished / "metrics.jsonl"):
+        assert {("eval_" if "eval_loss" in line else "") + name for name in names} <= set(line)
     figures = [f"{one['eval_rewards/accuracies']:.4f}" for one in (before, after)]
     card = (finished / "README.md").read_text()
     assert f"| {figures[0]} | {figures[1]} |" in card and f"In {sum(shorter) / 10:.1%} of these pairs" in card
@@ -109,13 +112,10 @@ def test_the_adapter_loads_on_an_untouched_base_and_moves_it(finished):
     keys = load_file(finished / "adapter_model.safetensors")
     assert len(keys) == 2 * 4 * 7 and all("language_model" in key and "lora_" in key for key in keys)
     base = LlavaNextForConditionalGeneration.from_pretrained(MINIATURE / "model", dtype=torch.float32)
-    rows = base.get_input_embeddings().weight.shape[0]
-    ids = torch.tensor([[1, 5, 300, 400]])
-    with torch.no_grad():
-        before = base(input_ids=ids).logits
-        adapted = PeftModel.from_pretrained(base, finished)
-        after = adapted(input_ids=ids).logits
-    assert (after - before).abs().max() > 1e-2
+    rows, ids = base.get_input_embeddings().weight.shape[0], torch.tensor([[1, 5, 300, 400]])
+    before = base(input_ids=ids).logits
+    adapted = PeftModel.from_pretrained(base, finished)
+    assert (adapted(input_ids=ids).logits - before).abs().max() > 1e-2
     assert adapted.get_input_embeddings().weight.shape[0] == rows
 
 
@@ -158,14 +158,12 @@ def test_a_killed_run_resumes_on_the_same_curve(tmp_path, finished, few_pairs):
         torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("ended_by", "code", "sentence"),
-    [
-        ("Ctrl+C", 130, "interrupted; the same command with --resume continues"),
-        ("SIGTERM", 143, "the run was told to end (SIGTERM)"),
-        ("a worker's death", 2, "a process that decodes pictures was killed"),
-    ],
-)
+ENDS = [("Ctrl+C", 130, "interrupted; the same command with --resume continues")]
+ENDS += [("SIGTERM", 143, "the run was told to end (SIGTERM)")]
+ENDS += [("a worker's death", 2, "a process that decodes pictures was killed")]
+
+
+@pytest.mark.parametrize(("ended_by", "code", "sentence"), ENDS)
 def test_what_breaks_a_run_off_is_one_sentence(ended_by, code, sentence, tmp_path, few_pairs, capsys):
     """SIGTERM also leaves a checkpoint, and while a run goes on, another one cannot write into its folder."""
     folder, flags = tmp_path / "run", ["--epochs", "100", "--save_steps", "1000", "--num_workers", "1"]
@@ -261,21 +259,14 @@ def test_a_second_round_goes_on_with_the_first_ones_adapter(tmp_path, finished, 
     assert before.keys() == after.keys() and all(not torch.equal(before[key], after[key]) for key in before)
 
 
-@pytest.mark.parametrize(
-    ("output_dir", "flags", "words"),
-    [("file/run", [], "cannot be written"), ("run", ["--lora_path", "no such adapter"], "--lora_path no such adapter")],
-)
-def test_what_cannot_work_is_refused_before_the_model_is_loaded(
-    output_dir, flags, words, tmp_path, few_pairs, capsys, monkeypatch
-):
-    monkeypatch.delattr(training, "load_llava")
-    (tmp_path / "file").write_text("")
-    assert words in stopped(capsys, tmp_path / output_dir, few_pairs, *flags)
-
-
-def test_a_mistyped_layer_is_refused(tmp_path, few_pairs, capsys):
+def test_what_cannot_work_is_refused_if_possible_before_the_model_is_loaded(tmp_path, few_pairs, capsys, monkeypatch):
     error = stopped(capsys, tmp_path / "run", few_pairs, "--lora_target_modules", "q_proj", "foo")
     assert "--lora_target_modules foo" in error
+    monkeypatch.delattr(training, "load_llava")
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in stopped(capsys, tmp_path / "file" / "run", few_pairs)
+    lost = ["--lora_path", "no such adapter"]
+    assert "--lora_path no such adapter" in stopped(capsys, tmp_path / "run", few_pairs, *lost)
 
 
 def test_wandb_without_a_network_is_offline(tmp_path, monkeypatch, capsys):
@@ -312,15 +303,7 @@ def test_qlora_on_the_cpu(tmp_path, few_pairs):
 def test_photos_at_llavas_own_geometry(tmp_path, photo_llava):
     """Steps on photo-sized pictures: 336-pixel tiles, five grid shapes, Mistral's tokenizer, 2,340 image tokens."""
     sizes = [(640, 480), (480, 640), (640, 427), (500, 500), (900, 300), (333, 500)]
-    rows = [
-        {
-            "image": {"bytes": picture(size, seed, "JPEG"), "path": f"{seed}.jpg"},
-            "question": "Describe this image in detail.",
-            "chosen": f"A red ball on a lawn, picture {seed}.",
-            "rejected": f"A red ball and a dog on a lawn, picture {seed}, at night.",
-        }
-        for seed, size in enumerate(sizes)
-    ]
+    rows = [row(image={"bytes": picture(size, seed, "JPEG"), "path": None}) for seed, size in enumerate(sizes)]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "photos.parquet")
     flags = ["--model_path", photo_llava, "--eval_fraction", "0", "--epochs", "1", "--learning_rate", "1e-2"]
     single = ["--batch_size", "1", "--gradient_accumulation_steps", "1"]
@@ -331,30 +314,13 @@ def test_photos_at_llavas_own_geometry(tmp_path, photo_llava):
     assert tokens == [2340, 2352, 2144]
 
 
-def replace(monkeypatch, owner, name: str, change) -> None:
-    """Put change(original, *inputs) in the place of a function."""
-    original = getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *inputs: change(original, *inputs))
-
-
-def blind(forward, trainer, model, batch):
-    return forward(trainer, model, {**batch, "pixel_values": torch.zeros_like(batch["pixel_values"])})
-
-
-def label_the_prompt(collate, features, pad_token_id):
-    return collate([{**one, "chosen": one["prompt"][-3:] + one["chosen"]} for one in features], pad_token_id)
-
-
-def shift(share, *inputs):
-    laid_out = share(*inputs)
-    return {**laid_out, "logits_to_keep": laid_out["logits_to_keep"] - 1}
+def label_the_prompt(collate, features, **options):
+    return collate([{**one, "chosen": one["prompt"][-3:] + one["chosen"]} for one in features], **options)
 
 
 def train_an_unused_layer(adapt, *inputs):
     adapted = adapt(*inputs)
-    for name, weight in adapted.named_parameters():
-        if "vision_tower" in name and "layers.3" in name:
-            weight.requires_grad_(True)  # the features are taken one layer below
+    adapted.get_base_model().model.vision_tower.encoder.layers[3].requires_grad_(True)  # features are taken below it
     return adapted
 
 
@@ -364,18 +330,23 @@ def break_the_head(adapt, *inputs):
     return adapted
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "fault", "sentence"),
-    [
-        (training.LlavaORPOTrainer, "concatenated_forward", blind, "another picture moves the chosen log-probability"),
-        (training, "collate_pairs", label_the_prompt, "each response scores as it does alone"),
-        (training, "share_prefix", shift, "each response scores as it does alone"),
-        (training, "add_adapter", train_an_unused_layer, "every trainable weight gets a gradient"),
-        (training, "add_adapter", break_the_head, "another picture moves the chosen log-probability"),
-    ],
-)
-def test_preflight_stops_a_faulty_run(owner, name, fault, sentence, tmp_path, few_pairs, monkeypatch, capsys):
-    replace(monkeypatch, owner, name, fault)
+TRAINER = training.LlavaORPOTrainer
+FAULTS = [  # (what is replaced, by what, the check that notices)
+    ((TRAINER, "concatenated_forward"), lambda forward, self, model, batch:
+     forward(self, model, {**batch, "pixel_values": 0 * batch["pixel_values"]}), "another picture moves the chosen log-probability"),
+    ((training, "collate_pairs"), label_the_prompt, "each response scores as it does alone"),
+    ((training, "share_prefix"), lambda share, *inputs:
+     (laid_out := share(*inputs)) | {"logits_to_keep": laid_out["logits_to_keep"] - 1},
+     "each response scores as it does alone"),
+    ((training, "add_adapter"), train_an_unused_layer, "every trainable weight gets a gradient"),
+    ((training, "add_adapter"), break_the_head, "another picture moves the chosen log-probability"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("place", "fault", "sentence"), FAULTS)
+def test_preflight_stops_a_faulty_run(place, fault, sentence, tmp_path, few_pairs, monkeypatch, capsys):
+    original = getattr(*place)
+    monkeypatch.setattr(*place, lambda *inputs, **options: fault(original, *inputs, **options))
     error = stopped(capsys, tmp_path / "faulty", few_pairs)
     assert f"error: preflight failed: {sentence}" in error and "nothing was trained" in error
     assert not (tmp_path / "faulty" / "metrics.jsonl").exists()
