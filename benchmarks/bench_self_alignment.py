@@ -132,7 +132,7 @@ def draw_frontier(rows: list[dict], before: dict[str, dict], path: Path) -> None
 
     plt.rcParams["font.size"] = 12  # so that it can be read on a phone, where the picture is half as wide
     figure, axis = plt.subplots(figsize=(5.6, 4.6), layout="constrained")
-    for start, weight in dict.fromkeys((row["start"], row["weight"]) for row in rows):
+    for start, weight in sorted({(row["start"], row["weight"]) for row in rows}):
         line = [row for row in rows if (row["start"], row["weight"]) == (start, weight)]
         points = []
         for number in sorted({row["round"] for row in line}):
