@@ -517,9 +517,8 @@ def iterate_samples(rows, root: Path):
     for row in rows:
         picture = row["image"] if isinstance(row["image"], dict) else {"path": row["image"]}
         question, answer, image = row["question"], str(row.get("chosen") or ""), None
-        with suppress(
-            Exception
-        ):  # a path that is not text, or a broken picture, of which Pillow raises almost anything
+        # a path may be no text, and of a broken picture Pillow raises almost anything
+        with suppress(Exception):
             file = io.BytesIO(picture["bytes"]) if picture.get("bytes") else root / picture["path"]
             image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
         if image and isinstance(question, str) and question.strip():
