@@ -609,29 +609,6 @@ async def ask(engine, check, picture, question, turns, models, temperature, top_
         yield gr.Textbox(typed, **IDLE), kept, ANSWERS.render(turns=kept)
 
 
-async def ask_page(engine, check, growing: list, *inputs):
-    """Yield what ask yields until it ends, or until start_again empties the session's list `growing`."""
-    mine = object()
-    growing.append(mine)
-    try:
-        async with aclosing(ask(engine, check, *inputs)) as updates:
-            async for update in updates:
-                if mine not in growing:
-                    return
-                yield update
-    finally:
-        growing[:] = [other for other in growing if other is not mine]
-
-
-async def start_again(growing: list) -> tuple:
-    """Return the page as it is before the first question: the box, the conversation, and the conversation as HTML. An answer
-    that grows is ended here, since the page cancels it only afterwards, and would go on showing it."""
-    if growing:
-        growing.clear()
-        await asyncio.sleep(0.2)  # until what was sent before has arrived
-    return gr.Textbox(**IDLE), [], ANSWERS.render()
-
-
 def check_picture(picture):
     """Take a picture that cannot be used off the page, with a sentence."""
     try:
@@ -671,7 +648,7 @@ def build_page(engine, about, max_new_tokens, remember, seats, check=None, tempe
     hint = "Ask about the picture, or press Ask for a description"
     with gr.Blocks(title="LLaVA-1.6, before and after alignment", delete_cache=(60, 3600)) as page:
         gr.Markdown("## LLaVA-1.6, before and after alignment")
-        turns, growing = gr.State([], time_to_live=3600), gr.State([])
+        turns = gr.State([], time_to_live=3600)
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
                 picture = gr.Image(label="Picture", height=240, elem_id="picture", buttons=["fullscreen"])
@@ -689,16 +666,16 @@ def build_page(engine, about, max_new_tokens, remember, seats, check=None, tempe
             length = gr.Slider(1, max_new_tokens, min(512, max_new_tokens), step=1, label="Longest answer, in tokens")
             remember = gr.Checkbox(remember, label="Follow-up questions see the conversation about the picture")
         clear = gr.Button("Clear the answers", size="sm")
-        inputs = [growing, picture, box, turns, chosen, temperature, top_p, length, remember]
-        changed = [box, turns, shown]
+        inputs, changed = [picture, box, turns, chosen, temperature, top_p, length, remember], [box, turns, shown]
+        blank = gr.update(**IDLE), [], ANSWERS.render()  # the page as it is before the first question
         limit = {"concurrency_id": "answers", "concurrency_limit": max(1, seats // 2)}  # two answers a question
         private = {"api_visibility": "private", "preprocess": False, "show_progress": "minimal"}
-        asked = box.submit(
-            partial(ask_page, engine, check), inputs, changed, show_progress_on=shown, **private, **limit
-        )
-        quick = private | {"queue": False, "show_progress": "hidden"}  # at once, so that no later question is cancelled
-        box.stop(lambda: gr.Textbox(**IDLE), None, box, cancels=asked, **quick)
-        gr.on([clear.click, picture.change], start_again, growing, changed, cancels=asked, **quick)
+        asked = box.submit(partial(ask, engine, check), inputs, changed, show_progress_on=shown, **private, **limit)
+        quick = private | {"queue": False, "show_progress": "hidden"}
+        # what the page does first, or else a late piece of the answer would follow, or a later question would be cancelled
+        gr.on([box.stop, clear.click, picture.change], None, cancels=asked)
+        box.stop(lambda: blank[0], None, box, **quick)
+        gr.on([clear.click, picture.change], lambda: blank, None, changed, **quick)
         picture.change(check_picture, picture, picture, **private | {"show_progress": "hidden"})
         gr.api(MethodType(answer, engine), api_name="answer", **limit)
     return page.queue(max_size=64, default_concurrency_limit=None)
