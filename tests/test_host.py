@@ -39,10 +39,13 @@ def engine():
 
 @pytest.fixture
 def endless(engine, monkeypatch):
-    """No token ends an answer, so that it grows until it is stopped or long enough."""
+    """No token ends an answer, so that it grows until it is stopped or long enough; slowly, as on a busy machine the browser
+    shows it late."""
     monkeypatch.setattr(engine, "ends", {-1})
     monkeypatch.setattr(engine.model.generation_config, "eos_token_id", 10**6)
-    return engine
+    hook = engine.model.get_base_model().lm_head.register_forward_hook(lambda *_: time.sleep(0.02))
+    yield engine
+    hook.remove()
 
 
 @pytest.fixture(scope="module")
