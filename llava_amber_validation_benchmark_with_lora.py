@@ -702,11 +702,10 @@ def make_pair(image, answers: list, confirmed: dict[str, float], *, find: Callab
     """Return the two candidates that differ most in what they are worth, with what was found out about their objects, or
     None if they do not differ by one object; and True, because nothing of them is cut off.
 
-    How likely an object is there is said by two witnesses, whose odds are multiplied: `confirmed`, the probability of the
-    model's Yes when it is asked, and the share of the candidates that name it. benchmarks/README.md has the errors of both.
-    Each object that a candidate names counts once, by this belief: one that is there earns 1, and one that is not there costs
-    `denied_costs`. A pair whose candidates name equally many is preferred, because from shorter chosen answers the model
-    learns to say less.
+    Two witnesses tell how likely it is that an object is there: `confirmed`, the probability of the model's Yes when it is
+    asked, and the share of the candidates that name the object. Their odds are multiplied; benchmarks/README.md has the errors
+    of both. An object counts once in a candidate: it earns 1 if it is there, and costs `denied_costs` if not. A pair whose
+    candidates name equally many is preferred, because from shorter chosen answers the model learns to say less.
     """
     texts, nouns = [text for text, _ in answers], [find(text) for text, _ in answers]
     objects = [sorted({word for _, word in part}) for part in nouns]

@@ -551,7 +551,8 @@ def mark_answers(answers: dict[str, str], doubtful: set[str] = frozenset()) -> d
             if number not in aligned and surplus[word]:
                 surplus[word] -= 1
                 differs.add(number)
-        differs |= {n for n, word in enumerate(words) if word.isspace() and {n - 1, n + 1} <= differs}  # a gapless mark
+        # the space between two marked words is marked as well
+        differs |= {n for n, word in enumerate(words) if word.isspace() and {n - 1, n + 1} <= differs}
         marks = [" ".join(["differs"] * (n in differs) + ["doubtful"] * (w in doubtful)) for n, w in enumerate(words)]
         groups = groupby(range(len(words)), key=marks.__getitem__)
         marked[model] = [("".join(split[model][n] for n in group), mark) for mark, group in groups]

@@ -461,6 +461,8 @@ class Merge(Converter):
         self.changed = set()
         if lora_path:
             folder, config, weights = read_adapter(lora_path)
+            if config.bias != "none":
+                stop(f"--lora_path {lora_path} has trained biases (bias={config.bias!r}), which are not merged.")
             # beside an update of the embedding or the head, PEFT saves that of the base
             weights = {key: weight for key, weight in weights.items() if ".base_layer." not in key}
             for name, module in load_adapter(model, folder, config, weights).base_model.model.named_modules():

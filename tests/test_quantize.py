@@ -361,6 +361,9 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(made, tmp_path, capsys, mo
     assert "cannot be read" in refuse(capsys, "--model_path", "nowhere", *out)
     assert "is no adapter" in refuse(capsys, "--lora_path", "nowhere", *out)
     broken = shutil.copytree(ADAPTER, tmp_path / "adapter")  # all other faults of adapters are test_loading's
+    configure(broken, "adapter_config.json", bias="lora_only")
+    assert "trained biases" in refuse(capsys, "--lora_path", str(broken), *out)
+    configure(broken, "adapter_config.json", bias="none")
     edit(broken, WEIGHTS, lambda old: old | {min(old): old[min(old)] * torch.nan})
     assert "is not finite" in refuse(capsys, "--lora_path", str(broken), *out)
     shutil.rmtree(broken)
